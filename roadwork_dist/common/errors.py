@@ -1,0 +1,32 @@
+"""Errors a user can mend. The command line prints their text without a traceback."""
+
+
+class RoadworkError(Exception):
+    """Base of every error that the user, not the library, has to mend.
+
+    The message is one clear line: what was got, what was expected, what to do.
+    """
+
+
+class ConfigError(RoadworkError):
+    """A value of the configuration cannot be used."""
+
+
+class DataError(RoadworkError):
+    """A table, a row or a photo cannot be used."""
+
+
+class BackboneError(RoadworkError):
+    """A backbone or an encoder cannot be loaded."""
+
+
+class CheckpointError(RoadworkError):
+    """A checkpoint cannot be written or none can be read."""
+
+
+class NonFiniteLossError(RoadworkError):
+    """The loss or its gradient was not finite for too many steps in a row."""
+
+
+class MissingDependencyError(RoadworkError, ImportError):
+    """An optional package is not installed."""

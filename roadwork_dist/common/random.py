@@ -1,0 +1,86 @@
+"""Randomness that is a pure function of what it belongs to.
+
+Draws that belong to a sample, a view or an epoch are made by generators seeded from those
+names, so they do not depend on the worker, the rank or the point of resume. What does depend
+on history (dropout's generator) is captured and restored as a whole.
+"""
+
+import hashlib
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TypedDict
+
+import numpy as np
+import torch
+
+
+class RngState(TypedDict):
+    """State of every generator of one process."""
+
+    python: tuple[object, ...]
+    numpy: dict[str, object]
+    torch: torch.Tensor
+    cuda: list[torch.Tensor]
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A seed of 63 bits that is a pure function of ``parts`` (BLAKE2b of their text)."""
+    text = "\x1f".join(str(part) for part in parts)
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def generator_for(*parts: int | str) -> np.random.Generator:
+    """A numpy generator seeded by :func:`derive_seed` of ``parts``."""
+    return np.random.default_rng(derive_seed(*parts))
+
+
+def torch_generator_for(*parts: int | str) -> torch.Generator:
+    """A CPU torch generator seeded by :func:`derive_seed` of ``parts``."""
+    return torch.Generator().manual_seed(derive_seed(*parts))
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, numpy's and torch's global generators (all devices)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def capture_rng() -> RngState:
+    """State of the global generators, to be given to :func:`restore_rng`."""
+    return {
+        "python": random.getstate(),
+        "numpy": dict(np.random.get_state(legacy=False)),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def restore_rng(state: RngState) -> None:
+    """Put the global generators back into a captured state.
+
+    CUDA states are restored only where this process sees as many devices as were captured.
+    """
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))  # type: ignore[arg-type]
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"].cpu())
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+
+
+@contextmanager
+def isolated_rng(seed: int) -> Iterator[None]:
+    """Run a block with the global CPU generators seeded by ``seed``, then put them back."""
+    python, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(torch_state)

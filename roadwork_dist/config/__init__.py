@@ -1,0 +1,1 @@
+"""Floor 1: the configuration's schema, its files and its presets."""

@@ -1,0 +1,1 @@
+"""Floor 3: from photos on disk to batches."""

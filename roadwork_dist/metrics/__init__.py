@@ -1,0 +1,1 @@
+"""Floor 4: figures of merit and their intervals."""
