@@ -1,0 +1,86 @@
+# `make` lists what can be made.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo demo-real test lint format types docs check install install-dev constraints clean
+
+PYTHON ?= python3
+ARGS ?=
+CORES := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
+# Test processes: each imports torch, so a big machine does not get one a core.
+JOBS ?= $(shell echo $$(( $(CORES) < 8 ? $(CORES) : 8 )))
+
+VENV := .venv
+BIN := $(VENV)/bin
+UV_INSTALL = $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt
+# Empty files that say when an install was last finished; a change of what is declared makes them old.
+PLAIN := $(VENV)/.installed
+DEV := $(VENV)/.installed-dev
+DECLARED := setup.cfg pyproject.toml constraints.txt
+
+help: ## list these targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
+
+demo: demo-data/.complete ## train the demo on synthetic photos and write its report
+	$(BIN)/accelerate launch --config_file accelerate_configs/single.yaml \
+		--num_cpu_threads_per_process $(CORES) launch/pretrain.py $(ARGS)
+
+demo-data/.complete: | $(PLAIN)
+	$(BIN)/roadwork-dist synth demo-data
+	@touch $@
+
+demo-real: $(PLAIN) ## train on real photographs (needs Debian's tuxpaint-stamps-default)
+	@test -d /usr/share/tuxpaint/stamps || { \
+		echo "make demo-real: no photographs in /usr/share/tuxpaint/stamps." >&2; \
+		echo "Install them (161 MB, GPL-2): sudo apt-get install tuxpaint-stamps-default" >&2; exit 1; }
+	$(BIN)/roadwork-dist demo-real $(ARGS)
+
+test: $(DEV) ## run the tests; ARGS="tests/data -k view" picks some
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+lint: $(DEV) ## style and the direction of imports: seconds
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+format: $(DEV) ## rewrite files in the repository's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(DEV) ## mypy --strict
+	$(BIN)/mypy
+
+docs: $(DEV) ## build the documentation into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+check: lint types docs ## all that CI checks besides tests
+	@if command -v shellcheck >/dev/null; then shellcheck .ci/run && echo "shellcheck: fine"; else \
+		echo "shellcheck is not installed, so .ci/run was not checked: sudo apt-get install shellcheck"; fi
+
+install: $(PLAIN) ## make .venv and install the package
+install-dev: $(DEV) ## make .venv and install the package with what development needs
+
+# uv installs about ten times faster than pip; pip brings uv, in the version that constraints.txt pins.
+$(BIN)/uv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "Python 3.11 or newer is needed, and '$(PYTHON)' is not: say which one to use," >&2; \
+		echo "for example: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV) || { \
+		echo "'$(PYTHON) -m venv' failed. On Debian: sudo apt-get install python3-venv" >&2; exit 1; }
+	@echo "installing into $(VENV): a first install fetches about 3 GB (torch with CUDA) and takes minutes"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
+
+$(PLAIN): $(DECLARED) | $(BIN)/uv
+	$(UV_INSTALL) --editable .
+	@touch $@
+
+$(DEV): $(DECLARED) | $(BIN)/uv
+	$(UV_INSTALL) --editable '.[dev]'
+	@touch $@ $(PLAIN)
+
+constraints: | $(BIN)/uv ## resolve constraints.txt anew, to the newest releases
+	$(BIN)/uv pip compile setup.cfg --all-extras --universal --python-version 3.11 --upgrade --quiet \
+		--custom-compile-command 'make constraints' --output-file constraints.txt
+
+clean: ## delete what builds and tests leave; keeps .venv, data and runs
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
