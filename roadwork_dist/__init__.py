@@ -7,16 +7,44 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from roadwork_dist.config.schema import ExperimentConfig, TrainConfig
+    from roadwork_dist.config.schema import (
+        CheckpointConfig,
+        EmaConfig,
+        ExperimentConfig,
+        OptimConfig,
+        ScheduleConfig,
+        TrackingConfig,
+        TrainConfig,
+    )
+    from roadwork_dist.events.callback import Callback
+    from roadwork_dist.training.trainer import Trainer
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Callback": "roadwork_dist.events.callback",
+    "CheckpointConfig": "roadwork_dist.config.schema",
+    "EmaConfig": "roadwork_dist.config.schema",
     "ExperimentConfig": "roadwork_dist.config.schema",
+    "OptimConfig": "roadwork_dist.config.schema",
+    "ScheduleConfig": "roadwork_dist.config.schema",
+    "TrackingConfig": "roadwork_dist.config.schema",
     "TrainConfig": "roadwork_dist.config.schema",
+    "Trainer": "roadwork_dist.training.trainer",
 }
 
-__all__ = ["ExperimentConfig", "TrainConfig", "__version__"]
+__all__ = [
+    "Callback",
+    "CheckpointConfig",
+    "EmaConfig",
+    "ExperimentConfig",
+    "OptimConfig",
+    "ScheduleConfig",
+    "TrackingConfig",
+    "TrainConfig",
+    "Trainer",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -16,10 +16,10 @@ import torch
 
 
 class RngState(TypedDict):
-    """State of every generator of one process."""
+    """State of every generator of one process, in types that ``torch.load`` reads safely."""
 
     python: tuple[object, ...]
-    numpy: dict[str, object]
+    numpy: tuple[torch.Tensor, int, int, float]  # key, position, has_gauss, cached_gaussian
     torch: torch.Tensor
     cuda: list[torch.Tensor]
 
@@ -50,9 +50,12 @@ def seed_everything(seed: int) -> None:
 
 def capture_rng() -> RngState:
     """State of the global generators, to be given to :func:`restore_rng`."""
+    state = np.random.get_state(legacy=True)
+    assert isinstance(state, tuple)  # legacy=True: ("MT19937", key, position, has_gauss, cached_gaussian)
+    _, key, position, has_gauss, cached = state
     return {
         "python": random.getstate(),
-        "numpy": dict(np.random.get_state(legacy=False)),
+        "numpy": (torch.from_numpy(key.astype(np.int64)), position, has_gauss, cached),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
@@ -65,7 +68,8 @@ def restore_rng(state: RngState) -> None:
     """
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))  # type: ignore[arg-type]
-    np.random.set_state(state["numpy"])
+    key, position, has_gauss, cached = state["numpy"]
+    np.random.set_state(("MT19937", key.numpy().astype(np.uint32), position, has_gauss, cached))
     torch.set_rng_state(state["torch"].cpu())
     if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])

@@ -1,0 +1,137 @@
+"""Settings from presets, YAML files and dotted overrides, and back to YAML."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, fields, is_dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+
+from roadwork_dist.common.errors import ConfigError
+from roadwork_dist.common.registry import nearest
+from roadwork_dist.config.schema import ExperimentConfig, TrainConfig
+
+DEFAULT_PRESET = "demo"
+
+
+def presets() -> dict[str, Path]:
+    """The presets that come with the package, by name."""
+    folder = Path(str(files("roadwork_dist.config").joinpath("presets")))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def resolve_config(name: str) -> Path:
+    """The file that ``--config`` means: an existing file, or a preset's.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    known = presets()
+    if name in known:
+        return known[name]
+    path = Path(name)
+    if path.is_file():
+        return path
+    raise ConfigError(
+        f"--config {name!r} is neither a file nor a preset: "
+        f"did you mean {nearest(name, list(known), n=1)[0]!r}? presets are {', '.join(known)}"
+    )
+
+
+def build_parser(prog: str) -> ArgumentParser:
+    """A parser with one option per setting (``--optim.lr``), ``--config`` and ``--print_config``."""
+    parser = ArgumentParser(
+        prog=prog,
+        exit_on_error=False,
+        description="Settings come from the preset or file given with --config "
+        f"(without one: {DEFAULT_PRESET}), then from the options, left to right.",
+    )
+    parser.add_argument("--config", action="config", help=f"YAML file or preset: {', '.join(presets())}")
+    parser.add_class_arguments(ExperimentConfig, None, fail_untyped=True)
+    return parser
+
+
+def parse_experiment(arguments: Sequence[str], *, prog: str = "roadwork-dist pretrain") -> ExperimentConfig:
+    """Settings of an experiment from command-line arguments.
+
+    Raises:
+        ConfigError: an unknown key (the message names the nearest), a wrong type or a broken rule.
+        SystemExit: after ``--help`` or ``--print_config``.
+    """
+    parser = build_parser(prog)
+    try:
+        namespace = parser.parse_args(_with_config_files(arguments))
+        settings = parser.instantiate(namespace).as_dict()
+    except (ArgumentError, TypeError, ValueError, KeyError) as error:
+        raise ConfigError(_explain(error)) from error
+    settings.pop("config", None)
+    return ExperimentConfig(**settings)
+
+
+def load_experiment(path: Path) -> ExperimentConfig:
+    """Settings from a YAML file alone, for example a run folder's ``config.yaml``.
+
+    Raises:
+        ConfigError: as :func:`parse_experiment`.
+    """
+    return parse_experiment(["--config", str(path)])
+
+
+def to_yaml(config: TrainConfig) -> str:
+    """All settings as YAML that :func:`load_experiment` reads back."""
+    return yaml.safe_dump(_plain(asdict(config)), sort_keys=False)
+
+
+def _with_config_files(arguments: Sequence[str]) -> list[str]:
+    """Replace preset names by their files; start from the default preset if no config is named."""
+    resolved: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        if word == "--config":
+            resolved += [word, str(resolve_config(next(words, "")))]
+        elif word.startswith("--config="):
+            resolved.append(f"--config={resolve_config(word.removeprefix('--config='))}")
+        else:
+            resolved.append(word)
+    if not any(word.split("=")[0] == "--config" for word in resolved):
+        resolved = ["--config", str(presets()[DEFAULT_PRESET]), *resolved]
+    return resolved
+
+
+def setting_names(schema: type = ExperimentConfig, prefix: str = "") -> list[str]:
+    """Dotted names of all settings of a schema."""
+    names: list[str] = []
+    for item in fields(schema):
+        names.append(prefix + item.name)
+        default = item.default_factory() if callable(item.default_factory) else item.default
+        if is_dataclass(default):
+            names += setting_names(type(default), f"{prefix}{item.name}.")
+    return names
+
+
+def _explain(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    unknown = re.search(r"unrecognized arguments: --([\w.]+)", text)
+    grouped = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", text)
+    bare = re.search(
+        r"(?:No action for key|[Uu]nrecognized|does not accept option|Key) [\"']([\w.]+)[\"']", text
+    )
+    if unknown:
+        name = unknown[1]
+    elif grouped:
+        name = f"{grouped[1]}.{grouped[2]}"
+    elif bare:
+        name = bare[1]
+    else:
+        return f"{text}; see --help for every setting and its type"
+    close = nearest(name, setting_names(), n=1)[0]
+    return f"unknown setting {name!r}: did you mean {close!r}? see --help for all"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value

@@ -1,0 +1,105 @@
+"""Which rows are read when: a pure function of (seed, epoch), dealt out to ranks.
+
+The unit is the optimizer step. Its rows (micro-batch x accumulation x ranks, fewer in the last step
+of an epoch) are fixed before they are dealt out, so a step trains on the same rows whatever the
+number of processes, and can be started at without reading what comes before.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from roadwork_dist.common.errors import ConfigError
+from roadwork_dist.common.random import generator_for
+
+Indices = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows that one rank sends through the model at once.
+
+    Attributes:
+        indices: rows of the data set.
+        is_filler: the rows belong to another rank and count for nothing here. A rank without a
+            row of its own in a short last step reads one all the same, because every rank has to
+            reach the collectives of the step.
+    """
+
+    indices: list[int]
+    is_filler: bool = False
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Deals the rows of a data set to optimizer steps, ranks and micro-batches.
+
+    Args:
+        length: rows of the data set.
+        batch_size: rows per rank and micro-batch.
+        accumulation: micro-batches per optimizer step.
+        rank: this process.
+        world_size: processes.
+        seed: order of the rows.
+        weights: chance of each row, for drawing with replacement (an epoch has ``length`` draws);
+            None = every row once, shuffled.
+
+    Raises:
+        ConfigError: the data set is empty or the weights do not fit it.
+    """
+
+    length: int
+    batch_size: int
+    accumulation: int = 1
+    rank: int = 0
+    world_size: int = 1
+    seed: int = 0
+    weights: Sequence[float] | None = None
+
+    def __post_init__(self) -> None:
+        if self.length < 1:
+            raise ConfigError("the training data set has 0 rows, expected at least 1")
+        if self.weights is not None and len(self.weights) != self.length:
+            raise ConfigError(f"{len(self.weights)} sampling weights for {self.length} rows")
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of a full optimizer step over all ranks (the effective batch)."""
+        return self.batch_size * self.accumulation * self.world_size
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of an epoch; the last one may be short."""
+        return -(-self.length // self.rows_per_step)
+
+    def order(self, epoch: int) -> Indices:
+        """All rows of an epoch in the order of training, the same on every rank."""
+        generator = generator_for(self.seed, "order", epoch)
+        if self.weights is None:
+            return generator.permutation(self.length)
+        chances = np.asarray(self.weights, dtype=np.float64)
+        return generator.choice(self.length, size=self.length, p=chances / chances.sum())
+
+    def steps(self, epoch: int, start: int = 0) -> Iterator[list[MicroBatch]]:
+        """This rank's micro-batches of each optimizer step of an epoch, from step ``start`` on."""
+        order = self.order(epoch)
+        for step in range(start, self.steps_per_epoch):
+            yield self._deal(order[step * self.rows_per_step : (step + 1) * self.rows_per_step])
+
+    def _deal(self, rows: Indices) -> list[MicroBatch]:
+        largest_share = -(-len(rows) // self.world_size)
+        # Every rank runs the same number of micro-batches, so that only the last one syncs.
+        chunks = -(-largest_share // self.batch_size)
+        share = np.array_split(rows, self.world_size)[self.rank]
+        return [
+            MicroBatch(chunk.tolist()) if len(chunk) else MicroBatch(rows[:1].tolist(), is_filler=True)
+            for chunk in np.array_split(share, chunks)
+        ]
+
+
+def evaluation_batches(length: int, batch_size: int, rank: int = 0, world_size: int = 1) -> list[list[int]]:
+    """This rank's batches of a pass in which every row is read exactly once by exactly one rank."""
+    share = np.array_split(np.arange(length), world_size)[rank]
+    return [share[start : start + batch_size].tolist() for start in range(0, len(share), batch_size)]

@@ -1,0 +1,45 @@
+"""The only place that builds an ``Accelerator`` and hands a model to it."""
+
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.optim import Optimizer
+
+_PRECISIONS = {"fp32": "no", "bf16": "bf16"}
+
+
+def build_accelerator(
+    *, precision: Literal["fp32", "bf16"] = "fp32", device: Literal["auto", "cpu"] = "auto"
+) -> Accelerator:
+    """An Accelerator for one process, or for data parallel as the launcher's environment says.
+
+    Started by ``torchrun`` or ``accelerate launch``, processes talk over NCCL on GPUs and over
+    gloo on CPUs.
+
+    Args:
+        precision: ``bf16`` runs forward passes under autocast; weights stay in fp32.
+        device: ``cpu`` ignores GPUs.
+    """
+    use_cpu = device == "cpu" or not torch.cuda.is_available()
+    # Accumulation is the Trainer's: Accelerate would divide each loss by a fixed number, while a
+    # mean over rows needs the rows of the whole optimizer step.
+    return Accelerator(mixed_precision=_PRECISIONS[precision], cpu=use_cpu)
+
+
+def prepare(
+    accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, *, compile_mode: str = "off"
+) -> tuple[nn.Module, Optimizer]:
+    """Move a model to its device, compile it and make it data parallel where there are peers.
+
+    The optimizer is left as it is: in fp32 and bf16 without a loss scaler Accelerate's wrapper
+    changes nothing but the time of a step.
+
+    Args:
+        compile_mode: ``off``, or a mode of ``torch.compile``. The module is compiled in place, so
+            names in its state dict keep no ``_orig_mod.`` prefix.
+    """
+    if compile_mode != "off":
+        model.compile(mode=None if compile_mode == "default" else compile_mode)
+    return accelerator.prepare_model(model), optimizer

@@ -1,0 +1,59 @@
+"""What processes tell each other. With one process each function returns what it was given.
+
+Every function here is a collective: all ranks call it, in the same order, or all hang.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def world_size() -> int:
+    """Number of processes that train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def sum_over_ranks(values: Sequence[float], device: torch.device) -> list[float]:
+    """Element-wise sum of ``values`` over all ranks, in float64."""
+    if world_size() == 1:
+        return list(values)
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return [float(value) for value in total.tolist()]
+
+
+def gather_objects(value: T) -> list[T]:
+    """``value`` of every rank, in the order of ranks (pickled: for small things)."""
+    if world_size() == 1:
+        return [value]
+    gathered: list[T] = [value] * world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def broadcast_object(value: T, source: int = 0) -> T:
+    """``value`` of rank ``source`` on every rank (pickled: for small things)."""
+    if world_size() == 1:
+        return value
+    box: list[T] = [value]
+    dist.broadcast_object_list(box, src=source)
+    return box[0]
+
+
+def gather_rows(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Concatenate each tensor over ranks along its first axis; ranks may hold different numbers.
+
+    Returns:
+        Tensors on the CPU, rank 0's rows first. A rank without rows passes tensors of length 0,
+        or an empty mapping.
+    """
+    local = {name: tensor.detach().cpu() for name, tensor in rows.items()}
+    shards = [shard for shard in gather_objects(local) if shard]
+    if not shards:
+        return {}
+    return {name: torch.cat([shard[name] for shard in shards]) for name in shards[0]}

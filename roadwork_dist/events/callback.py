@@ -1,0 +1,97 @@
+"""The events of the training loop, in the order in which they happen.
+
+on_fit_start → per epoch: (on_step_end)* → on_validation_start → on_validation_end → on_epoch_end
+→ on_fit_end. If anything is raised, on_exception comes instead of what is left.
+
+Observers are called in the order they were given, and in the reverse order on_validation_end, so
+that what a first one puts in place for the validation (averaged weights) is still there for those
+behind it (the saver of the best weights).
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from roadwork_dist.config.schema import TrainConfig
+from roadwork_dist.events.state import StepResult, TrainState
+
+
+class Run(Protocol):
+    """What observers see of a running Trainer."""
+
+    config: TrainConfig
+    state: TrainState
+    accelerator: Accelerator
+    model: nn.Module  # as given, not wrapped
+    optimizer: Optimizer
+    run_dir: Path
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of an epoch."""
+
+    def sample_ids(self, rows: Sequence[int]) -> list[str]:
+        """Ids of rows of the training data: its ``sample_id(row)`` where it has one, else the row."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Loop state and the state of every observer, JSON-able."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take a :meth:`state_dict` over."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Tensors of every observer, by ``observer/name``."""
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Take :meth:`tensors` over."""
+
+
+class Callback:
+    """An observer of the loop; override what is needed.
+
+    Every method is called on every rank at the same point, so collectives are allowed in all of
+    them but :meth:`on_exception`.
+    """
+
+    def on_fit_start(self, run: Run) -> None:
+        """The model is on its device; nothing is trained yet."""
+
+    def on_step_end(self, run: Run, result: StepResult) -> None:
+        """An optimizer step was taken or skipped; ``run.state.step`` counts it."""
+
+    def on_validation_start(self, run: Run) -> None:
+        """The training rows of an epoch are done."""
+
+    def on_validation_end(self, run: Run, metrics: dict[str, float], improved: bool) -> None:
+        """The validation set was seen once; ``improved`` = its figure is the best so far."""
+
+    def on_epoch_end(self, run: Run) -> None:
+        """The epoch counts as complete."""
+
+    def on_fit_end(self, run: Run) -> None:
+        """Training ended by itself."""
+
+    def on_exception(self, run: Run, error: BaseException) -> None:
+        """Training ends with an error. Other ranks may not get here: no collectives."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able state for checkpoints."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take a :meth:`state_dict` over."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Tensors for checkpoints, the same on all ranks."""
+        return {}
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Take :meth:`tensors` over."""

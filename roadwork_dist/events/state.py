@@ -1,0 +1,79 @@
+"""Where a run stands, and what one optimizer step gave."""
+
+import math
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+
+@dataclass
+class TrainState:
+    """The whole loop state besides weights: what a checkpoint needs to go on exactly.
+
+    Attributes:
+        step: optimizer steps taken, skipped ones included.
+        epoch: passes over the data that are complete, validation included.
+        step_in_epoch: optimizer steps taken in the current epoch.
+        best: best validation figure so far; None before the first validation.
+        best_step: step of that validation.
+        stale_validations: validations since then.
+        nonfinite_streak: steps skipped in a row.
+        should_stop: leave the loop at the next boundary; every rank holds the same value.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    step_in_epoch: int = 0
+    best: float | None = None
+    best_step: int = 0
+    stale_validations: int = 0
+    nonfinite_streak: int = 0
+    should_stop: bool = False
+
+    def observe(self, figure: float) -> bool:
+        """Take a validation figure in (higher is better); True if it is the best so far."""
+        improved = not math.isnan(figure) and (self.best is None or figure > self.best)
+        if improved:
+            self.best, self.best_step, self.stale_validations = figure, self.step, 0
+        else:
+            self.stale_validations += 1
+        return improved
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able fields."""
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take fields over.
+
+        Raises:
+            KeyError: a field is missing.
+        """
+        for item in fields(self):
+            setattr(self, item.name, state[item.name])
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step, figures over all ranks' rows.
+
+    Attributes:
+        loss: weighted sum of the parts.
+        parts: mean of each part over the rows that have a target; parts without one are absent.
+        grad_norm: global norm before clipping.
+        lr: learning rate of the step.
+        rows: rows of the step over all ranks.
+        seconds: wall time of the step, waiting for data included (this rank).
+        data_wait: share of ``seconds`` spent waiting for data (this rank).
+        skipped: the loss or the gradient was not finite, so the weights did not move.
+        bad_rows: rows of the data set in the micro-batches whose loss was not finite, of all ranks.
+    """
+
+    loss: float
+    parts: dict[str, float]
+    grad_norm: float
+    lr: float
+    rows: int
+    seconds: float = 0.0
+    data_wait: float = 0.0
+    skipped: bool = False
+    bad_rows: list[int] = field(default_factory=list)

@@ -1,0 +1,32 @@
+"""What is told of a step or a validation, under the same names everywhere."""
+
+import resource
+import sys
+from typing import Any
+
+import torch
+
+from roadwork_dist.events.callback import Run
+from roadwork_dist.events.state import StepResult
+
+_MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes, or KiB on Linux
+
+
+def peak_memory_mb(run: Run) -> float:
+    """Most memory used so far: of the device on a GPU, else resident memory of this process."""
+    if run.accelerator.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(run.accelerator.device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_UNIT / 2**20
+
+
+def step_figures(run: Run, result: StepResult) -> dict[str, Any]:
+    """One optimizer step: loss and parts, lr, gradient norm, speed, waiting, memory."""
+    return {
+        "loss": result.loss,
+        **{f"loss/{part}": value for part, value in result.parts.items()},
+        "lr": result.lr,
+        "grad_norm": result.grad_norm,
+        "samples_per_s": round(result.rows / result.seconds, 2),
+        "data_wait": round(result.data_wait, 4),
+        "memory_mb": round(peak_memory_mb(run), 1),
+    }

@@ -1,0 +1,40 @@
+"""The folder of a run: made, checked and described before anything is trained."""
+
+from pathlib import Path
+
+from roadwork_dist.common.errors import ConfigError
+from roadwork_dist.common.files import write_atomic
+from roadwork_dist.config.io import to_yaml
+from roadwork_dist.events.callback import Callback, Run
+
+
+def make_run_folder(path: Path) -> None:
+    """Make a folder and prove that files can be written to it.
+
+    Raises:
+        ConfigError: it cannot be made or written to.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / ".writable"
+        write_atomic(probe, b"")
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"output_dir {path} cannot be written to ({error.strerror or error}): "
+            "choose another with --output_dir, or mend its permissions"
+        ) from error
+
+
+class RunFolder(Callback):
+    """Makes the run folder and keeps the resolved configuration in it."""
+
+    def on_fit_start(self, run: Run) -> None:
+        """Write ``config.yaml``.
+
+        Raises:
+            ConfigError: the folder cannot be written to.
+        """
+        if run.accelerator.is_main_process:
+            make_run_folder(run.run_dir)
+            write_atomic(run.run_dir / "config.yaml", to_yaml(run.config).encode())

@@ -1,0 +1,55 @@
+"""TensorBoard events."""
+
+from typing import TYPE_CHECKING
+
+from roadwork_dist.common.optional import require
+from roadwork_dist.events.callback import Callback, Run
+from roadwork_dist.events.state import StepResult
+from roadwork_dist.tracking.figures import step_figures
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+
+class TensorBoard(Callback):
+    """Writes events to ``tensorboard/`` of the run folder (rank 0).
+
+    Raises:
+        MissingDependencyError: the package tensorboard is not installed.
+    """
+
+    def __init__(self) -> None:
+        require("tensorboard", extra="tensorboard", purpose="tracking.tensorboard")
+        self._writer: SummaryWriter | None = None
+
+    def on_step_end(self, run: Run, result: StepResult) -> None:
+        """Scalars ``train/…``."""
+        self._add(run, "train", step_figures(run, result))
+
+    def on_validation_end(self, run: Run, metrics: dict[str, float], improved: bool) -> None:
+        """Scalars ``val/…``."""
+        self._add(run, "val", metrics)
+
+    def on_fit_end(self, run: Run) -> None:
+        """Close the file."""
+        self._close()
+
+    def on_exception(self, run: Run, error: BaseException) -> None:
+        """Close the file."""
+        self._close()
+
+    def _add(self, run: Run, kind: str, figures: dict[str, float]) -> None:
+        if not run.accelerator.is_main_process:
+            return
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # Steps from here on come again after a resume: the viewer drops the earlier ones.
+            self._writer = SummaryWriter(str(run.run_dir / "tensorboard"), purge_step=run.state.step)
+        for name, value in figures.items():
+            self._writer.add_scalar(f"{kind}/{name}", value, run.state.step)
+
+    def _close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None

@@ -1,0 +1,33 @@
+"""The observers that every run has, in their order."""
+
+from roadwork_dist.checkpoint.best import BestWeights
+from roadwork_dist.checkpoint.callback import Checkpointer
+from roadwork_dist.config.schema import TrainConfig
+from roadwork_dist.events.callback import Callback
+from roadwork_dist.tracking.console import Console
+from roadwork_dist.tracking.jsonl import JsonLines
+from roadwork_dist.tracking.run_folder import RunFolder
+from roadwork_dist.training.averaging import EmaCallback
+
+
+def default_callbacks(config: TrainConfig) -> list[Callback]:
+    """Average, run folder, figures, best weights and checkpoints, as configured.
+
+    The average comes first, so that what follows sees the weights that the next step starts from.
+    The checkpointer comes last, so that a checkpoint holds what all others did at its step.
+    """
+    callbacks: list[Callback] = [RunFolder()]
+    if config.ema.enabled:
+        callbacks.append(EmaCallback(config.ema))
+    callbacks.append(JsonLines())
+    if config.tracking.tensorboard:
+        from roadwork_dist.tracking.tensorboard import TensorBoard
+
+        callbacks.append(TensorBoard())
+    if config.tracking.wandb.mode != "disabled":
+        from roadwork_dist.tracking.wandb import WeightsAndBiases
+
+        callbacks.append(WeightsAndBiases(config.tracking.wandb))
+    if config.tracking.progress:
+        callbacks.append(Console())
+    return [*callbacks, BestWeights(), Checkpointer(config.checkpoint)]

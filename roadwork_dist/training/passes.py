@@ -1,0 +1,62 @@
+"""One pass over a data set without learning."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+
+from roadwork_dist.engine.collectives import gather_rows, sum_over_ranks
+from roadwork_dist.training.task import Task
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What a pass over a data set gave, over all ranks.
+
+    Attributes:
+        metrics: ``loss``, ``loss/<part>`` and the task's figures.
+        rows: the task's per-row tensors, on the CPU; rank 0's rows first.
+    """
+
+    metrics: dict[str, float]
+    rows: dict[str, Tensor]
+
+
+@torch.no_grad()
+def run_pass(model: nn.Module, task: Task, batches: Iterable[Any], device: torch.device) -> PassResult:
+    """Loss and figures over the rows of all ranks' batches.
+
+    Collectives: two at the end, which every rank reaches, also one without batches.
+
+    Args:
+        model: in eval mode, not wrapped for data parallel.
+        task: loss and figures.
+        batches: this rank's batches, on the CPU; no row twice, also not on two ranks.
+        device: where the model is.
+    """
+    sums = dict.fromkeys(task.weights, 0.0)
+    counts = dict.fromkeys(task.weights, 0)
+    rows: dict[str, list[Tensor]] = defaultdict(list)
+    for batch in batches:
+        for part, count in task.count(batch).items():
+            counts[part] += count
+        output = task(model, send_to_device(batch, device, non_blocking=True))
+        for part in sums:
+            sums[part] += float(output.sums[part])
+        for name, tensor in output.rows.items():
+            rows[name].append(tensor.cpu())
+    local = {name: torch.cat(tensors) for name, tensors in rows.items()}
+    totals = sum_over_ranks([*sums.values(), *counts.values()], device)
+    means = {
+        part: total / count
+        for part, total, count in zip(sums, totals[: len(sums)], totals[len(sums) :], strict=True)
+        if count
+    }
+    all_rows = gather_rows(local)
+    metrics = {"loss": sum(task.weights[part] * mean for part, mean in means.items())}
+    metrics |= {f"loss/{part}": mean for part, mean in means.items()}
+    return PassResult(metrics | task.metrics(all_rows), all_rows)

@@ -1,0 +1,95 @@
+"""What is learned: from a batch to sums of losses, and from predictions to figures."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TaskOutput:
+    """What a task makes of one micro-batch.
+
+    Attributes:
+        sums: per loss part, the sum over the rows that have a target; float32 scalars on the graph,
+            exactly 0 for a part without targets.
+        rows: per-row tensors [B, …] that validation figures are computed from.
+    """
+
+    sums: dict[str, Tensor]
+    rows: dict[str, Tensor]
+
+
+class Task(Protocol):
+    """Model + loss. The loop knows neither.
+
+    The loss of an optimizer step is ``sum over parts of weight * sum / count`` with sums and counts
+    over all micro-batches of all ranks, so no task divides by anything.
+    """
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """Weight of each part of the loss."""
+
+    @property
+    def figures(self) -> Sequence[str]:
+        """Names of the figures that :meth:`metrics` gives."""
+
+    def count(self, batch: Any) -> Mapping[str, int]:
+        """Rows that have a target, per part, from the batch alone (it is on the CPU)."""
+
+    def __call__(self, model: nn.Module, batch: Any) -> TaskOutput:
+        """Run the model on a batch that lies on its device."""
+
+    def metrics(self, rows: Mapping[str, Tensor]) -> dict[str, float]:
+        """Validation figures from every row of the data set, each once."""
+
+
+class ClassificationTask:
+    """Cross-entropy over ``(inputs, labels)`` batches; figures are MCC and accuracy.
+
+    Inputs are [B, …], whatever ``model(inputs)`` turns into logits [B, K]; labels are [B] int64.
+    """
+
+    weights: Mapping[str, float] = {"cross_entropy": 1.0}
+    figures = ("mcc", "accuracy")
+
+    def count(self, batch: tuple[Tensor, Tensor]) -> dict[str, int]:
+        """Rows of the batch."""
+        return {"cross_entropy": len(batch[1])}
+
+    def __call__(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> TaskOutput:
+        """Logits and their summed cross-entropy."""
+        inputs, labels = batch
+        logits = model(inputs).float()
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        return TaskOutput({"cross_entropy": loss}, {"logits": logits, "label": labels})
+
+    def metrics(self, rows: Mapping[str, Tensor]) -> dict[str, float]:
+        """MCC (Gorodkin 2004 for K > 2) and accuracy of the most likely class."""
+        predicted = rows["logits"].argmax(dim=1)
+        return {
+            "mcc": matthews_corrcoef(rows["label"], predicted),
+            "accuracy": float((predicted == rows["label"]).double().mean()),
+        }
+
+
+def matthews_corrcoef(labels: Tensor, predicted: Tensor) -> float:
+    """Matthews correlation coefficient of class numbers [N]; 0 where it is not defined.
+
+    Labels of a single class leave it undefined; that is said once per call in the log.
+    """
+    from sklearn.metrics import matthews_corrcoef as sklearn_mcc
+
+    classes = set(labels.tolist())
+    if len(classes) < 2:
+        logger.warning(
+            "validation labels are of one class (%s): MCC is not defined and counts as 0", sorted(classes)
+        )
+        return 0.0
+    return float(sklearn_mcc(labels.numpy(), predicted.numpy()))

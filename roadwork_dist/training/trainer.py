@@ -1,0 +1,252 @@
+"""The training loop, for any model.
+
+fit → _train_epoch → OptimizerStep: three hops to ``optimizer.step()``. Everything that is not the
+loop itself (averaging, checkpoints, figures on disk and screen) observes it as a callback.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Self
+
+from torch import Tensor, nn
+
+from roadwork_dist.common.errors import CheckpointError, ConfigError, NonFiniteLossError
+from roadwork_dist.common.random import seed_everything
+from roadwork_dist.config.schema import TrainConfig
+from roadwork_dist.data.loader import MapDataset, load_batches
+from roadwork_dist.data.sampler import MicroBatch, Sampler, evaluation_batches
+from roadwork_dist.engine.accelerator import build_accelerator, prepare
+from roadwork_dist.events.callback import Callback
+from roadwork_dist.events.state import StepResult, TrainState
+from roadwork_dist.optim.optimizers import build_optimizer
+from roadwork_dist.optim.schedules import Schedule
+from roadwork_dist.training.defaults import default_callbacks
+from roadwork_dist.training.passes import run_pass
+from roadwork_dist.training.step import LoadedBatch, OptimizerStep
+from roadwork_dist.training.task import ClassificationTask, Task
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer:
+    """Trains a model on one process, or data parallel on as many as were launched.
+
+    Started again with the same arguments it goes on where it was, to the bit.
+
+    Args:
+        model: any module; parameters that require no gradient stay as they are.
+        config: recipe, run folder, what to write.
+        train_data: map-style data set. Its random draws are made pure functions of
+            (seed, epoch, rows); see :mod:`roadwork_dist.data.loader`.
+        val_data: map-style data set that chooses the best weights; None = no validation.
+        task: loss and figures; None = classification of ``(inputs, labels)`` batches.
+        sample_weights: chance of each training row, for drawing with replacement.
+        collate: list of rows -> batch; None = torch's default.
+        callbacks: observers besides the default ones (average, figures, checkpoints).
+
+    Raises:
+        ConfigError: nothing to train, no data, or a monitored figure that the task does not give.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainConfig,
+        train_data: MapDataset,
+        val_data: MapDataset | None = None,
+        *,
+        task: Task | None = None,
+        sample_weights: Sequence[float] | None = None,
+        collate: Callable[[list[Any]], Any] | None = None,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        self.model, self.config, self.task = model, config, task or ClassificationTask()
+        self.train_data, self.val_data, self.collate = train_data, val_data, collate
+        self.run_dir = Path(config.output_dir)
+        self.state = TrainState()
+        self.accelerator = build_accelerator(precision=config.precision, device=config.device)
+        self.sampler = Sampler(
+            len(train_data),
+            config.batch_size,
+            config.accumulation,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+            seed=config.seed,
+            weights=sample_weights,
+        )
+        self.optimizer = build_optimizer(model, config.optim)
+        self.schedule = Schedule(config.optim.lr, self.total_steps, config.schedule)
+        self.callbacks: list[Callback] = [*callbacks, *default_callbacks(config)]
+        figures = ("loss", *self.task.figures)
+        if val_data is not None and config.monitor.removeprefix("-") not in figures:
+            raise ConfigError(
+                f"monitor is {config.monitor!r}, but this task's figures are {', '.join(figures)} "
+                "(with a leading '-' where lower is better)"
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of an epoch."""
+        return self.sampler.steps_per_epoch
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.config.epochs * self.steps_per_epoch
+
+    def fit(self) -> Self:
+        """Train to the end of the configured epochs, or until the monitored figure is stale.
+
+        The best weights lie in ``best/`` of the run folder, the last ones in ``model``.
+
+        Raises:
+            NonFiniteLossError: too many steps in a row had a loss that is not finite.
+            CheckpointError: training state cannot be written.
+        """
+        # Ranks draw different dropout masks; what is shared (order, augmentation) has its own seeds.
+        seed_everything(self.config.seed + self.accelerator.process_index)
+        prepared, self.optimizer = prepare(
+            self.accelerator, self.model, self.optimizer, compile_mode=self.config.compile
+        )
+        step = OptimizerStep(self.accelerator, prepared, self.optimizer, self.task, self.config.optim.clip)
+        try:
+            self._emit("on_fit_start")
+            while self.state.epoch < self.config.epochs and not self.state.should_stop:
+                self._train_epoch(step)
+                if self.val_data is not None:
+                    self._validate(self.val_data)
+                self.state.epoch += 1
+                self.state.step_in_epoch = 0
+                self._emit("on_epoch_end")
+            self._emit("on_fit_end")
+        except BaseException as error:
+            for callback in self.callbacks:
+                callback.on_exception(self, error)
+            raise
+        return self
+
+    def _train_epoch(self, step: OptimizerStep) -> None:
+        self.model.train()
+        state = self.state
+        indices = (micro.indices for micros in self._remaining_steps() for micro in micros)
+        batches = iter(self._load(self.train_data, indices, state.epoch))
+        for micro_batches in self._remaining_steps():
+            started = time.perf_counter()
+            loaded = [LoadedBatch(next(batches), m.indices, m.is_filler) for m in micro_batches]
+            waited = time.perf_counter() - started
+            result = step(loaded, self.schedule.lr_at(state.step))
+            state.step += 1
+            state.step_in_epoch += 1
+            state.nonfinite_streak = state.nonfinite_streak + 1 if result.skipped else 0
+            seconds = time.perf_counter() - started
+            self._emit("on_step_end", replace(result, seconds=seconds, data_wait=waited / seconds))
+            self._stop_if_diverged(result)
+
+    def _validate(self, data: MapDataset) -> None:
+        self.model.eval()
+        self._emit("on_validation_start")
+        accelerator = self.accelerator
+        batches = evaluation_batches(
+            len(data), self.config.batch_size, accelerator.process_index, accelerator.num_processes
+        )
+        # The bare model: ranks may have different numbers of batches, so its forward pass must not
+        # contain a collective, as the data parallel wrapper's may (buffers).
+        outcome = run_pass(self.model, self.task, self._load(data, batches), accelerator.device)
+        improved = self.state.observe(self._monitored(outcome.metrics))
+        for callback in reversed(self.callbacks):
+            callback.on_validation_end(self, outcome.metrics, improved)
+        if self.config.patience and self.state.stale_validations >= self.config.patience:
+            self.state.should_stop = True
+        self.model.train()
+
+    def _remaining_steps(self) -> Iterator[list[MicroBatch]]:
+        return self.sampler.steps(self.state.epoch, start=self.state.step_in_epoch)
+
+    def _load(self, data: MapDataset, batches: Iterable[list[int]], epoch: int = 0) -> Iterable[Any]:
+        return load_batches(
+            data,
+            batches,
+            seed=self.config.seed,
+            epoch=epoch,
+            workers=self.config.workers,
+            collate=self.collate,
+            pin_memory=self.accelerator.device.type == "cuda",
+        )
+
+    def _monitored(self, metrics: dict[str, float]) -> float:
+        name = self.config.monitor
+        return -metrics[name[1:]] if name.startswith("-") else metrics[name]
+
+    def _stop_if_diverged(self, result: StepResult) -> None:
+        if not result.skipped:
+            return
+        ids = ", ".join(self.sample_ids(result.bad_rows[:8]))
+        logger.warning(
+            "step %d skipped on all ranks: loss %s, gradient norm %s%s",
+            self.state.step,
+            result.loss,
+            result.grad_norm,
+            f", samples {ids}" if ids else "",
+        )
+        if self.state.nonfinite_streak >= self.config.max_nonfinite_steps:
+            raise NonFiniteLossError(
+                f"the loss or its gradient was not finite in {self.state.nonfinite_streak} steps in a row "
+                f"(up to step {self.state.step}; last samples: {ids or 'unknown'}): lower optim.lr, check "
+                "those samples, or raise max_nonfinite_steps; the last good checkpoint is untouched"
+            )
+
+    def _emit(self, event: str, *arguments: Any) -> None:
+        for callback in self.callbacks:
+            getattr(callback, event)(self, *arguments)
+
+    def sample_ids(self, rows: Sequence[int]) -> list[str]:
+        """Ids of rows of the training data: its ``sample_id(row)`` where it has one, else the row."""
+        name = getattr(self.train_data, "sample_id", str)
+        return [name(row) for row in rows]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Loop state, what the order of rows depends on, and every callback's state; JSON-able."""
+        return {
+            "state": self.state.state_dict(),
+            "rows": self._row_plan(),
+            "callbacks": {type(c).__name__: c.state_dict() for c in self.callbacks},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take a :meth:`state_dict` over.
+
+        Raises:
+            CheckpointError: the order of rows was another one, so its place in the epoch means nothing.
+        """
+        was, now = state["rows"], self._row_plan()
+        changed = [f"{name} was {was[name]}, is {now[name]}" for name in now if was[name] != now[name]]
+        if changed:
+            raise CheckpointError(
+                f"cannot go on from the checkpoint in {self.run_dir}: {'; '.join(changed)}; set it back, "
+                "or train into another output_dir"
+            )
+        self.state.load_state_dict(state["state"])
+        for callback in self.callbacks:
+            callback.load_state_dict(state["callbacks"].get(type(callback).__name__, {}))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Tensors of every callback, by ``callback/name``."""
+        return {f"{type(c).__name__}/{name}": t for c in self.callbacks for name, t in c.tensors().items()}
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Take :meth:`tensors` over."""
+        for callback in self.callbacks:
+            prefix = f"{type(callback).__name__}/"
+            own = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+            if own:
+                callback.load_tensors(own)
+
+    def _row_plan(self) -> dict[str, int]:
+        return {
+            "rows of the training data": self.sampler.length,
+            "seed": self.config.seed,
+            "rows per optimizer step (batch_size x accumulation x processes)": self.sampler.rows_per_step,
+        }
