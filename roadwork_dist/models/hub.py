@@ -1,0 +1,111 @@
+"""Where pre-trained weights lie: a local folder, the hub's local cache, or the hub.
+
+The hub's client repeats a failed request five times with growing pauses, for each file; on a
+machine without network that is a minute of silence. One short probe decides beforehand whether
+the network is asked at all, so that a missing model fails at once and a cached one loads at once.
+"""
+
+import logging
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from urllib.error import HTTPError
+
+from roadwork_dist.common.errors import BackboneError
+
+logger = logging.getLogger(__name__)
+
+PROBE_SECONDS = 5.0
+
+
+def is_local(name: str) -> bool:
+    """True if ``name`` is written as a path or is a folder that exists."""
+    return name.startswith((".", "/", "~")) or Path(name).is_dir()
+
+
+def hub_reachable() -> bool:
+    """True if the hub answers one request within five seconds and offline mode is not set."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
+        with urllib.request.urlopen(request, timeout=PROBE_SECONDS):
+            return True
+    except HTTPError:
+        return True  # it answered, if only with an error status
+    except OSError:
+        return False
+
+
+def local_folder(name: str) -> Path:
+    """The existing folder that ``name`` points to.
+
+    Raises:
+        BackboneError: there is none, or it holds no ``config.json``.
+    """
+    folder = Path(name).expanduser().absolute()
+    if not folder.is_dir():
+        raise BackboneError(
+            f"{name!r} is read as a local folder, but {folder} is not a folder: correct the path"
+        )
+    if not (folder / "config.json").is_file():
+        raise BackboneError(
+            f"{folder} holds no config.json: expected a folder written by save_pretrained (transformers), "
+            "save_for_hf (timm), or downloaded from the hub"
+        )
+    return folder
+
+
+def fetch_folder(repo: str, *, setting: str, gated: bool = False) -> Path:
+    """Folder with the config and weights of a hub repository, downloaded if it is not cached.
+
+    Args:
+        repo: ``owner/name`` on the hub.
+        setting: configuration key to name in errors, for example ``"backbone.name"``.
+        gated: the repository is known to need an accepted licence.
+
+    Raises:
+        BackboneError: it cannot be had; the message says why and what to do.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        RepositoryNotFoundError,
+    )
+
+    offline = not hub_reachable()
+
+    def snapshot(patterns: Sequence[str]) -> Path:
+        return Path(snapshot_download(repo, allow_patterns=list(patterns), local_files_only=offline))
+
+    try:
+        folder = snapshot(["*.json", "*.safetensors", "*.txt"])
+        if not any(folder.glob("*.safetensors")):
+            folder = snapshot(["*.json", "*.txt", "pytorch_model*.bin"])
+    except GatedRepoError as error:
+        raise BackboneError(f"{repo} is gated: {_access(repo)}") from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise BackboneError(
+            f"{repo!r} is no repository of the hub (or a private one): correct {setting}, "
+            "or log in with `hf auth login` if you have access"
+        ) from error
+    except (OSError, HfHubHTTPError) as error:
+        access = f"; it is gated: {_access(repo)}" if gated else ""
+        reason = "the hub cannot be reached" if offline else _first_line(error)
+        raise BackboneError(
+            f"{repo} is no folder here, not in the hub's local cache and not to be had now ({reason}): on a machine with "
+            f"network run `hf download {repo} --local-dir DIR`, copy DIR here and set {setting} to it{access}"
+        ) from error
+    return folder
+
+
+def _access(repo: str) -> str:
+    return f"accept the licence at https://huggingface.co/{repo}, then log in with `hf auth login`"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
