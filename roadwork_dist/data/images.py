@@ -1,0 +1,381 @@
+"""Photos and masks: where their bytes come from, and how bytes become tensors.
+
+Everything here is pickled to loader workers, so a source holds a path or a reference, not pixels.
+"""
+
+import hashlib
+import threading
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.ExifTags import Base as ExifTag
+from PIL.ImageFile import ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+from torch import Tensor
+
+from roadwork_dist.common.errors import DataError
+from roadwork_dist.common.types import MASK_CLASSES, MASK_SIDE
+
+MAX_PIXELS = 200_000_000
+"""Default limit of pixels, as in ``DataConfig.max_pixels``."""
+
+# Opening by the class of the format, not by Image.open, leaves out three things: formats nobody asked
+# for (EPS starts Ghostscript), the process-wide MAX_IMAGE_PIXELS, and the further pictures of an MPO.
+_FORMATS: dict[bytes, type[ImageFile]] = {
+    b"\xff\xd8\xff": JpegImageFile,
+    b"\x89PNG\r\n\x1a\n": PngImageFile,
+    b"RIFF": WebPImageFile,
+    b"BM": BmpImageFile,
+}
+
+# Value of the EXIF tag -> what turns the stored pixels upright (EXIF 2.32, tag 0x0112).
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+@runtime_checkable
+class ImageSource(Protocol):
+    """Where the encoded bytes of a picture come from; picklable."""
+
+    @property
+    def name(self) -> str:
+        """What messages call the picture: its path, or data set and row."""
+        ...
+
+    def read(self) -> bytes:
+        """The encoded bytes.
+
+        Raises:
+            DataError: they cannot be read.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class FileImage:
+    """A picture in a file."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """The path."""
+        return str(self.path)
+
+    def read(self) -> bytes:
+        """The content of the file.
+
+        Raises:
+            DataError: the file is missing or cannot be read.
+        """
+        try:
+            return self.path.read_bytes()
+        except FileNotFoundError:
+            raise DataError(
+                f"{self.path}: there is no such file, expected a photo: "
+                "mend the path in the table, or set data.image_root to the folder the paths start from"
+            ) from None
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"{self.path}: cannot be read ({error}), expected a readable file: check path and rights"
+            ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class BytesImage:
+    """A picture that is already in memory."""
+
+    name: str
+    data: bytes
+
+    def read(self) -> bytes:
+        """The bytes."""
+        return self.data
+
+
+def as_image_source(cell: Any, *, root: Path | None, name: str) -> ImageSource:
+    """The source that a cell of a table means.
+
+    Args:
+        cell: a source, a path, bytes, or a mapping with ``bytes`` and ``path`` (Hugging Face's form).
+        root: folder that relative paths start from; None = the working directory.
+        name: what messages call bytes that have no path.
+
+    Raises:
+        DataError: the cell is none of these.
+    """
+    if isinstance(cell, ImageSource):
+        return cell
+    if isinstance(cell, Mapping):
+        data, path = cell.get("bytes"), cell.get("path")
+        if data is not None:
+            return BytesImage(f"{name} ({path})" if path else name, data)
+        cell = path
+    if isinstance(cell, bytes):
+        return BytesImage(name, cell)
+    if isinstance(cell, str | Path):
+        return FileImage((root or Path()) / cell)
+    raise DataError(
+        f"{name}: image is a {type(cell).__name__}, expected a path or the bytes of a JPEG or PNG: "
+        "set data.columns.image to the column that has them"
+    )
+
+
+def content_hash(data: bytes) -> str:
+    """Hex SHA-256 of a photo's encoded bytes; names it in the feature store."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def decode(
+    source: ImageSource | bytes,
+    *,
+    name: str | None = None,
+    max_pixels: int = MAX_PIXELS,
+    min_side: int = 64,
+    draft_long_side: int | None = None,
+) -> Tensor:
+    """Decode a photo, upright and in RGB.
+
+    EXIF orientation is applied; greyscale, palette, CMYK (with Adobe's inverted polarity) and 16-bit
+    pictures are converted (16 bits by their high byte); transparent parts show white.
+
+    Args:
+        source: a source or encoded bytes (JPEG, PNG, WebP or BMP).
+        name: what messages call the photo; None = the source's name.
+        max_pixels: more pixels than this are refused before any is decoded.
+        min_side: least width and height in px.
+        draft_long_side: the caller needs a long side of only so many px: JPEGs are decoded at 1/2, 1/4 or
+            1/8 where that leaves at least as many, which is several times faster. None = full size.
+
+    Returns:
+        ``[3, H, W]`` uint8. The strides are those of an interleaved picture (channels last), which
+        torch's resize of uint8 is fastest with; call ``contiguous()`` for planes.
+
+    Raises:
+        DataError: the bytes are no whole photo within the limits.
+    """
+    data, name = _bytes_and_name(source, name)
+    image = _open(data, name, max_pixels=max_pixels, min_side=min_side)
+    if draft_long_side is not None:
+        _reduce(image, draft_long_side)
+    pixels = np.array(_to_rgb(_load_upright(image, name)))  # H W 3, a copy: Pillow's memory is read-only
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def photo_size(
+    source: ImageSource | bytes, *, name: str | None = None, max_pixels: int = MAX_PIXELS, min_side: int = 64
+) -> tuple[int, int]:
+    """Height and width in px of the upright photo, at full size, from its header where that suffices.
+
+    Raises:
+        DataError: the header cannot be read, or the size is out of the limits.
+    """
+    data, name = _bytes_and_name(source, name)
+    image = _open(data, name, max_pixels=max_pixels, min_side=min_side)
+    if isinstance(image, PngImageFile) and "exif" not in image.info:
+        _load(image, name)  # a PNG may carry its EXIF after the pixels
+    width, height = image.size
+    return (width, height) if _orientation(image) >= 5 else (height, width)
+
+
+class MaskSource(Protocol):
+    """Where a six-class mask comes from; picklable."""
+
+    @property
+    def name(self) -> str:
+        """What messages call the mask."""
+        ...
+
+    def bits(self) -> NDArray[np.uint8]:
+        """``[H, W]`` uint8: bit i is set where class i of ``MASK_CLASSES`` is; classes may overlap.
+
+        The mask covers the upright photo (EXIF orientation applied), at any resolution.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class PngMask:
+    """A mask stored as a greyscale 8-bit PNG: bit i of a pixel is class i of ``MASK_CLASSES``.
+
+    Masks are stored upright: as the photo is shown, not as its pixels lie in the file.
+    """
+
+    image: ImageSource
+    max_pixels: int = MAX_PIXELS
+
+    @property
+    def name(self) -> str:
+        """Name of the picture."""
+        return self.image.name
+
+    def bits(self) -> NDArray[np.uint8]:
+        """The pixels, ``[H, W]`` uint8.
+
+        Raises:
+            DataError: the PNG cannot be read, is not 8-bit greyscale or has bits above the sixth.
+        """
+        image = _open(self.image.read(), self.name, max_pixels=self.max_pixels, min_side=1)
+        _load(image, self.name)
+        if image.mode not in ("L", "P"):
+            raise DataError(
+                f"{self.name}: mask has pixels of mode {image.mode!r}, expected an 8-bit greyscale PNG with "
+                f"one bit a class ({', '.join(MASK_CLASSES)}): write it again in that form"
+            )
+        # Planes are counted by Pillow (256 bins) before numpy sees the pixels: cheap for 12 Mpx.
+        if any(image.histogram()[1 << len(MASK_CLASSES) :]):
+            raise DataError(
+                f"{self.name}: mask has values above {(1 << len(MASK_CLASSES)) - 1}, expected one bit a "
+                f"class ({', '.join(MASK_CLASSES)}): write it again in that form"
+            )
+        return np.asarray(image)
+
+
+def decode_mask(source: MaskSource, *, side: int = MASK_SIDE) -> Tensor:
+    """The target of the mask head: the share of each cell that each class covers.
+
+    The mask of the whole photo is squeezed to ``side`` × ``side`` cells, as the global view is; each
+    cell is the mean over its area, to 1/255. A cone of 25 px in 4032 px still leaves a trace.
+
+    Returns:
+        ``[M, side, side]`` float32 in [0, 1].
+
+    Raises:
+        DataError: the mask cannot be read.
+    """
+    bits = source.bits()
+    present = int(np.bitwise_or.reduce(bits, axis=None))
+    image = Image.fromarray(np.ascontiguousarray(bits))
+    target = np.zeros((len(MASK_CLASSES), side, side), dtype=np.float32)
+    for index in range(len(MASK_CLASSES)):
+        if present >> index & 1:
+            plane = image.point([255 * (value >> index & 1) for value in range(256)])
+            cells = plane.resize((side, side), Image.Resampling.BOX)  # BOX = the mean over the area
+            target[index] = np.asarray(cells, dtype=np.float32) / 255
+    return torch.from_numpy(target)
+
+
+def _bytes_and_name(source: ImageSource | bytes, name: str | None) -> tuple[bytes, str]:
+    if isinstance(source, bytes):
+        return source, name or "photo"
+    return source.read(), name or source.name
+
+
+_quiet_lock = threading.Lock()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Pillow's warnings about odd EXIF off the console.
+
+    Python's warning filters belong to the whole process, hence the lock; only headers are read in it.
+    """
+    with _quiet_lock, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _open(data: bytes, name: str, *, max_pixels: int, min_side: int) -> ImageFile:
+    """Read the header and check the size; no pixel is decoded."""
+    if not data:
+        raise DataError(
+            f"{name}: the file is empty (0 bytes), expected a JPEG or PNG: restore it or remove its row"
+        )
+    opener = next((cls for magic, cls in _FORMATS.items() if data.startswith(magic)), None)
+    if opener is None:
+        raise DataError(
+            f"{name}: is no picture (it starts with {data[:12]!r}), expected a JPEG, PNG, WebP or BMP: "
+            "restore the file or remove its row"
+        )
+    try:
+        with _quiet():
+            image = opener(BytesIO(data), name)
+    except Exception as error:  # Pillow's parsers raise nearly anything on broken bytes
+        raise _broken(name, error) from error
+    width, height = image.size
+    if width * height > max_pixels:
+        raise DataError(
+            f"{name}: has {width}x{height} px, expected at most {max_pixels:,} px in all (is it a "
+            "decompression bomb?): remove its row, or raise data.max_pixels if the photo is real"
+        )
+    if min(width, height) < min_side:
+        raise DataError(
+            f"{name}: has {width}x{height} px, expected at least {min_side} px on each side: "
+            "use a larger version of the photo or remove its row"
+        )
+    return image
+
+
+def _broken(name: str, error: Exception) -> DataError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return DataError(
+        f"{name}: is broken ({reason}), expected a whole picture: restore the file or remove its row"
+    )
+
+
+def _load(image: ImageFile, name: str) -> None:
+    try:
+        image.load()
+    except MemoryError:
+        raise
+    except Exception as error:  # as above: OSError, SyntaxError, struct.error, zlib.error, …
+        raise _broken(name, error) from error
+
+
+def _reduce(image: ImageFile, long_side: int) -> None:
+    """Let libjpeg decode at 1/2, 1/4 or 1/8 (its DCT scaling) where ``long_side`` px still remain."""
+    width, height = image.size
+    scale = max((s for s in (1, 2, 4, 8) if max(width, height) // s >= long_side), default=1)
+    if scale > 1:
+        image.draft(None, (width // scale, height // scale))
+
+
+def _orientation(image: ImageFile) -> int:
+    """EXIF orientation, 1 (upright) to 8; 1 where the EXIF block cannot be read."""
+    try:
+        with _quiet():
+            value = image.getexif().get(ExifTag.Orientation, 1)
+    except Exception:  # a broken EXIF block does not make the pixels unreadable
+        return 1
+    return value if value in _UPRIGHT else 1
+
+
+def _load_upright(image: ImageFile, name: str) -> Image.Image:
+    _load(image, name)
+    method = _UPRIGHT.get(_orientation(image))
+    return image if method is None else image.transpose(method)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image
+    if image.mode.startswith("I;16"):
+        # The high byte, as Pillow itself takes of 16-bit RGB; its own conversion of I;16 clips.
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        colours = image.convert("RGBA")
+        ground = Image.new("RGBA", colours.size, (255, 255, 255, 255))
+        return Image.alpha_composite(ground, colours).convert("RGB")
+    return image.convert("RGB")
