@@ -97,8 +97,9 @@ def fetch_folder(repo: str, *, setting: str, gated: bool = False) -> Path:
         access = f"; it is gated: {_access(repo)}" if gated else ""
         reason = "the hub cannot be reached" if offline else _first_line(error)
         raise BackboneError(
-            f"{repo} is no folder here, not in the hub's local cache and not to be had now ({reason}): on a machine with "
-            f"network run `hf download {repo} --local-dir DIR`, copy DIR here and set {setting} to it{access}"
+            f"{repo} is no folder here, not in the hub's local cache and not to be had now ({reason}): "
+            f"on a machine with network run `hf download {repo} --local-dir DIR`, copy DIR here "
+            f"and set {setting} to it{access}"
         ) from error
     return folder
 
