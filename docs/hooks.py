@@ -1,0 +1,66 @@
+"""Hooks of the documentation's build: the reference pages, made from the packages that are there."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "roadwork_dist"
+
+
+def public_modules(package: Path = PACKAGE) -> Iterator[str]:
+    """Dotted names of all modules that are public and say something, packages before their modules."""
+    for path in sorted(package.rglob("*.py"), key=lambda p: (p.parent, p.name != "__init__.py", p.name)):
+        parts = path.relative_to(package.parent).with_suffix("").parts
+        if parts[-1] == "__init__":
+            parts = parts[:-1]
+        if not any(part.startswith("_") for part in parts):
+            yield ".".join(parts)
+
+
+def pages() -> dict[str, list[str]]:
+    """Modules of each reference page, by the page's name: one page per package of the first level."""
+    grouped: dict[str, list[str]] = {}
+    for module in public_modules():
+        package, _, below = module.partition(".")
+        grouped.setdefault(below.split(".")[0] or package, []).append(module)
+    return grouped
+
+
+def on_config(config: Any) -> Any:
+    """Append the reference to the navigation, from the lowest floor up."""
+    names = sorted(pages(), key=lambda name: (_floor(name), name))
+    config.nav.append({"Reference": [{name: f"reference/{name}.md"} for name in names]})
+    return config
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Write the reference pages."""
+    for name, modules in pages().items():
+        body = "\n\n".join(f"::: {module}" + _options(module) for module in modules)
+        title = "roadwork_dist" if name == "roadwork_dist" else f"roadwork_dist.{name}"
+        files.append(File.generated(config, f"reference/{name}.md", content=f"# {title}\n\n{body}\n"))
+    return files
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
+    """Drop the role of Sphinx references, which docstrings use and Markdown does not know."""
+    return re.sub(r":(?:func|class|meth|mod|attr|data|exc):<code>~?([^<]*)</code>", r"<code>\1</code>", html)
+
+
+def _options(module: str) -> str:
+    # A package's own page part shows its docstring; what it re-exports is shown where it is written.
+    is_package = (ROOT / module.replace(".", "/") / "__init__.py").is_file()
+    return "\n    options:\n      members: false" if is_package else ""
+
+
+def _floor(name: str) -> int:
+    """Number in "Floor 3: ..." of a package's docstring; 8 for the root's own modules."""
+    init = PACKAGE / name / "__init__.py"
+    docstring = ast.get_docstring(ast.parse(init.read_text())) if init.is_file() else None
+    found = re.match(r"Floor (\d+)", docstring or "")
+    return int(found[1]) if found else (-1 if name == "roadwork_dist" else 8)

@@ -1,0 +1,18 @@
+"""What holds for every test: one thread a process, no hub, no tracker that phones home."""
+
+import os
+
+# Before anything imports the libraries that read them, and inherited by processes that tests start.
+os.environ.update(
+    OMP_NUM_THREADS="1",
+    TOKENIZERS_PARALLELISM="false",
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    WANDB_MODE="offline",
+    WANDB_SILENT="true",
+)
+
+import torch
+
+torch.set_num_threads(1)
