@@ -1,0 +1,123 @@
+"""A trained model as a folder: ``model.safetensors`` and ``config.json``.
+
+The folder holds what was trained. A frozen backbone is not in it, only what tells which one it
+was; whoever opens the folder loads that one and hands it over.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from roadwork_dist.common.errors import CheckpointError, ConfigError
+from roadwork_dist.common.files import write_atomic
+from roadwork_dist.config.schema import ModelConfig
+
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+FORMAT = 1
+"""Version of ``config.json``; raised when an older reader would misread it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainedConfig:
+    """What ``config.json`` says."""
+
+    d_backbone: int
+    """Width D of the features the head takes."""
+    mask_head: bool
+    """The model has a mask head."""
+    model: ModelConfig
+    """Settings of the head."""
+    backbone: dict[str, Any] = field(default_factory=dict)
+    """Identity of the backbone, as it was given when the model was saved."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Whatever else was given when the model was saved."""
+
+
+def write_pretrained(folder: Path, config: PretrainedConfig, weights: Mapping[str, Tensor]) -> None:
+    """Write a model's folder; each file is either whole or as it was before.
+
+    Raises:
+        CheckpointError: the folder cannot be written.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    text = json.dumps({"format": FORMAT, **asdict(config)}, indent=2, sort_keys=True) + "\n"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / WEIGHTS_FILE, save(tensors))
+        write_atomic(folder / CONFIG_FILE, text.encode())
+    except OSError as error:
+        raise CheckpointError(
+            f"the model cannot be written to {folder} ({error}): choose a folder that can be written "
+            "and has room"
+        ) from error
+
+
+def read_config(folder: Path) -> PretrainedConfig:
+    """Read ``config.json``, for example to learn which backbone the model needs.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or of a newer version.
+    """
+    path = folder / CONFIG_FILE
+    try:
+        content = json.loads(path.read_bytes())
+        version = content.pop("format")
+        if version != FORMAT:
+            raise CheckpointError(
+                f"{path} has format {version!r}, expected {FORMAT}: it was written by another version "
+                "of roadwork_dist; install that one"
+            )
+        return PretrainedConfig(**{**content, "model": ModelConfig(**content["model"])})
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{path} does not exist: expected a folder written by save_pretrained, such as a run's best/"
+        ) from error
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, ConfigError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error}): expected what save_pretrained writes; save the model again"
+        ) from error
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """Read the tensors of ``model.safetensors`` onto the CPU.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    path = folder / WEIGHTS_FILE
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error}): the model is incomplete or damaged; save it again"
+        ) from error
+
+
+def load_into(module: torch.nn.Module, weights: Mapping[str, Tensor], folder: Path, *, strict: bool) -> None:
+    """Load tensors into a module; every name and shape has to fit.
+
+    Args:
+        module: takes the weights.
+        weights: by the module's names.
+        folder: where they come from, for the message.
+        strict: the module may have nothing that is not among the weights.
+
+    Raises:
+        CheckpointError: a name or a shape does not fit.
+    """
+    try:
+        result = module.load_state_dict(dict(weights), strict=strict)
+    except RuntimeError as error:
+        raise CheckpointError(f"the weights in {folder} do not fit the model: {error}") from error
+    if result.unexpected_keys:
+        raise CheckpointError(
+            f"the weights in {folder} do not fit the backbone: it has no {', '.join(result.unexpected_keys)}"
+        )
