@@ -104,8 +104,8 @@ def matthews(confusion: NDArray[Any]) -> float:
 def best_threshold(labels: ArrayLike, probabilities: ArrayLike) -> float:
     """The threshold with the highest MCC; to be chosen on validation photos only.
 
-    Candidates are 0.5 and the middles between neighbouring probabilities. Of equally good ones the
-    nearest to 0.5 is taken, then the lower, so the choice is deterministic.
+    Candidates are 0.5, the middles between neighbouring probabilities, and the highest one. Of equally
+    good ones the nearest to 0.5 is taken, then the lower, so the choice is deterministic.
 
     Returns:
         A threshold for ``probability > threshold``; 0.5, with a warning, for labels of one class.
@@ -119,7 +119,7 @@ def best_threshold(labels: ArrayLike, probabilities: ArrayLike) -> float:
     values = np.unique(p)
     middles = (values[:-1] + values[1:]) / 2
     middles = np.where(middles >= values[1:], values[:-1], middles)  # neighbours one rounding step apart
-    candidates = np.append(middles, 0.5)
+    candidates = np.concatenate([middles, [0.5, values[-1]]])  # the last predicts no roadwork at all
     order = np.argsort(p)
     positives_up_to = np.concatenate([[0], np.cumsum(truth[order])])
     below = np.searchsorted(p[order], candidates, side="right")  # photos predicted 0
@@ -131,7 +131,7 @@ def best_threshold(labels: ArrayLike, probabilities: ArrayLike) -> float:
         true_positive, len(p) - below - true_positive, true_negative, false_negative
     ).round(12)
     best = candidates[scores == scores.max()]
-    return float(min(best, key=lambda t: (abs(t - 0.5), t)))
+    return float(min(best, key=lambda t: (round(abs(t - 0.5), 12), t)))
 
 
 def mcc_from_counts(tp: FloatArray, fp: FloatArray, tn: FloatArray, fn: FloatArray) -> FloatArray:
