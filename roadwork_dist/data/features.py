@@ -54,9 +54,10 @@ def checksum(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
-def pack_tensor(tensor: Tensor, **metadata: str) -> bytes:
+def pack_tensor(tensor: Tensor) -> bytes:
     """A tensor as the content of a safetensors file that carries its checksum."""
-    return save({"values": tensor.contiguous()}, metadata={"sha256": checksum(tensor), **metadata})
+    # One key only: safetensors writes several in random order, and equal tensors should give equal files.
+    return save({"values": tensor.contiguous()}, metadata={"sha256": checksum(tensor)})
 
 
 def unpack_tensor(path: Path) -> Tensor | None:
@@ -161,4 +162,4 @@ class FeatureStore:
         path = self.path(content_hash, sample_id, copy)
         stored = features.detach().to("cpu", STORED_DTYPES[self.space.dtype])
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, pack_tensor(stored, sample_id=sample_id, content=content_hash))
+        write_atomic(path, pack_tensor(stored))

@@ -92,6 +92,10 @@ class Augmenter:
             augmented[index] = augment(view, (*names, index))
         return augmented
 
+    def draw_epoch(self, epoch: int) -> int:
+        """See :func:`draw_epoch`."""
+        return draw_epoch(self.config, epoch)
+
     def identity(self) -> dict[str, object]:
         """All that decides the draws of a given copy, for keys of stored features.
 

@@ -1,0 +1,90 @@
+"""What photos contain, as hashes that name them in the feature store.
+
+Hashing needs every byte of every photo, so hashes are remembered in a file of the store for as long
+as a photo's path, size, inode and time of change stay the same.
+"""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from roadwork_dist.common.errors import DataError
+from roadwork_dist.data.images import FileImage, ImageSource, content_hash
+
+INDEX_NAME = "content-hashes.txt"
+_STATE_DIGITS = 32
+_HASH_DIGITS = 64
+
+
+def content_hashes(
+    sources: Sequence[ImageSource], root: Path | str | None = None, threads: int = 4
+) -> list[str | None]:
+    """Hash the bytes of photos, reading only those that changed.
+
+    Args:
+        sources: the photos.
+        root: folder of the feature store, where hashes are remembered; ``None`` = nowhere. Several
+            processes may use it at once.
+        threads: photos read at once.
+
+    Returns:
+        One hash per photo; ``None`` for a photo whose bytes cannot be read.
+    """
+    index = None if root is None else Path(root) / INDEX_NAME
+    known = {} if index is None else _load(index)
+    states = [_file_state(source) for source in sources]
+    hashes: list[str | None] = [known.get(state) if state else None for state in states]
+    unknown = [row for row, value in enumerate(hashes) if value is None]
+    with ThreadPoolExecutor(max(1, threads)) as pool:  # reading and hashing release the GIL
+        for row, value in zip(unknown, pool.map(lambda row: _hash(sources[row]), unknown), strict=True):
+            hashes[row] = value
+    if index is not None:
+        found = {s: h for row in unknown if (s := states[row]) and (h := hashes[row])}
+        _append(index, found)
+    return hashes
+
+
+def _file_state(source: ImageSource) -> str | None:
+    """A name for the present state of a photo's file; ``None`` where there is no file."""
+    if not isinstance(source, FileImage):
+        return None
+    try:
+        stat = source.path.stat()
+    except (OSError, ValueError):
+        return None
+    state = (source.path.resolve(), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+    text = "\x1f".join(map(str, state))
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:_STATE_DIGITS]
+
+
+def _hash(source: ImageSource) -> str | None:
+    try:
+        return content_hash(source.read())
+    except DataError:
+        return None
+
+
+def _load(index: Path) -> dict[str, str]:
+    """Whole lines of the index; a line that a killed process left unfinished is passed over."""
+    try:
+        lines = index.read_text(encoding="ascii", errors="replace").splitlines()
+    except FileNotFoundError:
+        return {}
+    pairs = (line.split(" ") for line in lines)
+    return {p[0]: p[1] for p in pairs if list(map(len, p)) == [_STATE_DIGITS, _HASH_DIGITS]}
+
+
+def _append(index: Path, found: dict[str, str]) -> None:
+    """Add lines in one write, so that processes which append at once do not tear each other's lines."""
+    if not found:
+        return
+    # The leading newline closes a line that another process may have left unfinished.
+    text = "\n" + "".join(f"{state} {value}\n" for state, value in found.items())
+    index.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(index, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    try:
+        os.write(handle, text.encode())
+    finally:
+        os.close(handle)

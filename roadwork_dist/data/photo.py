@@ -1,0 +1,80 @@
+"""From the bytes of a photo to its (augmented) views: decode, cut, augment.
+
+The feature store, the online data set and the predictor all go through here, so they see the same
+pixels for the same draws.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from roadwork_dist.data.augment import Augmenter
+from roadwork_dist.data.images import MAX_PIXELS, ImageSource, decode, photo_size
+from roadwork_dist.data.views import ViewGeometry, draft_long_side, make_views
+
+
+def views_of_photo(
+    source: ImageSource | bytes,
+    geometry: ViewGeometry,
+    *,
+    name: str | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> Tensor:
+    """Decode a photo no larger than needed and cut its views.
+
+    Args:
+        source: where the photo is, or its bytes.
+        geometry: which views.
+        name: what messages call the photo; None = the source's name.
+        max_pixels: photos with more pixels are refused.
+
+    Returns:
+        [V, 3, S, S] uint8.
+
+    Raises:
+        DataError: the photo cannot be read; the message names it.
+    """
+    if not isinstance(source, bytes):
+        name = name or source.name
+        source = source.read()
+    height, width = photo_size(source, name=name, max_pixels=max_pixels)
+    draft = draft_long_side(geometry, width, height)
+    image = decode(source, name=name, max_pixels=max_pixels, draft_long_side=draft)
+    return make_views(image, geometry, (width, height))
+
+
+@dataclass(frozen=True)
+class PhotoViews:
+    """How a photo becomes views: geometry, augmentation and the limit of its size.
+
+    Args:
+        geometry: which views.
+        augmenter: ``None`` for views as they are.
+        max_pixels: photos with more pixels are refused.
+    """
+
+    geometry: ViewGeometry
+    augmenter: Augmenter | None = None
+    max_pixels: int = MAX_PIXELS
+
+    def copies(self) -> list[int | None]:
+        """The copies that a feature store keeps of each photo; ``[None]`` without augmentation."""
+        return [None] if self.augmenter is None else list(range(self.augmenter.config.copies))
+
+    def copy_of_epoch(self, epoch: int) -> int | None:
+        """The copy that ``epoch`` uses; ``None`` without augmentation."""
+        return None if self.augmenter is None else self.augmenter.draw_epoch(epoch)
+
+    def plain(self, source: ImageSource | bytes, *, name: str | None = None) -> Tensor:
+        """The un-augmented views, [V, 3, S, S] uint8.
+
+        Raises:
+            DataError: the photo cannot be read.
+        """
+        return views_of_photo(source, self.geometry, name=name, max_pixels=self.max_pixels)
+
+    def augmented(self, views: Tensor, sample_id: str, copy: int | None) -> Tensor:
+        """A copy of un-augmented views: [V, 3, S, S] uint8; ``copy`` as of :meth:`copy_of_epoch`."""
+        if self.augmenter is None or copy is None:
+            return views
+        return self.augmenter(views, sample_id, copy)

@@ -1,0 +1,296 @@
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from roadwork_dist.common.errors import BackboneError, ConfigError, DataError
+from roadwork_dist.config.schema import AugmentConfig
+from roadwork_dist.data.augment import Augmenter
+from roadwork_dist.data.content import INDEX_NAME, content_hashes
+from roadwork_dist.data.extract import Extraction, extract
+from roadwork_dist.data.features import FeatureSpace, FeatureStore
+from roadwork_dist.data.images import BytesImage, FileImage
+from roadwork_dist.data.manifest import Sample
+from roadwork_dist.data.photo import PhotoViews
+from roadwork_dist.data.views import ViewGeometry
+
+SIDE = 48
+GEOMETRY = ViewGeometry(SIDE)
+SPACE = FeatureSpace(GEOMETRY.identity(), None, "tiny conv", "fp32")
+
+
+def jpeg(seed: int, size: tuple[int, int] = (120, 90)) -> bytes:
+    """A synthetic photo: smooth random colours."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    buffer = BytesIO()
+    Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def samples_in(folder: Path, count: int = 5) -> list[Sample]:
+    """Photos on disk; every third is too small for more than the global view."""
+    samples = []
+    for k in range(count):
+        path = folder / f"{k}.jpg"
+        path.write_bytes(jpeg(k, (70, 64) if k % 3 == 2 else (120, 90)))
+        samples.append(Sample(f"s{k}", FileImage(path)))
+    return samples
+
+
+class TinyEncoder:
+    """A small convolution, as an encoder that counts what it is given."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.conv = torch.nn.Conv2d(3, 8, 5, stride=3)
+        self.shapes: list[tuple[int, ...]] = []
+
+    @torch.no_grad()
+    def __call__(self, views: Tensor) -> Tensor:
+        self.shapes.append(tuple(views.shape))
+        return self.conv(views.float() / 255).relu().mean((2, 3))  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def plain() -> PhotoViews:
+    return PhotoViews(GEOMETRY)
+
+
+@pytest.fixture
+def augmenting() -> PhotoViews:
+    return PhotoViews(GEOMETRY, Augmenter(AugmentConfig(copies=2), 5))
+
+
+def space_of(views: PhotoViews) -> FeatureSpace:
+    augment = None if views.augmenter is None else views.augmenter.identity()
+    return FeatureSpace(views.geometry.identity(), augment, "tiny conv", "fp32")
+
+
+def run(
+    samples: list[Sample], views: PhotoViews, root: Path, encode: TinyEncoder, **options: object
+) -> Extraction:
+    store = FeatureStore(root, space_of(views))
+    hashes = content_hashes([s.image for s in samples], root)
+    return extract(samples, hashes, views=views, store=store, encode=encode, batch_views=7, **options)  # type: ignore[arg-type]
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*.safetensors")}
+
+
+@pytest.mark.parametrize(
+    "change", ["size", "grid", "policy", "augment", "seed", "strength", "backbone", "dtype"]
+)
+def test_every_field_of_the_identity_changes_the_key(change: str) -> None:
+    base = dataclasses.replace(SPACE, augment=Augmenter(AugmentConfig(), 1).identity())
+    changed = {
+        "size": {"views": ViewGeometry(49).identity()},
+        "grid": {"views": ViewGeometry(SIDE, grid=4).identity()},
+        "policy": {"views": ViewGeometry(SIDE, policy="all").identity()},
+        "augment": {"augment": None},
+        "seed": {"augment": Augmenter(AugmentConfig(), 2).identity()},
+        "strength": {"augment": Augmenter(AugmentConfig(strength=0.5), 1).identity()},
+        "backbone": {"backbone": "tiny conv, other weights"},
+        "dtype": {"dtype": "bf16"},
+    }[change]
+    assert dataclasses.replace(base, **changed).key != base.key  # type: ignore[arg-type]
+    assert dataclasses.replace(base).key == base.key
+
+
+def test_the_folder_says_what_it_holds(tmp_path: Path) -> None:
+    store = FeatureStore(tmp_path, SPACE)
+    assert store.folder == tmp_path / SPACE.key
+    text = (store.folder / "manifest.json").read_text()
+    assert '"backbone": "tiny conv"' in text
+    assert '"size": 48' in text
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 0.0), ("bf16", 2**-8)])
+def test_what_is_put_is_got(tmp_path: Path, dtype: str, tolerance: float) -> None:
+    store = FeatureStore(tmp_path, dataclasses.replace(SPACE, dtype=dtype))  # type: ignore[arg-type]
+    features = torch.randn(12, 8)
+    assert not store.has("aabb", "s", None)
+    store.put("aabb", "s", None, features)
+    assert store.has("aabb", "s", None)
+    assert store.get("aabb", "s", None).dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    torch.testing.assert_close(store.get("aabb", "s", None).float(), features, rtol=tolerance, atol=0)
+    assert store.has("aabb", "another id", None), "plain features belong to the content"
+    assert store.path("aabb", "s", None) == store.folder / "plain" / "aa" / "aabb.safetensors"
+
+
+def test_augmented_features_belong_to_content_sample_and_copy(tmp_path: Path) -> None:
+    store = FeatureStore(tmp_path, dataclasses.replace(SPACE, augment={"seed": 1}))
+    store.put("aabb", "s", 0, torch.zeros(1, 8))
+    assert store.has("aabb", "s", 0)
+    for other in [("aabb", "s", 1), ("aabb", "t", 0), ("aabc", "s", 0)]:
+        assert not store.has(*other)
+    with pytest.raises(ValueError, match="copy is None"):
+        store.has("aabb", "s", None)
+
+
+@pytest.mark.parametrize("damage", ["torn", "flipped", "empty", "text"])
+def test_a_damaged_file_is_computed_again_with_a_warning(
+    tmp_path: Path, plain: PhotoViews, damage: str
+) -> None:
+    samples, encode = samples_in(tmp_path), TinyEncoder()
+    root = tmp_path / "store"
+    run(samples, plain, root, encode)
+    whole = contents(root)
+    store = FeatureStore(root, SPACE)
+    hashes = content_hashes([s.image for s in samples], root)
+    path = store.path(str(hashes[1]), "s1", None)
+    data = path.read_bytes()
+    flipped = data[:-5] + bytes([data[-5] ^ 4]) + data[-4:]
+    path.write_bytes(
+        {"torn": data[: len(data) // 2], "flipped": flipped, "empty": b"", "text": b"x" * 500}[damage]
+    )
+    with (
+        pytest.warns(RuntimeWarning, match="is damaged"),
+        pytest.raises(DataError, match=r"'s1'.*start the same"),
+    ):
+        store.get(str(hashes[1]), "s1", None)
+    with pytest.warns(RuntimeWarning, match="is damaged .*computed again"):
+        report = run(samples, plain, root, encode)
+    assert (report.computed, report.found) == (1, 4)
+    assert contents(root) == whole
+
+
+def test_views_of_photos_are_batched_together_and_told(tmp_path: Path, plain: PhotoViews) -> None:
+    encode, told = TinyEncoder(), []
+    report = run(
+        samples_in(tmp_path), plain, tmp_path / "store", encode, on_progress=lambda *x: told.append(x)
+    )
+    # 4 photos of 12 views and one of 1 view are 49 views: 7 batches of 7
+    assert encode.shapes == [(7, 3, SIDE, SIDE)] * 7
+    assert report == Extraction(5, 0, {})
+    assert told == [(k, 5) for k in range(6)]
+
+
+def test_stored_features_are_the_encoder_s(tmp_path: Path, augmenting: PhotoViews) -> None:
+    samples, encode = samples_in(tmp_path), TinyEncoder()
+    run(samples, augmenting, tmp_path / "store", encode)
+    store = FeatureStore(tmp_path / "store", space_of(augmenting))
+    hashes = content_hashes([s.image for s in samples])
+    for sample, content in zip(samples, hashes, strict=True):
+        for copy in (0, 1):
+            views = augmenting.augmented(augmenting.plain(sample.image), sample.id, copy)
+            assert len(views) == (1 if sample.id == "s2" else 12)
+            stored = store.get(str(content), sample.id, copy)
+            torch.testing.assert_close(stored, encode(views), rtol=1e-5, atol=1e-6)
+
+
+def test_stored_bytes_depend_neither_on_workers_nor_shares_nor_order(
+    tmp_path: Path, augmenting: PhotoViews
+) -> None:
+    samples = samples_in(tmp_path)
+    run(samples, augmenting, tmp_path / "a", TinyEncoder())
+    run(samples, augmenting, tmp_path / "b", TinyEncoder(), workers=2)
+    reports = [run(samples, augmenting, tmp_path / "c", TinyEncoder(), share=(r, 2)) for r in (1, 0)]
+    run(samples[::-1], augmenting, tmp_path / "d", TinyEncoder())
+    expected = contents(tmp_path / "a")
+    assert len(expected) == 10
+    for other in "bcd":
+        assert contents(tmp_path / other) == expected
+    assert [r.computed for r in reports] == [4, 6]
+
+
+def test_what_is_there_is_not_decoded_again(
+    tmp_path: Path, plain: PhotoViews, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = samples_in(tmp_path, 3)
+    run(samples, plain, tmp_path / "store", TinyEncoder())
+    monkeypatch.setattr(PhotoViews, "plain", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr(FileImage, "read", lambda *_: pytest.fail("read"))
+    encode = TinyEncoder()
+    assert run(samples, plain, tmp_path / "store", encode) == Extraction(0, 3, {})
+    assert encode.shapes == []
+
+
+def test_the_same_photo_under_two_ids_is_computed_once(tmp_path: Path, plain: PhotoViews) -> None:
+    samples = samples_in(tmp_path, 2)
+    samples.append(Sample("double", samples[0].image))
+    assert run(samples, plain, tmp_path / "store", TinyEncoder()).computed == 2
+
+
+def test_unreadable_photos_are_named_and_the_others_go_on(tmp_path: Path, plain: PhotoViews) -> None:
+    samples = samples_in(tmp_path)
+    (tmp_path / "1.jpg").write_bytes(jpeg(1)[:900])
+    (tmp_path / "3.jpg").unlink()
+    samples.append(Sample("double", FileImage(tmp_path / "1.jpg")))
+    report = run(samples, plain, tmp_path / "store", TinyEncoder())
+    assert report.computed == 3
+    assert sorted(report.unreadable) == [1, 3, 5]
+    assert "1.jpg: is broken" in report.unreadable[1] == report.unreadable[5]
+    assert "3.jpg: there is no such file" in report.unreadable[3]
+
+
+def test_features_that_are_not_finite_are_refused(tmp_path: Path, plain: PhotoViews) -> None:
+    samples = samples_in(tmp_path, 1)
+    with pytest.raises(BackboneError, match=r"not finite for .*0\.jpg"):
+        run(samples, plain, tmp_path / "store", lambda views: torch.full((len(views), 4), torch.nan))  # type: ignore[arg-type]
+
+
+def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"cannot be written .*set features\.dir"):
+        FeatureStore(tmp_path / "file" / "store", SPACE)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+sys.path.insert(0, sys.argv[1])
+import test_features as t
+folder, kill_after = Path(sys.argv[2]), int(sys.argv[3])
+replace, count = Path.replace, 0
+def counted(self, target):
+    global count
+    count += str(target).endswith(".safetensors")
+    if count > kill_after:
+        os.kill(os.getpid(), signal.SIGKILL)  # written under its temporary name, not yet renamed
+    return replace(self, target)
+Path.replace = counted
+samples = [t.Sample(f"s{k}", t.FileImage(folder / f"{k}.jpg")) for k in range(5)]
+t.run(samples, t.PhotoViews(t.GEOMETRY), folder / "killed", t.TinyEncoder())
+"""
+
+
+def test_a_killed_extraction_goes_on_and_ends_with_the_same_bytes(tmp_path: Path, plain: PhotoViews) -> None:
+    samples = samples_in(tmp_path)
+    run(samples, plain, tmp_path / "whole", TinyEncoder())
+    command = [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(tmp_path), "2"]
+    result = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
+    assert result.returncode == -signal.SIGKILL
+    assert len(contents(tmp_path / "killed")) == 2
+    report = run(samples, plain, tmp_path / "killed", TinyEncoder())
+    assert (report.computed, report.found) == (3, 2)
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def test_hashes_are_remembered_until_the_photo_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = [s.image for s in samples_in(tmp_path, 3)]
+    memory = BytesImage("in memory", jpeg(9))
+    first = content_hashes([*sources, memory], tmp_path)
+    assert len(set(first)) == 4
+    assert content_hashes([FileImage(tmp_path / "gone.jpg")], tmp_path) == [None]
+    with (tmp_path / INDEX_NAME).open("a") as index:
+        index.write("0123 torn li")
+    (tmp_path / "1.jpg").write_bytes(jpeg(77))
+    second = content_hashes(sources, tmp_path)
+    assert (second[0], second[2]) == (first[0], first[2])
+    assert second[1] != first[1]
+    monkeypatch.setattr(FileImage, "read", lambda *_: pytest.fail("read"))
+    assert content_hashes(sources, tmp_path) == second
