@@ -1,0 +1,78 @@
+"""Targets of the mask head for a whole manifest, decoded once (M classes, cells of the global view).
+
+Decoding a 12-megapixel mask takes longer than a training step, so targets are kept: on disk between
+runs and, compressed, in memory during one. Cells are whole multiples of 1/255, so nothing is rounded.
+"""
+
+import hashlib
+import pickle
+import zlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from roadwork_dist.common.files import write_atomic
+from roadwork_dist.common.types import MASK_CLASSES, MASK_SIDE
+from roadwork_dist.data.features import pack_tensor, unpack_tensor
+from roadwork_dist.data.images import MaskSource, PngMask, decode_mask
+
+SHAPE = (len(MASK_CLASSES), MASK_SIDE, MASK_SIDE)
+
+
+class MaskTargets:
+    """The targets of the rows of a manifest.
+
+    Args:
+        targets: [M, MASK_SIDE, MASK_SIDE] uint8, 255 = the whole cell; ``None`` = no mask.
+    """
+
+    def __init__(self, targets: Sequence[Tensor | None]) -> None:
+        self._packed = [None if t is None else zlib.compress(t.numpy().tobytes(), 1) for t in targets]
+
+    def __len__(self) -> int:
+        return len(self._packed)
+
+    def __getitem__(self, row: int) -> tuple[Tensor, bool]:
+        """Target [M, MASK_SIDE, MASK_SIDE] float32 in [0, 1], and whether the row has a mask (else 0)."""
+        packed = self._packed[row]
+        if packed is None:
+            return torch.zeros(SHAPE), False
+        cells = torch.frombuffer(bytearray(zlib.decompress(packed)), dtype=torch.uint8)
+        return cells.view(SHAPE).float() / 255, True
+
+
+def mask_targets(
+    sources: Sequence[MaskSource | None], root: Path | str | None = None, threads: int = 4
+) -> MaskTargets:
+    """Decode the masks of a manifest, or read their kept targets.
+
+    Args:
+        sources: one per row; ``None`` = no mask.
+        root: folder of the feature store, where targets are kept; ``None`` = nowhere.
+        threads: masks decoded at once.
+
+    Raises:
+        DataError: a mask cannot be read; the message names it.
+    """
+    folder = None if root is None else Path(root) / "masks"
+    with ThreadPoolExecutor(max(1, threads)) as pool:
+        return MaskTargets(list(pool.map(lambda s: None if s is None else _target(s, folder), sources)))
+
+
+def _target(source: MaskSource, folder: Path | None) -> Tensor:
+    path = None
+    if folder is not None:
+        content = source.image.read() if isinstance(source, PngMask) else pickle.dumps(source)
+        name = hashlib.sha256(content).hexdigest()
+        path = folder / name[:2] / f"{name}.safetensors"
+        kept = unpack_tensor(path)
+        if kept is not None:
+            return kept
+    cells = (decode_mask(source) * 255).round().to(torch.uint8)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, pack_tensor(cells))
+    return cells
