@@ -5,15 +5,13 @@ machine without network that is a minute of silence. One short probe decides bef
 the network is asked at all, so that a missing model fails at once and a cached one loads at once.
 """
 
-import logging
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.error import HTTPError
 
 from roadwork_dist.common.errors import BackboneError
-
-logger = logging.getLogger(__name__)
 
 PROBE_SECONDS = 5.0
 
@@ -102,6 +100,20 @@ def fetch_folder(repo: str, *, setting: str, gated: bool = False) -> Path:
             f"and set {setting} to it{access}"
         ) from error
     return folder
+
+
+@contextmanager
+def no_progress_bar() -> Iterator[None]:
+    """Without the bar that transformers draws while it copies weights from a local file."""
+    from transformers.utils import logging as transformers_logging
+
+    enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if enabled:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _access(repo: str) -> str:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from roadwork_dist.common.errors import BackboneError
 from roadwork_dist.common.types import TEXT_WIDTH
-from roadwork_dist.models.hub import fetch_folder, is_local, local_folder
+from roadwork_dist.models.hub import fetch_folder, is_local, local_folder, no_progress_bar
 from roadwork_dist.models.identity import weights_identity
 
 PACKAGED = "all-minilm-l6-v2"
@@ -88,9 +88,10 @@ def load_text_encoder(name: str = PACKAGED) -> TextEncoder:
     from transformers import AutoModel, AutoTokenizer
 
     try:
-        network, loading = AutoModel.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
-        )
+        with no_progress_bar():
+            network, loading = AutoModel.from_pretrained(
+                folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+            )
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from roadwork_dist.common.errors import BackboneError
+from roadwork_dist.common.registry import nearest
 from roadwork_dist.models.backbone.base import Backbone, BackboneInfo, Triple
 from roadwork_dist.models.hub import fetch_folder
 from roadwork_dist.models.identity import weights_identity
@@ -44,9 +45,8 @@ class TimmBackbone(Backbone):
 
 def has_class_token(network: nn.Module) -> bool:
     """True if ``forward_features`` of a timm network returns a normalised CLS token first."""
-    normalised = isinstance(getattr(network, "norm", None), nn.LayerNorm) or hasattr(
-        getattr(network, "norm", None), "eps"
-    )
+    # Where pooling comes before the norm, `norm` is an identity and the token is not normalised.
+    normalised = not isinstance(getattr(network, "norm", nn.Identity()), nn.Identity)
     return getattr(network, "cls_token", None) is not None and normalised
 
 
@@ -69,21 +69,29 @@ def wrap_timm(name: str, network: nn.Module) -> TimmBackbone:
     """Read what the package needs to know off a timm network and its pre-training settings."""
     net: Any = network
     settings: dict[str, Any] = net.pretrained_cfg
-    embed = getattr(net, "patch_embed", None)
     dynamic = bool(getattr(net, "dynamic_img_size", False))
     mean, std = _triple(settings["mean"]), _triple(settings["std"])
     architecture = {"library": "timm", "architecture": settings.get("architecture"), "mean": mean, "std": std}
     info = BackboneInfo(
         name=name,
         width=int(getattr(net, "head_hidden_size", None) or net.num_features),
-        patch=int(embed.patch_size[0]) if embed is not None and dynamic else None,
+        patch=_patch(network) if dynamic else None,
         native_size=int(settings["input_size"][-1]),
         mean=mean,
         std=std,
         identity=weights_identity(architecture, network.state_dict()),
-        fixed_size=not dynamic and bool(getattr(embed, "strict_img_size", False)),
+        fixed_size=not dynamic and bool(settings.get("fixed_input_size", False)),
     )
     return TimmBackbone(info, network)
+
+
+def _patch(network: nn.Module) -> int | None:
+    """Side of a patch of a network whose blocks all see the same grid of patches; else None."""
+    net: Any = network
+    if getattr(net, "patch_embed", None) is None:
+        return None
+    side = int(net.patch_embed.patch_size[0])
+    return side if net.feature_info[-1]["reduction"] == side else None
 
 
 def load_timm_folder(name: str, folder: Path) -> TimmBackbone:
@@ -115,10 +123,9 @@ def load_timm(name: str, architecture: str) -> TimmBackbone:
     import timm
 
     if not timm.is_model(architecture):
-        close = ", ".join(timm.list_models(f"*{architecture.split('_')[0]}*")[:3])
-        hint = f" (some names: {close})" if close else ""
+        close = ", ".join(nearest(architecture, timm.list_models()))
         raise BackboneError(
-            f"timm {timm.__version__} has no model {architecture!r}{hint}: correct backbone.name"
+            f"timm {timm.__version__} has no model {architecture!r}: correct backbone.name (near: {close})"
         )
     settings = timm.get_pretrained_cfg(architecture)
     if settings is None or not settings.hf_hub_id:

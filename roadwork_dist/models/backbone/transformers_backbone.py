@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from roadwork_dist.common.errors import BackboneError
 from roadwork_dist.models.backbone.base import IMAGENET_MEAN, IMAGENET_STD, Backbone, BackboneInfo, Triple
+from roadwork_dist.models.hub import no_progress_bar
 from roadwork_dist.models.identity import weights_identity
 
 CLASS_TOKEN_TYPES = frozenset(
@@ -59,7 +60,11 @@ class TransformersBackbone(Backbone):
 
     def _checkpoint_gradients(self) -> None:
         network: Any = self.network
-        network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        arguments = {"use_reentrant": False}
+        if hasattr(network, "activation_checkpointing_enable"):  # its name in newer versions
+            network.activation_checkpointing_enable(activation_checkpointing_kwargs=arguments)
+        else:
+            network.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
 
 
 def _layer_list(network: nn.Module) -> tuple[str, int]:
@@ -92,9 +97,10 @@ def load_transformers_folder(name: str, folder: Path) -> TransformersBackbone:
     import transformers
 
     try:
-        network, loading = transformers.AutoModel.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
-        )
+        with no_progress_bar():
+            network, loading = transformers.AutoModel.from_pretrained(
+                folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+            )
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise BackboneError(
