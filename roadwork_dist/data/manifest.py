@@ -353,7 +353,7 @@ def _report_unknown(name: str, unknown: Mapping[tuple[str, str], int]) -> None:
         f"; and {len(texts) - _MOST_WORDS_REPORTED} more words" if len(texts) > _MOST_WORDS_REPORTED else ""
     )
     logger.warning(
-        "%s: %d cells hold words outside the vocabulary and read as null: %s%s",
+        "%s: words outside the vocabulary are read as null (%d in all): %s%s",
         name,
         sum(unknown.values()),
         "; ".join(texts[:_MOST_WORDS_REPORTED]),

@@ -1,0 +1,54 @@
+"""From what a user names (a folder, a table, a data set, a COCO file) to a checked manifest."""
+
+from pathlib import Path
+
+from roadwork_dist.common.errors import DataError
+from roadwork_dist.config.schema import DataConfig
+from roadwork_dist.data.manifest import Manifest
+
+_UNDERSTOOD = (
+    "a .csv or .parquet table, a folder with metadata.csv or metadata.parquet, a Hugging Face data set on "
+    "disk (folder or folder:split), hf:owner/name:split, or a COCO .json of CMU ROADWork"
+)
+
+
+def load_manifest(source: str, config: DataConfig, *, name: str) -> Manifest:
+    """Read a source into a manifest; no photo is decoded.
+
+    Args:
+        source: path or hub id; ``DataConfig`` lists the forms.
+        config: columns, image root and limits.
+        name: role of the set, for messages: ``"train"``, ``"val"``, ``"target"``.
+
+    Raises:
+        DataError: the source is absent or of no known form, or its rows cannot be used.
+    """
+    from roadwork_dist.data.sources import huggingface, roadwork_coco, table
+
+    if source.startswith("hf:"):
+        return huggingface.read_hub(source, config)
+    path, split = _path_and_split(source)
+    if not path.exists():
+        raise DataError(
+            f"{source}: there is no such file or folder, expected {_UNDERSTOOD}: correct data.{name} "
+            "(a data set of the hub starts with hf:)"
+        )
+    if path.is_dir():
+        for metadata in (path / "metadata.csv", path / "metadata.parquet"):
+            if metadata.is_file():
+                return table.read_table(metadata, config)
+        if huggingface.is_dataset(path):
+            return huggingface.read_folder(path, split, config)
+    elif path.suffix.lower() in (".csv", ".parquet"):
+        return table.read_table(path, config)
+    elif path.suffix.lower() == ".json":
+        return roadwork_coco.read_coco(path, config)
+    raise DataError(f"{source}: is of no known form, expected {_UNDERSTOOD}: correct data.{name}")
+
+
+def _path_and_split(source: str) -> tuple[Path, str | None]:
+    """``folder:split`` means a split of a data set on disk, unless a file has that very name."""
+    path, colon, split = source.rpartition(":")
+    if colon and not Path(source).exists() and Path(path).is_dir():
+        return Path(path), split
+    return Path(source), None

@@ -1,0 +1,73 @@
+"""CSV and Parquet tables."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+from roadwork_dist.common.errors import DataError
+from roadwork_dist.config.schema import DataConfig
+from roadwork_dist.data.manifest import Manifest, build_manifest
+
+
+def read_table(path: Path, config: DataConfig) -> Manifest:
+    """Read a CSV (UTF-8, comma, header) or Parquet table.
+
+    Relative image paths start from ``config.image_root``, or else from the folder of the table. A Parquet
+    table that holds the photos themselves is read through the library datasets, which leaves them on disk.
+
+    Raises:
+        DataError: the table or a row of it cannot be used.
+    """
+    if path.suffix.lower() == ".csv":
+        columns, rows = _read_csv(path)
+    else:
+        from pyarrow import parquet
+
+        try:
+            schema = parquet.read_schema(path)
+            if _holds_photos(schema, config.columns.image):
+                from roadwork_dist.data.sources import huggingface
+
+                return huggingface.read_parquet(path, config)
+            columns, rows = schema.names, parquet.read_table(path).to_pylist()
+        except (OSError, ValueError) as error:  # pyarrow's errors derive from these
+            raise _unreadable(path, "a Parquet table", error) from error
+    return build_manifest(
+        rows,
+        name=str(path),
+        columns=config.columns,
+        image_root=Path(config.image_root) if config.image_root else path.parent,
+        column_names=columns,
+        max_pixels=config.max_pixels,
+    )
+
+
+def _read_csv(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:  # Excel writes a byte order mark
+            reader = csv.DictReader(file)
+            rows = list(reader)
+            columns = list(reader.fieldnames or [])
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise _unreadable(path, "a CSV table in UTF-8", error) from error
+    for number, row in enumerate(rows, start=1):
+        if None in row:  # where DictReader puts surplus cells
+            raise DataError(
+                f"{path}, row {number}: has more cells than the header's {len(columns)}, expected as many: "
+                "put text with commas in double quotes"
+            )
+    return columns, rows
+
+
+def _holds_photos(schema: Any, column: str) -> bool:
+    from pyarrow import types
+
+    if column not in schema.names:
+        return False
+    kind = schema.field(column).type
+    return bool(types.is_struct(kind) or types.is_binary(kind) or types.is_large_binary(kind))
+
+
+def _unreadable(path: Path, expected: str, error: Exception) -> DataError:
+    reason = " ".join(str(error).split())
+    return DataError(f"{path}: cannot be read ({reason}), expected {expected}: write the file again")
