@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 460.0, 270.0
-LEFT, RIGHT, TOP, BOTTOM = 50.0, 14.0, 14.0, 42.0
+LEFT, RIGHT, TOP, BOTTOM = 56.0, 14.0, 14.0, 42.0
 
 Points = Sequence[tuple[float, float]]
 
@@ -123,7 +123,7 @@ def axes(x: Scale, y: Scale, x_label: str, y_label: str, y_ticks: int = 4) -> st
     parts.append(segment("axis", (x.start, x.end), (y.start, y.start)))
     parts.append(text((x.start + x.end) / 2, y.start + 35, x_label, "label", "middle"))
     if y_label:
-        upright = f"translate(13 {(y.start + y.end) / 2:.1f}) rotate(-90)"
+        upright = f"translate(12 {(y.start + y.end) / 2:.1f}) rotate(-90)"
         parts.append(f'<g transform="{upright}">{text(0, 0, y_label, "label", "middle")}</g>')
     return "".join(parts)
 
@@ -263,7 +263,7 @@ def reliability(title: str, bins: Sequence[tuple[float, float, int]]) -> Chart:
         parts.append(
             segment("whisker c1", (at, at), (y(low), y(high)))
             + f'<circle class="dot c1" cx="{at:.1f}" cy="{y(share):.1f}" r="{radius:.1f}"/>'
-            + text(at + radius + 3, y(share) + 12, str(count), "count")
+            + text(at + radius + 3, y(share) + (12 if share > 0.1 else -4), str(count), "count")
         )
     said = "; ".join(f"at {mean:.2f} {share:.2f} of {count}" for mean, share, count in bins)
     note = "Number and size: photos in the bin. Bars: 95 % Wilson interval. Dashed: perfect calibration."

@@ -165,6 +165,21 @@ def threshold_interval(
     return float(low), float(high)
 
 
+def error_limit(result: Mapping[str, Any]) -> float | None:
+    """Highest error rate that a result without errors still allows, with 95 % confidence.
+
+    The bootstrap cannot see errors that did not happen. 1 - 0.05^(1/n) is the exact binomial limit
+    (Clopper & Pearson 1934, doi 10.1093/biomet/26.4.404), about 3/n.
+
+    Returns:
+        None where there are errors, or no photos.
+    """
+    confusion = result["confusion"]
+    if not result["scored"] or confusion["fp"] + confusion["fn"]:
+        return None
+    return float(1 - 0.05 ** (1 / result["scored"]))
+
+
 def number(value: float | None, digits: int = 3) -> str:
     """A figure as text; an en dash where it has no value."""
     return "–" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
@@ -192,6 +207,9 @@ def summary_lines(result: Mapping[str, Any], name: str = "validation", synthetic
     lines.append(
         f"  right {counts['tp'] + counts['tn']}, false alarms {counts['fp']}, missed roadwork {counts['fn']}"
     )
+    limit = error_limit(result)
+    if limit is not None:
+        lines.append(f"  no error in {result['scored']} photos still allows an error rate up to {limit:.1%}")
     if result["unscored"]:
         lines.append(f"  left out: {result['unscored']} photos without a finite probability")
     return lines

@@ -1,5 +1,6 @@
 """Parts of a set of photos that share a property, to see where the detector is weak."""
 
+import math
 from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -88,7 +89,7 @@ def unit_vectors(latitude: NDArray[np.float64], longitude: NDArray[np.float64]) 
 def gps_clusters(
     latitude: NDArray[np.float64], longitude: NDArray[np.float64], clusters: int = CLUSTERS
 ) -> list[str]:
-    """The cluster of each photo, called after the city nearest its centre.
+    """The cluster of each photo, called after its radius and the city nearest its centre.
 
     K-means on the unit sphere's chords, which order places as great circles do.
 
@@ -107,32 +108,47 @@ def gps_clusters(
     if places:
         from sklearn.cluster import KMeans
 
-        fitted = KMeans(min(clusters, places), n_init=4, random_state=0).fit(points)
-        centres = [centre_name(centre) for centre in fitted.cluster_centers_]
-        names[known] = [_numbered(centres, label) for label in fitted.labels_]
+        fitted = KMeans(min(clusters, places), n_init=10, random_state=0).fit(points)
+        groups = [points[fitted.labels_ == label] for label in range(fitted.n_clusters)]
+        called = _distinct([cluster_name(group) for group in groups])
+        names[known] = [called[label] for label in fitted.labels_]
     return [str(name) for name in names]
 
 
-def _numbered(centres: list[str], label: int) -> str:
-    """A centre's name; the second and later clusters around one city carry a number."""
-    earlier = centres[:label].count(centres[label])
-    return f"{centres[label]} ({earlier + 1})" if earlier else centres[label]
+def _distinct(names: list[str]) -> list[str]:
+    """The names, the second and later of equal ones with a number."""
+    return [
+        f"{name} ({names[:i].count(name) + 1})" if name in names[:i] else name for i, name in enumerate(names)
+    ]
 
 
-def centre_name(centre: NDArray[np.float64]) -> str:
-    """``around CITY`` for the nearest US city of at least 100 000 people within 150 km, else degrees.
+def cluster_name(points: NDArray[np.float64]) -> str:
+    """``within R km of CITY``: the US city of at least 100 000 people nearest the centre, else degrees.
+
+    A city farther than 150 km from the centre is not named. R is rounded up to 10 km.
 
     Args:
-        centre: mean of unit vectors, [3]; its length is not used.
+        points: unit vectors of the cluster's places, [N, 3], N >= 1.
     """
-    direction = centre / max(float(np.linalg.norm(centre)), 1e-12)
-    names, vectors = _cities()
-    cosines = vectors @ direction
-    best = int(np.argmax(cosines))
-    if EARTH_KM * float(np.arccos(np.clip(cosines[best], -1, 1))) <= 150:
-        return f"around {names[best]}"
-    latitude, longitude = np.degrees([np.arcsin(direction[2]), np.arctan2(direction[1], direction[0])])
-    return f"around {abs(latitude):.1f}° {'NS'[latitude < 0]}, {abs(longitude):.1f}° {'EW'[longitude < 0]}"
+    mean = points.mean(axis=0)
+    centre = mean / max(float(np.linalg.norm(mean)), 1e-12)
+    cities, vectors = _cities()
+    best = int(np.argmax(vectors @ centre))
+    if float(_distance_km(vectors[best], centre)) <= 150:
+        centre, name = vectors[best], cities[best]
+    else:
+        latitude = math.degrees(math.asin(centre[2]))
+        longitude = math.degrees(math.atan2(centre[1], centre[0]))
+        name = f"{abs(latitude):.1f}° {'NS'[latitude < 0]}, {abs(longitude):.1f}° {'EW'[longitude < 0]}"
+    radius = math.ceil(float(_distance_km(points, centre).max()) / 10) * 10
+    return f"within {max(radius, 10)} km of {name}"
+
+
+def _distance_km(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Great-circle distance of unit vectors, from the chord (exact also for near ones)."""
+    chord = np.linalg.norm(a - b, axis=-1)
+    distance: NDArray[np.float64] = 2 * EARTH_KM * np.arcsin(np.clip(chord / 2, 0, 1))
+    return distance
 
 
 @cache

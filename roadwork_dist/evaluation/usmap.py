@@ -7,9 +7,12 @@ https://github.com/d3/d3-geo/blob/main/src/projection/albersUsa.js lays them out
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+
+from markupsafe import Markup, escape
 
 SCALE, CENTRE_X, CENTRE_Y = 1300.0, 487.5, 305.0
 """Scale and translation of the states in ``assets/us-states.json``."""
@@ -94,3 +97,65 @@ def state_paths() -> tuple[str, str]:
     text = (files("roadwork_dist.evaluation") / "assets" / "us-states.json").read_text()
     shapes = json.loads(text)
     return shapes["land"], shapes["borders"]
+
+
+@dataclass(frozen=True)
+class ErrorMap:
+    """A drawing of where the detector is right and wrong, and what does not fit on it."""
+
+    svg: Markup
+    shown: int
+    unlocated: int
+    outside: list[str]
+
+
+KINDS = ("right", "false-alarm", "missed")
+"""CSS classes of the markers, in drawing order."""
+
+SHAPES = {
+    "right": '<circle r="5"/>',
+    "false-alarm": '<path d="M0,-9L8,6L-8,6Z"/>',
+    "missed": '<path d="M0,-9L8,0L0,9L-8,0Z"/>',
+}
+"""A marker's outline differs as well as its colour."""
+
+MOST_RIGHT = 1500
+"""Right answers drawn at most; errors are all drawn."""
+
+
+def error_map(
+    ids: Sequence[str], places: Sequence[tuple[float, float]], kinds: Sequence[str], title: str
+) -> ErrorMap:
+    """Draw photos on the map of the United States.
+
+    Args:
+        ids: name of each photo.
+        places: latitude and longitude in degrees, NaN where unknown.
+        kinds: one of :data:`KINDS` for each photo.
+        title: description of the drawing.
+    """
+    markers: dict[str, dict[tuple[int, int], str]] = {kind: {} for kind in KINDS}
+    outside, unlocated = [], 0
+    for name, (latitude, longitude), kind in zip(ids, places, kinds, strict=True):
+        point = albers_usa(longitude, latitude)
+        if not (math.isfinite(latitude) and math.isfinite(longitude)):
+            unlocated += 1
+        elif point is None:
+            outside.append(f"{name} ({latitude:.3f}, {longitude:.3f})")
+        elif kind != "right" or len(markers[kind]) < MOST_RIGHT:
+            # photos of one kind on one px are one marker: a long page says no more
+            markers[kind].setdefault((round(point[0]), round(point[1])), name)
+    drawn = "".join(
+        f'<g transform="translate({x} {y})"><g class="marker {kind}">{SHAPES[kind]}'
+        f"<title>{escape(name)}: {kind.replace('-', ' ')}</title></g></g>"
+        for kind in KINDS
+        for (x, y), name in markers[kind].items()
+    )
+    land, borders = state_paths()
+    left, top, width, height = VIEW_BOX
+    svg = Markup(
+        f'<svg class="map" viewBox="{left:g} {top:g} {width:g} {height:g}" role="img" '
+        f'aria-label="{escape(title)}"><path class="land" d="{land}"/>'
+        f'<path class="borders" d="{borders}"/>{drawn}</svg>'
+    )
+    return ErrorMap(svg, len(ids) - unlocated - len(outside), unlocated, outside)

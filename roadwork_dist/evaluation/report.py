@@ -1,0 +1,204 @@
+"""``report.html``: one page, without network access, that says how good a detector is and where it errs."""
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from roadwork_dist.common.errors import DataError
+from roadwork_dist.common.files import write_atomic
+from roadwork_dist.evaluation.errors_gallery import ViewsOf
+from roadwork_dist.evaluation.history import History, read_history, training_charts, training_facts
+from roadwork_dist.evaluation.predictions import as_predictions, read_predictions
+from roadwork_dist.evaluation.report_section import EvaluatedSplit, section_of
+from roadwork_dist.metrics.classification import best_threshold
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+GALLERIES = 2
+"""Sets of photos whose worst errors are shown with their views; more would make the page heavy."""
+
+PACKAGES = ("roadwork-dist", "torch", "accelerate", "transformers", "timm", "numpy")
+"""Packages whose versions the report names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportInput:
+    """All that a report is made from.
+
+    Args:
+        title: name of the run.
+        synthetic: whether the photos are synthetic; the report says so at its head.
+        history: lines of ``metrics.jsonl``.
+        sections: evaluated sets of photos; held-out ones are shown first.
+        config_text: the resolved configuration as YAML.
+        views_of: from a photo's id to its views, [V, 3, S, S] uint8; None = photos not at hand.
+        environment: name → text of what the run ran on.
+        bootstrap: resamples of every interval.
+        worst: worst errors shown per set.
+        seed: of the resampling.
+    """
+
+    title: str
+    synthetic: bool
+    history: History = ()
+    sections: Sequence[EvaluatedSplit] = ()
+    config_text: str = ""
+    views_of: ViewsOf | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
+    bootstrap: int = 2000
+    worst: int = 10
+    seed: int = 42
+
+
+def write_report(path: Path, report: ReportInput) -> None:
+    """Write the page, whole or not at all.
+
+    Raises:
+        DataError: the predictions of a section lack columns.
+        OSError: the file cannot be written.
+    """
+    write_atomic(path, render(report).encode())
+
+
+def render(report: ReportInput) -> str:
+    """The page as text."""
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    assets = files("roadwork_dist.evaluation") / "assets"
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    template = environment.from_string((assets / "report.html.j2").read_text(encoding="utf-8"))
+    ordered = sorted(report.sections, key=lambda split: not split.held_out)
+    sections = [
+        section_of(
+            split,
+            bootstrap=report.bootstrap,
+            seed=report.seed,
+            worst=report.worst if number < GALLERIES else 0,
+            views_of=report.views_of,
+        )
+        for number, split in enumerate(ordered)
+    ]
+    return template.render(
+        report=report,
+        sections=sections,
+        charts=training_charts(report.history),
+        facts=training_facts(report.history),
+        css=Markup((assets / "report.css").read_text(encoding="utf-8")),
+        written=datetime.now(UTC).strftime("%d %B %Y, %H:%M UTC"),
+    )
+
+
+def report_from_run(
+    run_dir: Path,
+    *,
+    views_of: ViewsOf | None = None,
+    synthetic: bool | None = None,
+    threshold: float | None = None,
+) -> Path:
+    """Write ``report.html`` from what a run folder holds.
+
+    The threshold is the best one on the split ``val``; without labelled photos there it is 0.5.
+
+    Args:
+        run_dir: run folder with ``predictions.parquet``, and, where there are, ``metrics.jsonl`` and
+            ``config.yaml``.
+        views_of: gives the views of a photo; None = the worst errors are listed without pictures.
+        synthetic: whether the photos are synthetic; None = as the predictions say.
+        threshold: decision threshold to use instead.
+
+    Returns:
+        Path of the page.
+
+    Raises:
+        DataError: the folder or its predictions are absent or broken.
+    """
+    import yaml
+
+    if not run_dir.is_dir():
+        raise DataError(f"{run_dir} is no folder: expected a run folder, as --output_dir of a training run")
+    frame = read_predictions(run_dir / "predictions.parquet")
+    config_file = run_dir / "config.yaml"
+    config_text = config_file.read_text(encoding="utf-8") if config_file.is_file() else ""
+    config = yaml.safe_load(config_text) or {}
+    settings = {"bootstrap": 2000, "worst": 10, **(config.get("eval") or {})}
+    path = run_dir / "report.html"
+    report = ReportInput(
+        title=run_dir.resolve().name,
+        synthetic=bool(frame.attrs.get("synthetic", False)) if synthetic is None else synthetic,
+        history=read_history(run_dir / "metrics.jsonl"),
+        sections=splits_of(frame, threshold),
+        config_text=config_text,
+        views_of=views_of,
+        environment=environment_facts(),
+        bootstrap=settings["bootstrap"],
+        worst=settings["worst"],
+        seed=config.get("seed", 42),
+    )
+    write_report(path, report)
+    return path
+
+
+SELECTION_SPLIT = "val"
+"""Split that checkpoints and the threshold are chosen on."""
+
+
+def splits_of(frame: "pd.DataFrame", threshold: float | None = None) -> list[EvaluatedSplit]:
+    """The labelled splits of a run's predictions, with the threshold chosen on ``val``.
+
+    Args:
+        frame: predictions of all splits.
+        threshold: use this one instead of choosing.
+    """
+    from roadwork_dist.evaluation.evaluator import labels_and_probabilities, scored
+
+    frame = as_predictions(frame)
+    known = scored(frame)
+    selection = known[known["split"] == SELECTION_SPLIT]
+    chosen_on = SELECTION_SPLIT if threshold is None and len(selection) else None
+    if chosen_on is not None:
+        threshold = best_threshold(*labels_and_probabilities(selection))
+    return [
+        EvaluatedSplit(
+            name=str(name),
+            frame=frame[frame["split"] == name],
+            threshold=0.5 if threshold is None else threshold,
+            threshold_from=chosen_on,
+            held_out=name not in (SELECTION_SPLIT, "train"),
+            role=_role(str(name)),
+        )
+        for name in dict.fromkeys(known["split"])
+    ]
+
+
+def _role(name: str) -> str:
+    if name == "train":
+        return "The model was trained on these photos: their figures only show how well it fits them."
+    if name == SELECTION_SPLIT:
+        return "The best checkpoint was chosen on these photos too."
+    if name == "target":
+        return "Coordinates of these photos, not their labels, steered the sampling of training photos."
+    return ""
+
+
+def environment_facts() -> dict[str, str]:
+    """Machine and package versions of this process."""
+    facts = {
+        "Python": platform.python_version(),
+        "System": platform.platform(terse=True),
+        "CPU": platform.machine(),
+    }
+    for package in PACKAGES:
+        try:
+            facts[package] = version(package)
+        except PackageNotFoundError:
+            facts[package] = "not installed"
+    return facts
