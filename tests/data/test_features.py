@@ -80,7 +80,7 @@ def run(
 ) -> Extraction:
     store = FeatureStore(root, space_of(views))
     hashes = content_hashes([s.image for s in samples], root)
-    return extract(samples, hashes, views=views, store=store, encode=encode, batch_views=7, **options)  # type: ignore[arg-type]
+    return extract(samples, hashes, views=views, store=store, encode=encode, batch_views=8, **options)  # type: ignore[arg-type]
 
 
 def contents(root: Path) -> dict[str, bytes]:
@@ -169,8 +169,8 @@ def test_views_of_photos_are_batched_together_and_told(tmp_path: Path, plain: Ph
     report = run(
         samples_in(tmp_path), plain, tmp_path / "store", encode, on_progress=lambda *x: told.append(x)
     )
-    # 4 photos of 12 views and one of 1 view are 49 views: 7 batches of 7
-    assert encode.shapes == [(7, 3, SIDE, SIDE)] * 7
+    # 4 photos of 12 views and one of 1 view are 49 views: 7 calls of 8, the last filled up
+    assert encode.shapes == [(8, 3, SIDE, SIDE)] * 7
     assert report == Extraction(5, 0, {})
     assert told == [(k, 5) for k in range(6)]
 
