@@ -21,13 +21,13 @@ DECLARED := setup.cfg pyproject.toml constraints.txt
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
 
-demo: demo-data/.complete ## train the demo on synthetic photos and write its report
+demo: demo-data/synthetic.json ## train the demo on synthetic photos and write its report
 	$(BIN)/accelerate launch --config_file accelerate_configs/single.yaml \
 		--num_cpu_threads_per_process $(CORES) launch/pretrain.py $(ARGS)
 
-demo-data/.complete: | $(PLAIN)
+# The last file of a complete set; a set that was interrupted is completed.
+demo-data/synthetic.json: | $(PLAIN)
 	$(BIN)/roadwork-dist synth demo-data
-	@touch $@
 
 demo-real: $(PLAIN) ## train on real photographs (needs Debian's tuxpaint-stamps-default)
 	@test -d /usr/share/tuxpaint/stamps || { \
