@@ -55,8 +55,19 @@ def _sky(view: View, rows: int, light: Light, rng: np.random.Generator) -> Float
     amount = np.clip((shapes + (light.cloud - 0.5) * 3.0) * 0.8, 0, 1)[..., None]
     bright = 0.72 * bottom + 0.28 * np.asarray(light.gain, dtype=np.float32) * 245
     tone = 1 + 0.07 * fractal(rng, rows, view.width, cells=8, octaves=4)[..., None]
+    sky = sky + _sun_glow(rows, view.width, light, rng)
     clouded: Floats = sky * (1 - amount) + bright * tone * amount
     return clouded
+
+
+def _sun_glow(rows: int, columns: int, light: Light, rng: np.random.Generator) -> Floats:
+    """[rows, columns, 3] light to add around the sun."""
+    x, y = rng.uniform(0.1, 0.9) * columns, rng.uniform(0.1, 0.6) * rows
+    down, across = np.mgrid[0:rows, 0:columns].astype(np.float32)
+    distance = np.hypot(across - np.float32(x), down - np.float32(y)) / np.float32(columns)
+    glow = 300 * np.exp(-((distance / 0.022) ** 2)) + 110 * np.exp(-distance / 0.09)
+    added: Floats = (light.sun * glow)[..., None] * np.asarray((1.0, 0.94, 0.78), dtype=np.float32)
+    return added
 
 
 def _skyline(sky: Floats, street: Street, light: Light, rng: np.random.Generator) -> None:
@@ -145,9 +156,8 @@ def _weathered(
     beam = light.headlights * np.exp(-((x / (2.2 + 0.16 * z)) ** 2) - ((z - 11.0) / 15.0) ** 2)
     lit = surface * (np.asarray(light.gain, dtype=np.float32) + 0.9 * beam[..., None].astype(np.float32))
     if weather == "rainy":
-        shine = np.clip(0.12 + z / 90.0 + 0.28 * np.clip(1.4 * coarse - 0.8, 0, 1), 0, 0.6) * np.where(
-            road, 1.0, 0.4
-        )
+        puddles = np.clip(1.4 * coarse - 0.8, 0, 1)
+        shine = np.clip(0.12 + z / 90.0 + 0.28 * puddles, 0, 0.6) * np.where(road, 1.0, 0.4)
         mirror = np.asarray(light.sky[1], dtype=np.float32)
         lit = lit * 0.8 * (1 - shine[..., None]) + mirror * shine[..., None]
     wet_or_dry: Floats = lit.astype(np.float32)

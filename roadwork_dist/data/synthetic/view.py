@@ -60,6 +60,7 @@ class Light:
     headlights: float  # strength of the own headlights, 0 by day
     contrast: float  # 0 = no cast shadows, 1 = strong
     cloud: float  # share of the sky under cloud
+    sun: float  # strength of the glow around the sun, 0 = not seen
 
     def fade(self, z: float) -> float:
         """Share of a surface's own colour that is left at distance ``z``."""
@@ -119,6 +120,8 @@ def light_for(daytime: str, weather: str, rng: np.random.Generator) -> Light:
         top = _mix(top, tuple((flat * 0.9).tolist()), 0.85)
         bottom = _mix(bottom, tuple((flat * (0.8 if weather == "rainy" else 1.0)).tolist()), 0.85)
     balance = rng.normal(1.0, 0.03, 3) * rng.uniform(0.9, 1.08) * _DIM.get(weather, 1.0)
+    if weather == "sunny":
+        balance = balance * (1.1, 1.04, 0.92)
     gain = tuple((np.asarray(_GAIN[daytime]) * balance).tolist())
     return Light(
         gain=gain,
@@ -128,6 +131,7 @@ def light_for(daytime: str, weather: str, rng: np.random.Generator) -> Light:
         headlights=0.75 if daytime == "night" else 0.0,
         contrast={"sunny": 1.0, "clear": 0.8, "cloudy": 0.45}.get(weather, 0.2) * (daytime != "night"),
         cloud=cover,
+        sun={"sunny": 1.0, "cloudy": 0.3}.get(weather, 0.0) * (daytime != "night"),
     )
 
 

@@ -1,0 +1,164 @@
+"""A small set of real photographs: cut-outs of Debian's ``tuxpaint-stamps-default`` on a plain ground.
+
+The package (GPL-2) is installed by the user and never vendored. Label 1 = road signs, traffic cones
+and vehicles; label 0 = everything else (animals, food, tools, plants, …). One photo a cut-out, so no
+fold of a cross-validation can hold the same cut-out twice.
+"""
+
+import csv
+import hashlib
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from roadwork_dist.common.errors import DataError
+from roadwork_dist.common.files import write_atomic
+from roadwork_dist.common.random import generator_for
+
+STAMPS = Path("/usr/share/tuxpaint/stamps")
+MARKER = "cutouts.json"
+
+_PHOTO_FOLDERS = (
+    "animals",
+    "food",
+    "hobbies",
+    "household",
+    "medical",
+    "military",
+    "people",
+    "plants",
+    "space",
+    "sports",
+    "town",
+    "vehicles",
+)
+"""Folders of photographs; clothes, seasonal, symbols and naturalforces are drawings for the most part."""
+_POSITIVE_FOLDERS = ("town/roadsigns", "vehicles", "military/vehicles")
+_SKIPPED_WORDS = ("cartoon", "toys", "plastic", "mirror")
+_SKIPPED = (
+    # drawings among the photographs
+    "animals/mammals/hedgehog",
+    "food/dessert/pizza",
+    "food/pizza",
+    "household/arttools/highlighter",
+    "household/rubberduck",
+    "medical/tooth",
+    "people/body_parts",
+    "town/flags",
+    "town/monuments/inukshuk-outline",
+    "town/roadsigns/stoplight",
+    # parts of a vehicle, the lettering of one, and a building-site machine kept among the tools
+    "household/tools/cementmixer",
+    "vehicles/7spoke256",
+    "vehicles/emergency/sedan_police",
+    "vehicles/wheel_tractor",
+)
+
+
+@dataclass(frozen=True)
+class _CutOut:
+    path: Path
+    name: str  # path below the stamps without its ending
+    label: int
+
+
+def write_cutouts(out: Path, *, stamps: Path = STAMPS, seed: int = 42, size: int = 256) -> Path:
+    """Put every photographic cut-out on a plain ground and write the table of them.
+
+    The folder gets ``metadata.csv`` (id, image, label, group; group = the kind of thing, which is the
+    cut-out's folder), ``images/*.jpg`` and, last, a marker; a folder that is complete is left alone. What
+    is written is a pure function of the stamps, ``seed`` and ``size``.
+
+    Args:
+        out: folder, made if need be.
+        stamps: where Debian's package puts its stamps.
+        seed: seed of grounds, places and scales.
+        size: side of the square photos in px, at least 64.
+
+    Returns:
+        The path of the table.
+
+    Raises:
+        DataError: the stamps are not installed, hold no cut-out of a class, or ``size`` is too small.
+    """
+    if size < 64:
+        raise DataError(f"size is {size}, expected at least 64 px")
+    cutouts = _find(stamps)
+    table = out / "metadata.csv"
+    parameters = {"seed": seed, "size": size, "cutouts": [c.name for c in cutouts]}
+    marker = (json.dumps(parameters, indent=1) + "\n").encode()
+    if (out / MARKER).exists() and (out / MARKER).read_bytes() == marker:
+        return table
+    (out / "images").mkdir(parents=True, exist_ok=True)
+    rows = []
+    for cutout in cutouts:
+        name = cutout.name.replace("/", "-")
+        write_atomic(out / "images" / f"{name}.jpg", _photo(cutout, seed, size))
+        group = cutout.name.rpartition("/")[0]
+        rows.append({"id": name, "image": f"images/{name}.jpg", "label": cutout.label, "group": group})
+    write_atomic(table, _table(rows))
+    write_atomic(out / MARKER, marker)
+    return table
+
+
+def _find(stamps: Path) -> list[_CutOut]:
+    """All photographic cut-outs in the order of their names, exact copies once."""
+    if not stamps.is_dir():
+        raise DataError(
+            f"{stamps} does not exist, expected Debian's photo cut-outs: "
+            "install them with `apt-get install tuxpaint-stamps-default`"
+        )
+    found: list[_CutOut] = []
+    seen: set[str] = set()
+    for path in sorted(stamps.rglob("*.png")):
+        name = path.relative_to(stamps).with_suffix("").as_posix()
+        if not name.startswith(tuple(f"{folder}/" for folder in _PHOTO_FOLDERS)):
+            continue
+        if any(word in name.lower() for word in _SKIPPED_WORDS) or name.startswith(_SKIPPED):
+            continue
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        if digest not in seen:
+            seen.add(digest)
+            positive = name.startswith(tuple(f"{folder}/" for folder in _POSITIVE_FOLDERS))
+            found.append(_CutOut(path, name, int(positive)))
+    if {cutout.label for cutout in found} != {0, 1}:
+        raise DataError(
+            f"{stamps} holds {len(found)} usable cut-outs, expected road signs or vehicles and other things: "
+            "reinstall them with `apt-get install --reinstall tuxpaint-stamps-default`"
+        )
+    return found
+
+
+def _photo(cutout: _CutOut, seed: int, size: int) -> bytes:
+    """JPEG of one cut-out at a random place on a ground of a random muted colour."""
+    rng = generator_for(seed, "cutout", cutout.name)
+    try:
+        with Image.open(cutout.path) as opened:
+            stamp = opened.convert("RGBA")
+    except OSError as error:
+        raise DataError(
+            f"{cutout.path} cannot be read ({error}): reinstall tuxpaint-stamps-default"
+        ) from error
+    stamp = stamp.crop(stamp.getchannel("A").getbbox())
+    scale = rng.uniform(0.72, 0.92) * size / max(stamp.size)
+    side = (max(1, round(stamp.width * scale)), max(1, round(stamp.height * scale)))
+    stamp = stamp.resize(side, Image.Resampling.LANCZOS)
+    base = rng.uniform(110, 220)
+    r, g, b = (int(v) for v in (base + rng.uniform(-18, 18, 3)))
+    photo = Image.new("RGB", (size, size), (r, g, b))
+    left, top = (int(rng.integers(0, size - s + 1)) for s in stamp.size)
+    photo.paste(stamp, (left, top), stamp)
+    buffer = io.BytesIO()
+    photo.save(buffer, "JPEG", quality=92)
+    return buffer.getvalue()
+
+
+def _table(rows: list[dict[str, object]]) -> bytes:
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, ("id", "image", "label", "group"), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue().encode()
