@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -92,15 +92,12 @@ def check_images(
             sizes.append(size)
         if on_progress is not None:
             on_progress(index + 1, len(manifest))
-    readable = manifest.subset(i for i in range(len(manifest)) if i not in unreadable)
-    report = CheckReport(
+    return CheckReport(
         manifest,
-        readable if unreadable else manifest,
+        drop_unreadable(manifest, unreadable, max_share),
         tuple((manifest[index].id, problem) for index, problem in unreadable.items()),
         np.array(sizes, dtype=np.int64).reshape(-1, 2),
     )
-    _judge(report, max_share)
-    return report
 
 
 def _examine_all(manifest: Manifest, max_pixels: int, workers: int) -> Iterator[tuple[tuple[int, int], str]]:
@@ -133,18 +130,29 @@ def _check_mask(sample: Sample, height: int, width: int) -> None:
         )
 
 
-def _judge(report: CheckReport, max_share: float) -> None:
-    """Stop where too many rows are unreadable; say which are left out where some are."""
-    count, total = len(report.unreadable), len(report.manifest)
+def drop_unreadable(manifest: Manifest, unreadable: Mapping[int, str], max_share: float) -> Manifest:
+    """A manifest without its unreadable rows; says which are left out.
+
+    Args:
+        manifest: all rows.
+        unreadable: row -> reason (one line that names the file).
+        max_share: share of unreadable rows above which this raises.
+
+    Raises:
+        DataError: more rows than ``max_share`` are unreadable.
+    """
+    count, total = len(unreadable), len(manifest)
     if not count:
-        return
-    reasons = "; ".join(reason for _, reason in report.unreadable[:3])
+        return manifest
+    reasons = "; ".join(list(unreadable.values())[:3])
     reasons += f"; and {count - 3} more" if count > 3 else ""
     if count > max_share * total:
         raise DataError(
-            f"{report.manifest.name}: {count} of {total} photos ({count / total:.1%}) are unreadable, "
-            f"expected at most {max_share:.1%}: mend or remove them, or raise data.max_unreadable_share. {reasons}"
+            f"{manifest.name}: {count} of {total} photos ({count / total:.1%}) are unreadable, "
+            f"expected at most {max_share:.1%}: mend or remove them, or raise "
+            f"data.max_unreadable_share. {reasons}"
         )
     logger.warning(
-        "%s: left out %d of %d photos that are unreadable: %s", report.manifest.name, count, total, reasons
+        "%s: left out %d of %d photos that are unreadable: %s", manifest.name, count, total, reasons
     )
+    return manifest.subset(row for row in range(total) if row not in unreadable)

@@ -80,8 +80,9 @@ def gps_weights(
 ) -> tuple[Tensor, SamplingReport]:
     """Weights of the training rows, and what sampling with them gives.
 
-    Where fewer than ``config.min_share_100km`` of the draws lie within 100 km, the weights of the two
-    near brackets are raised to 7.5 and 3.75, then to 10 and 5.
+    Where fewer than ``config.min_share_100km`` of the draws lie within 100 km, the weight of the first
+    bracket is raised to 7.5, then to 10, and that of the second, which holds the photos from 50 to 100 km,
+    in proportion: the share can then only grow.
 
     Args:
         train: rows to weight.
@@ -103,8 +104,7 @@ def gps_weights(
     distances = nearest_km(train.coordinates, centres)
     raised = [weight for weight in _RAISED_NEAR_WEIGHTS if weight > config.near_weight]
     for near_weight in (config.near_weight, *raised):
-        # The second bracket holds the photos from 50 to 100 km, so it is raised in proportion.
-        middle = _MIDDLE_WEIGHT if near_weight == config.near_weight else near_weight / 2
+        middle = _middle_weight(near_weight, config)
         weights = bracket_weights(distances, near_weight, middle)
         report = _measure(weights, distances, centres, near_weight, seed)
         if report.share_100km >= config.min_share_100km:
@@ -167,6 +167,11 @@ def _why_uniform(train: Manifest, target: Manifest | None, config: GpsConfig) ->
     return ""
 
 
+def _middle_weight(near_weight: float, config: GpsConfig) -> float:
+    """Weight of the second bracket: in the ratio to the first that was configured."""
+    return _MIDDLE_WEIGHT * near_weight / config.near_weight
+
+
 def _measure(
     weights: Floats, distances: Floats, centres: Floats, near_weight: float, seed: int
 ) -> SamplingReport:
@@ -192,7 +197,7 @@ def _judge(report: SamplingReport, config: GpsConfig, name: str) -> SamplingRepo
     wanted = f"{config.min_share_100km:.0%} within 100 km"
     raised = (
         f"weights of the near brackets raised from {config.near_weight:g} and {_MIDDLE_WEIGHT:g} to "
-        f"{report.near_weight:g} and {report.near_weight / 2:g}"
+        f"{report.near_weight:g} and {_middle_weight(report.near_weight, config):.3g}"
         if report.near_weight != config.near_weight
         else ""
     )

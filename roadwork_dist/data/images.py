@@ -306,10 +306,10 @@ _quiet_lock = threading.Lock()
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep Pillow's warnings about odd EXIF off the console.
+def quiet() -> Iterator[None]:
+    """Keep a library's warnings (Pillow's about odd EXIF) off the console.
 
-    Python's warning filters belong to the whole process, hence the lock; only headers are read in it.
+    Python's warning filters belong to the whole process, hence the lock: do short work only in it.
     """
     with _quiet_lock, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -329,7 +329,7 @@ def _open(data: bytes, name: str, *, max_pixels: int, min_side: int) -> ImageFil
             "restore the file or remove its row"
         )
     try:
-        with _quiet():
+        with quiet():
             image = opener(BytesIO(data), name)
     except Exception as error:  # Pillow's parsers raise nearly anything on broken bytes
         raise _broken(name, error) from error
@@ -374,7 +374,7 @@ def _reduce(image: ImageFile, long_side: int) -> None:
 def _orientation(image: ImageFile) -> int:
     """EXIF orientation, 1 (upright) to 8; 1 where the EXIF block cannot be read."""
     try:
-        with _quiet():
+        with quiet():
             value = image.getexif().get(ExifTag.Orientation, 1)
     except Exception:  # a broken EXIF block does not make the pixels unreadable
         return 1

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from roadwork_dist.common.errors import DataError
 from roadwork_dist.common.types import MASK_CLASSES
 from roadwork_dist.config.schema import DataConfig
+from roadwork_dist.data.images import quiet
 from roadwork_dist.data.manifest import Manifest, build_manifest
 
 logger = logging.getLogger(__name__)
@@ -77,7 +78,9 @@ class CocoMask:
             for index, shape in self.shapes:
                 by_class[index] += _runs(shape, self.height, self.width)
             for index, runs in by_class.items():
-                result |= coco.decode(coco.merge(runs)) << index
+                with quiet():  # pycocotools 2.0.11 uses what numpy 2 deprecates
+                    plane = coco.decode(coco.merge(runs))
+                result |= plane << index
         except (ValueError, TypeError, KeyError) as error:
             raise DataError(
                 f"{self.name}: a segmentation cannot be drawn ({error}), expected polygons or RLE of "
