@@ -237,21 +237,28 @@ def test_every_object_draws_at_any_distance(scale: float) -> None:
         assert max(canvas.size) <= 1101
 
 
-def test_every_photo_shows_its_weather_daytime_and_scene() -> None:
-    facts = dataclasses.replace(photo_facts(5, "train", 0), weather="clear", daytime="day", scene="urban")
+def shown(number: int, **change: str) -> np.ndarray:
+    """A small photo of the same place under other circumstances."""
+    usual = {"weather": "clear", "daytime": "day", "scene": "urban"}
+    facts = dataclasses.replace(photo_facts(5, "train", number), **(usual | change))
+    return np.asarray(render.render(facts, 5, (128, 96)).photo).astype(float)
 
-    def pixels(**change: str) -> np.ndarray:
-        return np.asarray(render.render(dataclasses.replace(facts, **change), 5, (128, 96)).photo).astype(
-            float
-        )
 
-    for name, words in (("weather", WEATHER), ("daytime", DAYTIME), ("scene", SCENE)):
-        pictures = [pixels(**{name: word}) for word in words]
-        for a, b in itertools.combinations(pictures, 2):
-            assert np.abs(a - b).mean() > 2.0, name
-    assert pixels(daytime="night").mean() < 0.6 * pixels().mean()
-    assert pixels(weather="foggy").std() < 0.8 * pixels().std()
-    assert pixels(weather="snowy")[60:].mean() > pixels(weather="overcast")[60:].mean()
+@pytest.mark.parametrize(("name", "words"), [("weather", WEATHER), ("daytime", DAYTIME), ("scene", SCENE)])
+def test_every_word_of_the_vocabulary_changes_the_picture(name: str, words: tuple[str, ...]) -> None:
+    for a, b in itertools.combinations([shown(0, **{name: word}) for word in words], 2):
+        assert np.abs(a - b).mean() > 2.0
+
+
+def test_night_is_dark_snow_is_white_and_fog_hides_the_distance() -> None:
+    ground = slice(64, None), slice(None)
+    distance = slice(38, 50), slice(48, 80)
+    for number in range(4):
+        assert shown(number, daytime="night").mean() < 0.65 * shown(number).mean()
+        snow, grey = (shown(number, weather=w)[ground].mean() for w in ("snowy", "overcast"))
+        assert snow > grey
+    fog, clear = (sum(shown(n, weather=w)[distance].std() for n in range(8)) for w in ("foggy", "clear"))
+    assert fog < 0.8 * clear
 
 
 def test_facts_are_null_in_any_mix_and_six_in_ten() -> None:
