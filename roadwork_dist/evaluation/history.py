@@ -93,7 +93,11 @@ def _loss_chart(history: History, reach: tuple[float, float]) -> Chart:
         for step in skipped
         if math.isfinite(step)
     )
-    note = f"Marks on the axis: {len(skipped)} skipped steps whose loss was not finite." if skipped else ""
+    note = (
+        f"Marks on the axis: steps skipped because their loss was not finite ({len(skipped)})."
+        if skipped
+        else ""
+    )
     return line_chart("Loss", lines, x_label="optimizer step", x_range=reach, under=marks, note=note)
 
 

@@ -72,6 +72,8 @@ def _checked(row: dict[str, Any], number: int) -> dict[str, Any]:
         raise DataError(f"{where} lacks {', '.join(missing)}: give the columns {', '.join(REQUIRED)}")
     if unknown:
         raise DataError(f"{where} has unknown columns {', '.join(unknown)}: known are {', '.join(COLUMNS)}")
+    if not (isinstance(row["id"], str) and isinstance(row["split"], str)):
+        raise DataError(f"{where} has split {row['split']!r}: expected texts as id and split")
     if row["label"] not in (0, 1, None):
         raise DataError(f"{where} has label {row['label']!r}, expected 0, 1 or null")
     return row

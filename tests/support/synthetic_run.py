@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pytest
 
 from roadwork_dist.common.random import generator_for
 from roadwork_dist.common.types import DAYTIME, SCENE, WEATHER
@@ -79,15 +78,3 @@ def synthetic_views(name: str, views: int = 12, side: int = 160) -> np.ndarray[A
         cone = (np.abs(x - generator.uniform(0.2, 0.8)) < (y - 0.5) * 0.15) & (y < 0.85)
         out[view] = np.where(cone, np.array([235, 105, 25])[:, None, None], out[view])
     return np.clip(out + generator.normal(size=out.shape) * 6, 0, 255).astype(np.uint8)
-
-
-@pytest.fixture
-def predictions() -> pd.DataFrame:
-    """120 synthetic predictions of split val."""
-    return synthetic_predictions(120)
-
-
-@pytest.fixture
-def history() -> list[dict[str, Any]]:
-    """History of a synthetic run."""
-    return synthetic_history()
