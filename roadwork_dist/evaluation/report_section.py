@@ -73,6 +73,7 @@ class Section:
     name: str
     held_out: bool
     caveats: list[str]
+    error_limit: float | None
     result: Mapping[str, Any]
     bars: list[Bar]
     axis: list[tuple[float, str]]
@@ -109,6 +110,7 @@ def section_of(
         name=split.name,
         held_out=split.held_out,
         caveats=caveats(split, result),
+        error_limit=error_limit(result),
         result=result,
         bars=figure_bars(result, low),
         axis=axis_marks(low),

@@ -286,6 +286,13 @@ def test_a_negative_mcc_widens_the_axis() -> None:
     assert "−1 −0.5 0 0.5 1" in page.text
 
 
+def test_a_perfect_score_does_not_look_certain() -> None:
+    frame = synthetic_predictions(50)
+    perfect(frame)
+    page, _ = page_of(split_of(frame))
+    assert "from 50 photos. No error in so few photos still allows 5.8 % errors." in page.text
+
+
 def test_nothing_at_all_makes_a_page() -> None:
     page, _ = page_of()
     assert "No set of photos was evaluated." in page.text
