@@ -171,28 +171,30 @@ def _check_enough(y: Ints, groups: Ints, k: int) -> None:
 
 def _deal(counts: Counts, share: float, generator: np.random.Generator) -> NDArray[np.bool_]:
     """Which groups go to the second side; ``counts`` is ``[G, labels]``. The best of a few random deals."""
-    deals = [_deal_once(counts, share, generator.permutation(len(counts))) for _ in range(_DEALS)]
-    return min(deals, key=lambda second: _miss(counts[second].sum(axis=0), counts, share))
+    shares = counts / counts.sum(axis=0)  # what each group brings of each label
+    deals = [_deal_once(shares, share, generator.permutation(len(counts))) for _ in range(_DEALS)]
+    return min(deals, key=lambda second: _miss(shares[second].sum(axis=0).tolist(), share))
 
 
-def _deal_once(counts: Counts, share: float, order: Ints) -> NDArray[np.bool_]:
-    taken = np.zeros(counts.shape[1])
-    second = np.zeros(len(counts), dtype=bool)
-    for group in order:
-        if _miss(taken + counts[group], counts, share) < _miss(taken, counts, share):
+def _deal_once(shares: Counts, share: float, order: Ints) -> NDArray[np.bool_]:
+    second = np.zeros(len(shares), dtype=bool)
+    taken = [0.0] * shares.shape[1]
+    rows = shares.tolist()  # Python's floats: numpy is slow on vectors of two
+    for group in order.tolist():
+        with_it = [old + new for old, new in zip(taken, rows[group], strict=True)]
+        if _miss(with_it, share) < _miss(taken, share):
             second[group] = True
-            taken += counts[group]
-    for label in np.flatnonzero((counts > 0).sum(axis=0) >= 2):
-        own = np.flatnonzero(counts[:, label])
+            taken = with_it
+    for label in np.flatnonzero((shares > 0).sum(axis=0) >= 2):
+        own = np.flatnonzero(shares[:, label])
         if second[own].all() or not second[own].any():  # a rare label is missing on one side
-            smallest = own[np.argmin(counts[own].sum(axis=1))]
+            smallest = own[np.argmin(shares[own].sum(axis=1))]
             second[smallest] = ~second[smallest]
     if second.all() or not second.any():
         second[order[-1]] = ~second[order[-1]]
     return second
 
 
-def _miss(taken: Counts, counts: Counts, share: float) -> float:
+def _miss(taken: list[float], share: float) -> float:
     """How far the second side's share of each label is from ``share``, summed over labels."""
-    total = counts.sum(axis=0)
-    return float(np.abs(taken / total - share).sum())
+    return sum(abs(part - share) for part in taken)
