@@ -7,6 +7,9 @@ SHELL := /bin/bash
 PYTHON ?= python3
 ARGS ?=
 CORES := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
+# One core decodes photos (the demo's loader process). Threads that outnumber the free cores wait for
+# each other: twice the threads were five times slower here.
+THREADS ?= $(shell echo $$(( $(CORES) > 1 ? $(CORES) - 1 : 1 )))
 # Test processes: each imports torch, so a big machine does not get one a core.
 JOBS ?= $(shell echo $$(( $(CORES) < 8 ? $(CORES) : 8 )))
 
@@ -23,7 +26,7 @@ help: ## list these targets
 
 demo: demo-data/synthetic.json ## train the demo on synthetic photos and write its report
 	$(BIN)/accelerate launch --config_file accelerate_configs/single.yaml \
-		--num_cpu_threads_per_process $(CORES) launch/pretrain.py $(ARGS)
+		--num_cpu_threads_per_process $(THREADS) launch/pretrain.py $(ARGS)
 
 # The last file of a complete set; a set that was interrupted is completed.
 demo-data/synthetic.json: | $(PLAIN)

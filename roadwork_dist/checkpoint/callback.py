@@ -97,11 +97,10 @@ class Checkpointer(Callback):
         run.load_state_dict(state)
         load_trained_tensors(run.model, safetensors.torch.load_file(folder / "model.safetensors"))
         run.load_tensors(safetensors.torch.load_file(folder / "callbacks.safetensors"))
-        device = run.accelerator.device
-        run.optimizer.load_state_dict(
-            torch.load(folder / "optimizer.pt", map_location=device, weights_only=True)
-        )
-        rng = torch.load(folder / "rng.pt", weights_only=True)
+        # The optimizer moves its state to the device of its parameters.
+        moments = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+        run.optimizer.load_state_dict(moments)
+        rng = torch.load(folder / "rng.pt", map_location="cpu", weights_only=True)
         rank = run.accelerator.process_index
         if rank < len(rng):
             restore_rng(rng[rank])

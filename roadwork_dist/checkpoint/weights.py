@@ -1,6 +1,7 @@
 """Which tensors of a model training moves, and who the others are."""
 
 import hashlib
+import json
 from collections.abc import Mapping
 
 import torch
@@ -26,9 +27,14 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def frozen_identity(model: nn.Module) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of all stored tensors that training cannot move."""
+    """SHA-256 over names, dtypes, shapes and bytes of all stored tensors that training cannot move.
+
+    A model that is trained from kept features does not hold the network they come from; it names it
+    in an attribute ``backbone_identity``, which counts too.
+    """
     moved = trained_tensors(model)
-    digest = hashlib.sha256()
+    elsewhere = json.dumps(getattr(model, "backbone_identity", None), sort_keys=True)
+    digest = hashlib.sha256(elsewhere.encode())
     for name, tensor in sorted(model.state_dict().items()):
         if name not in moved:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

@@ -1,9 +1,11 @@
 """The only place that builds an ``Accelerator`` and hands a model to it."""
 
+import atexit
 from typing import Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 from torch.optim import Optimizer
 
@@ -23,9 +25,22 @@ def build_accelerator(
         device: ``cpu`` ignores GPUs.
     """
     use_cpu = device == "cpu" or not torch.cuda.is_available()
+    known = AcceleratorState._shared_state
+    if known and known.get("_mixed_precision") != _PRECISIONS[precision]:
+        # Accelerate keeps the first precision for the whole process and refuses another; a notebook
+        # that trains twice means the second one. Processes and device stay.
+        AcceleratorState._reset_state()
     # Accumulation is the Trainer's: Accelerate would divide each loss by a fixed number, while a
     # mean over rows needs the rows of the whole optimizer step.
+    atexit.unregister(_leave)
+    atexit.register(_leave)
     return Accelerator(mixed_precision=_PRECISIONS[precision], cpu=use_cpu)
+
+
+def _leave() -> None:
+    """Leave the process group at exit; gloo's threads otherwise abort some processes that are done."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def prepare(

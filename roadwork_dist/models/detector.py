@@ -152,12 +152,18 @@ class RoadworkModel(nn.Module):
     Args:
         head: the trained part.
         backbone: maps views [N, 3, S, S] uint8 to features [N, D]; null = batches bring features.
+
+    Attributes:
+        backbone_identity: which backbone features come from (name, hash); saved with the model.
+        extra: anything else worth saving with it; JSON.
     """
 
     def __init__(self, head: RoadworkHead, backbone: nn.Module | None) -> None:
         super().__init__()
         self.head = head
         self.backbone = backbone
+        self.backbone_identity: dict[str, Any] = {}
+        self.extra: dict[str, Any] = {}
         self.train(self.training)
 
     @property
@@ -215,14 +221,19 @@ class RoadworkModel(nn.Module):
         return features.index_put((view_mask,), real)
 
     def save_pretrained(
-        self, folder: str | Path, *, backbone_identity: dict[str, Any], extra: dict[str, Any]
+        self,
+        folder: str | Path,
+        *,
+        backbone_identity: dict[str, Any] | None = None,
+        extra: dict[str, Any] | None = None,
     ) -> None:
         """Write what was trained to a folder, see :mod:`roadwork_dist.models.pretrained`.
 
         Args:
             folder: made if needed; an older model in it is replaced.
-            backbone_identity: what tells which backbone to load (name, hash), for ``config.json``.
-            extra: anything else worth knowing, for ``config.json`` (must be JSON).
+            backbone_identity: what tells which backbone to load (name, hash), for ``config.json``;
+                null = the attribute.
+            extra: anything else worth knowing, for ``config.json`` (must be JSON); null = the attribute.
 
         Raises:
             CheckpointError: the folder cannot be written.
@@ -234,8 +245,8 @@ class RoadworkModel(nn.Module):
             d_backbone=self.head.d_backbone,
             mask_head=self.head.mask_head is not None,
             model=self.head.config,
-            backbone=backbone_identity,
-            extra=extra,
+            backbone=self.backbone_identity if backbone_identity is None else backbone_identity,
+            extra=self.extra if extra is None else extra,
         )
         write_pretrained(Path(folder), config, weights)
 
@@ -264,7 +275,9 @@ class RoadworkModel(nn.Module):
             )
         if learned and backbone is not None:
             load_into(backbone, learned, folder, strict=False)
-        return cls(head, backbone).eval()
+        model = cls(head, backbone)
+        model.backbone_identity, model.extra = config.backbone, config.extra
+        return model.eval()
 
 
 def _learned(backbone: nn.Module) -> dict[str, Tensor]:

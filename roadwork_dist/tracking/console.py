@@ -15,7 +15,7 @@ class Console(Callback):
     """Tells a person how training goes (rank 0)."""
 
     def __init__(self) -> None:
-        self._console = RichConsole(highlight=False)
+        self._console = RichConsole(highlight=False, markup=False, soft_wrap=True)
         self._progress: Progress | None = None
         self._last_line = 0.0
 

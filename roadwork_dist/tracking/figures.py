@@ -2,6 +2,7 @@
 
 import resource
 import sys
+import time
 from typing import Any
 
 import torch
@@ -19,6 +20,23 @@ def peak_memory_mb(run: Run) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_UNIT / 2**20
 
 
+class MemoryGauge:
+    """Looks at the peak at most once a second: on a busy machine a look can cost a millisecond."""
+
+    def __init__(self) -> None:
+        self._next_look, self._value = 0.0, 0.0
+
+    def peak_mb(self, run: Run) -> float:
+        """:func:`peak_memory_mb`, up to a second old."""
+        now = time.monotonic()
+        if now >= self._next_look:
+            self._next_look, self._value = now + 1.0, peak_memory_mb(run)
+        return self._value
+
+
+_gauge = MemoryGauge()
+
+
 def step_figures(run: Run, result: StepResult) -> dict[str, Any]:
     """One optimizer step: loss and parts, lr, gradient norm, speed, waiting, memory."""
     return {
@@ -28,5 +46,5 @@ def step_figures(run: Run, result: StepResult) -> dict[str, Any]:
         "grad_norm": result.grad_norm,
         "samples_per_s": round(result.rows / result.seconds, 2),
         "data_wait": round(result.data_wait, 4),
-        "memory_mb": round(peak_memory_mb(run), 1),
+        "memory_mb": round(_gauge.peak_mb(run), 1),
     }

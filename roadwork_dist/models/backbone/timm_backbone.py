@@ -19,6 +19,8 @@ class TimmBackbone(Backbone):
 
     def _extract(self, images: Tensor) -> Tensor:
         network: Any = self.network
+        # Convolutions run several times faster on a CPU, and on tensor cores, with channels last.
+        images = images.contiguous(memory_format=torch.channels_last)
         if has_class_token(network):
             tokens: Tensor = network.forward_features(images)  # [N, 1 + registers + P, D], normalised
             return tokens[:, 0]

@@ -1,0 +1,163 @@
+"""From a configuration to data sets: read, checked, cut into views, and as features where cached."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from accelerate import Accelerator
+from torch import Tensor
+
+from roadwork_dist.build.progress import progress_bar
+from roadwork_dist.config.schema import ExperimentConfig
+from roadwork_dist.data.augment.policy import augmenter_for
+from roadwork_dist.data.check import check_images, drop_unreadable
+from roadwork_dist.data.content import content_hashes
+from roadwork_dist.data.dataset import RoadworkDataset
+from roadwork_dist.data.extract import extract
+from roadwork_dist.data.features import FeatureSpace, FeatureStore
+from roadwork_dist.data.manifest import Manifest
+from roadwork_dist.data.masks import mask_targets
+from roadwork_dist.data.photo import PhotoViews
+from roadwork_dist.data.sources import load_manifest
+from roadwork_dist.data.splits import places, stratified_group_split
+from roadwork_dist.data.text import TextCache, TextEmbeddings, embed_descriptions
+from roadwork_dist.data.views import geometry_for
+from roadwork_dist.engine.collectives import gather_objects
+from roadwork_dist.models.backbone import Backbone
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Manifests:
+    """The photos of an experiment."""
+
+    train: Manifest
+    val: Manifest
+    target: Manifest | None
+
+
+def load_manifests(config: ExperimentConfig) -> Manifests:
+    """Read the sources; without a validation source, split one off the training photos by place.
+
+    Raises:
+        DataError: a source cannot be used; the message names file and row.
+    """
+    data = config.data
+    train = load_manifest(data.train, data, name="train").labelled()
+    target = load_manifest(data.target, data, name="target") if data.target else None
+    if data.val is not None:
+        return Manifests(train, load_manifest(data.val, data, name="val").labelled(), target)
+    groups = places(train.coordinates)
+    kept, held_out = stratified_group_split(train.labels, groups, data.val_share, config.seed)
+    return Manifests(
+        train.subset(kept.tolist(), name="train"), train.subset(held_out.tolist(), name="val"), target
+    )
+
+
+def photo_views(config: ExperimentConfig, backbone: Backbone, *, augment: bool) -> PhotoViews:
+    """How photos become views for a backbone."""
+    red, green, blue = (round(255 * channel) for channel in backbone.mean)
+    geometry = geometry_for(config.views, backbone.view_size(config.views.size), (red, green, blue))
+    augmenter = augmenter_for(config.augment, config.seed) if augment else None
+    return PhotoViews(geometry, augmenter, config.data.max_pixels)
+
+
+class DatasetBuilder:
+    """Builds the data sets of one experiment; what they share is loaded once.
+
+    Args:
+        config: the experiment.
+        backbone: frozen, on its device; computes the features that are missing.
+        accelerator: tells rank and device.
+        masks: rows bring targets of the mask head.
+    """
+
+    def __init__(
+        self, config: ExperimentConfig, backbone: Backbone, accelerator: Accelerator, *, masks: bool
+    ) -> None:
+        self.config, self.backbone, self.accelerator, self.masks = config, backbone, accelerator, masks
+        self.root = Path(config.features.dir)
+        self._encode_text: Callable[[list[str]], Tensor] | None = None
+        self._text_cache: TextCache | None = None
+
+    def build(self, manifest: Manifest, *, augment: bool) -> RoadworkDataset:
+        """A data set of the readable photos of a manifest.
+
+        Raises:
+            DataError: more photos are unreadable than ``data.max_unreadable_share`` allows.
+        """
+        views = photo_views(self.config, self.backbone, augment=augment)
+        if self.config.features.mode == "online":
+            manifest = self._readable(manifest)
+            return self._dataset(manifest, views, None, None)
+        store = FeatureStore(self.root, self._space(views))
+        hashes = content_hashes([sample.image for sample in manifest], self.root)
+        unreadable = self._extract(manifest, hashes, views, store)
+        kept = drop_unreadable(manifest, unreadable, self.config.data.max_unreadable_share)
+        hashes = [value for row, value in enumerate(hashes) if row not in unreadable]
+        return self._dataset(kept, views, store, hashes)
+
+    def _readable(self, manifest: Manifest) -> Manifest:
+        with progress_bar(f"checking {manifest.name}", self.accelerator) as tell:
+            return check_images(
+                manifest,
+                max_share=self.config.data.max_unreadable_share,
+                max_pixels=self.config.data.max_pixels,
+                workers=max(1, self.config.workers),
+                on_progress=tell,
+            ).readable
+
+    def _extract(
+        self, manifest: Manifest, hashes: Sequence[str | None], views: PhotoViews, store: FeatureStore
+    ) -> dict[int, str]:
+        """Compute missing features, each rank its share; returns what could not be read."""
+        accelerator = self.accelerator
+        with progress_bar(f"features of {manifest.name}", accelerator) as tell:
+            done = extract(
+                manifest.samples,
+                hashes,
+                views=views,
+                store=store,
+                encode=self.backbone,
+                batch_views=self.config.features.batch_views,
+                workers=self.config.workers,
+                share=(accelerator.process_index, accelerator.num_processes),
+                on_progress=tell,
+            )
+        # Every rank gets here, also one without photos of its own. Nobody reads a feature before all
+        # shares are computed, and all ranks leave out the same photos.
+        return {row: text for share in gather_objects(done.unreadable) for row, text in share.items()}
+
+    def _space(self, views: PhotoViews) -> FeatureSpace:
+        augmenter = views.augmenter
+        return FeatureSpace(
+            views=views.geometry.identity(),
+            augment=None if augmenter is None else augmenter.identity(),
+            backbone=f"{self.backbone.identity} {self.config.backbone.dtype}",
+            dtype=self.config.features.dtype,
+        )
+
+    def _dataset(
+        self,
+        manifest: Manifest,
+        views: PhotoViews,
+        store: FeatureStore | None,
+        hashes: Sequence[str | None] | None,
+    ) -> RoadworkDataset:
+        masks = mask_targets([s.mask for s in manifest], self.root) if self.masks else None
+        text = self._text(manifest) if self.config.model.metadata else None
+        return RoadworkDataset(manifest, views=views, store=store, hashes=hashes, text=text, masks=masks)
+
+    def _text(self, manifest: Manifest) -> TextEmbeddings | None:
+        descriptions = [sample.description for sample in manifest]
+        if not any(descriptions):
+            return None
+        if self._encode_text is None:
+            from roadwork_dist.models.text import load_text_encoder
+
+            encoder = load_text_encoder(self.config.data.text_encoder)
+            self._encode_text = encoder
+            self._text_cache = TextCache(self.root, encoder.identity)
+        return embed_descriptions(descriptions, self._encode_text, self._text_cache)

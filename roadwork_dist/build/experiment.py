@@ -1,0 +1,234 @@
+"""A whole experiment: photos on disk to a trained, evaluated, reported detector."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from roadwork_dist.build.data import DatasetBuilder, Manifests, load_manifests
+from roadwork_dist.common.files import write_atomic
+from roadwork_dist.common.types import UNLABELLED
+from roadwork_dist.config.schema import ExperimentConfig
+from roadwork_dist.data.dataset import RoadworkDataset, collate
+from roadwork_dist.data.gps import gps_weights
+from roadwork_dist.data.loader import load_batches
+from roadwork_dist.data.manifest import Manifest
+from roadwork_dist.data.sampler import evaluation_batches
+from roadwork_dist.engine.accelerator import build_accelerator
+from roadwork_dist.evaluation.evaluator import evaluate_predictions, summary_lines
+from roadwork_dist.evaluation.predictions import read_predictions, write_predictions
+from roadwork_dist.evaluation.report import report_from_run, splits_of
+from roadwork_dist.losses.composite import RoadworkLoss
+from roadwork_dist.models.backbone import Backbone, load_backbone
+from roadwork_dist.models.detector import RoadworkHead, RoadworkModel
+from roadwork_dist.models.pretrained import load_into, read_weights
+from roadwork_dist.tracking.run_folder import make_run_folder
+from roadwork_dist.training.detection import RoadworkTask
+from roadwork_dist.training.passes import run_pass
+from roadwork_dist.training.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What a configuration stands for, wired but not started."""
+
+    config: ExperimentConfig
+    trainer: Trainer
+    task: RoadworkTask
+    model: RoadworkModel
+    datasets: dict[str, RoadworkDataset]
+    """``val`` and, where the target photos have labels, ``target``: what is evaluated at the end."""
+    is_synthetic: bool
+
+    @property
+    def accelerator(self) -> Accelerator:
+        """Processes and device."""
+        return self.trainer.accelerator
+
+
+def build_experiment(config: ExperimentConfig) -> Experiment:
+    """Read the data, compute missing features and wire a Trainer.
+
+    Raises:
+        ConfigError: a setting cannot be used.
+        DataError: the data cannot be used.
+        BackboneError: the backbone or the text encoder cannot be loaded.
+    """
+    accelerator = build_accelerator(precision=config.precision, device=config.device)
+    if accelerator.is_main_process:
+        make_run_folder(Path(config.output_dir))
+    manifests = load_manifests(config)
+    backbone = load_backbone(config.backbone, device=accelerator.device)
+    mask_head = config.model.mask_head == "on" or (
+        config.model.mask_head == "auto" and manifests.train.has_masks
+    )
+    builder = DatasetBuilder(config, backbone, accelerator, masks=mask_head)
+    train = builder.build(manifests.train, augment=True)
+    datasets = {"val": builder.build(manifests.val, augment=False)}
+    if manifests.target is not None and (manifests.target.labels != UNLABELLED).any():
+        datasets["target"] = builder.build(manifests.target.labelled(), augment=False)
+    model = build_model(config, backbone, mask_head=mask_head)
+    loss = RoadworkLoss(config.loss, with_masks=mask_head, with_experts=config.model.experts > 0)
+    task = RoadworkTask(loss)
+    trainer = Trainer(
+        model,
+        config,
+        train,
+        datasets["val"],
+        task=task,
+        sample_weights=_sample_weights(config, train.manifest, manifests, accelerator),
+        collate=collate,
+    )
+    return Experiment(config, trainer, task, model, datasets, is_synthetic(config))
+
+
+def build_model(config: ExperimentConfig, backbone: Backbone, *, mask_head: bool) -> RoadworkModel:
+    """The detector; with cached features it holds the head alone and names the backbone."""
+    torch.manual_seed(config.seed)  # the same first weights on every rank and after every restart
+    head = RoadworkHead(backbone.width, config.model, mask_head=mask_head)
+    model = RoadworkModel(head, backbone if config.features.mode == "online" else None)
+    settings = replace(config.backbone, name=backbone.name)
+    model.backbone_identity = {"sha256": backbone.identity, **asdict(settings)}
+    size = backbone.view_size(config.views.size)
+    model.extra = {
+        "views": asdict(replace(config.views, size=size)),
+        "text_encoder": config.data.text_encoder,
+        "synthetic": is_synthetic(config),
+    }
+    return model
+
+
+def _sample_weights(
+    config: ExperimentConfig, train: Manifest, manifests: Manifests, accelerator: Accelerator
+) -> list[float] | None:
+    """GPS weights, checked by drawing from them before anything is trained."""
+    if not config.gps.enabled:
+        return None
+    weights, report = gps_weights(train, manifests.target, config.gps, seed=config.seed)
+    if accelerator.is_main_process:
+        print("\n".join(report.lines()))
+    values: list[float] = weights.tolist()
+    return values if report.weighted else None
+
+
+def is_synthetic(config: ExperimentConfig) -> bool:
+    """Whether the training photos come from this package's generator, which leaves a marker."""
+    source = Path(config.data.train)
+    marker = (source if source.is_dir() else source.parent) / "synthetic.json"
+    return marker.is_file()
+
+
+def run_experiment(config: ExperimentConfig) -> Path:
+    """Train (or go on training), evaluate the best weights and write the report.
+
+    Every rank runs this. Rank 0 writes ``predictions.parquet``, ``evaluation.json`` and
+    ``report.html`` to the run folder and prints the figures.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        RoadworkError: whatever stops the run; see :func:`build_experiment` and :meth:`Trainer.fit`.
+    """
+    experiment = build_experiment(config)
+    experiment.trainer.fit()
+    rows = predict_all(experiment)
+    run_dir = Path(config.output_dir)
+    if experiment.accelerator.is_main_process:
+        write_predictions(run_dir / "predictions.parquet", rows, synthetic=experiment.is_synthetic)
+        write_evaluation(run_dir, config, experiment.is_synthetic)
+        if config.eval.report:
+            print(f"report: {report_from_run(run_dir, views_of=ViewsById(experiment))}")
+    experiment.accelerator.wait_for_everyone()
+    return run_dir
+
+
+def predict_all(experiment: Experiment) -> list[dict[str, Any]]:
+    """Rows of ``predictions.parquet`` for every evaluated split, by the best weights.
+
+    A collective: every rank takes a share of each split.
+    """
+    trainer, config = experiment.trainer, experiment.config
+    accelerator = experiment.accelerator
+    best = trainer.run_dir / "best"
+    load_into(experiment.model.head, _head_weights(best), best, strict=True)
+    experiment.model.eval()
+    rows: list[dict[str, Any]] = []
+    for split, dataset in experiment.datasets.items():
+        share = evaluation_batches(
+            len(dataset), config.batch_size, accelerator.process_index, accelerator.num_processes
+        )
+        batches = load_batches(dataset, share, workers=config.workers, collate=collate)
+        outcome = run_pass(experiment.model, experiment.task, batches, accelerator.device)
+        rows += prediction_rows(dataset.manifest, outcome.rows, split)
+    return rows
+
+
+def _head_weights(best: Path) -> dict[str, Tensor]:
+    weights = read_weights(best)
+    return {name.removeprefix("head."): t for name, t in weights.items() if name.startswith("head.")}
+
+
+def prediction_rows(manifest: Manifest, rows: Mapping[str, Tensor], split: str) -> list[dict[str, Any]]:
+    """Per-row tensors of a pass as rows of ``predictions.parquet``, in the manifest's order."""
+    order = rows["index"].argsort()
+    logits = rows["logits"].float()[order]
+    probabilities = logits.double().softmax(dim=1)[:, 1]
+    gates = rows["view_gates"].float()[order]
+    result = []
+    for number, index in enumerate(rows["index"][order].tolist()):
+        sample = manifest[index]
+        result.append(
+            {
+                "id": sample.id,
+                "split": split,
+                "label": sample.label,
+                "logit_0": float(logits[number, 0]),
+                "logit_1": float(logits[number, 1]),
+                "probability": float(probabilities[number]),
+                "view_gates": gates[number][~gates[number].isnan()].tolist(),
+                **{
+                    name: getattr(sample, name)
+                    for name in ("latitude", "longitude", "weather", "daytime", "scene")
+                },
+            }
+        )
+    return result
+
+
+def write_evaluation(run_dir: Path, config: ExperimentConfig, synthetic: bool) -> None:
+    """Evaluate a run's predictions, print the figures, keep them and the decision threshold."""
+    frame = read_predictions(run_dir / "predictions.parquet")
+    results = {}
+    for split in splits_of(frame):
+        result = evaluate_predictions(
+            split.frame, threshold=split.threshold, bootstrap=config.eval.bootstrap, seed=config.seed
+        )
+        results[split.name] = result
+        note = " (the threshold and the best epoch were chosen on these)" if not split.held_out else ""
+        print("\n".join(summary_lines(result, f"{split.name}{note}", synthetic)))
+    write_atomic(run_dir / "evaluation.json", json.dumps(results, indent=1).encode())
+    if "val" in results:
+        decision = {"threshold": results["val"]["threshold"], "chosen_on": "val"}
+        write_atomic(run_dir / "best" / "decision.json", json.dumps(decision).encode())
+
+
+class ViewsById:
+    """Views of an evaluated photo by its id, for the report's pictures."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        self._samples = {
+            sample.id: (dataset, sample)
+            for dataset in experiment.datasets.values()
+            for sample in dataset.manifest
+        }
+
+    def __call__(self, sample_id: str) -> Any:
+        """[V, 3, S, S] uint8."""
+        dataset, sample = self._samples[sample_id]
+        return dataset.views.plain(sample.image).numpy()

@@ -1,0 +1,83 @@
+"""``roadwork-dist``: finds the command, tells errors in one line.
+
+Commands are imported when they run, so that ``--help`` costs nothing.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from roadwork_dist import __version__
+from roadwork_dist.common.errors import ConfigError, RoadworkError
+from roadwork_dist.common.registry import nearest
+
+COMMANDS = {
+    "synth": "render a synthetic data set of street scenes",
+    "data": "check the photos and tables of a data set: `data check`",
+    "pretrain": "train, evaluate and report; started again it goes on where it was",
+    "evaluate": "evaluate a trained run on its own or another data set",
+    "predict": "probabilities of roadwork for photos and folders",
+    "report": "write a run's report anew",
+    "doctor": "what this machine has, what is missing and how to get it",
+    "demo-real": "train on real photographs and print out-of-fold MCC",
+}
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+def usage() -> str:
+    """The text of ``roadwork-dist --help``."""
+    commands = "\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items())
+    return (
+        f"roadwork-dist {__version__}: train detectors of roadwork in street photos\n\n"
+        f"usage: roadwork-dist [--debug] COMMAND ...\n\n{commands}\n\n"
+        "roadwork-dist COMMAND --help tells more. --debug shows tracebacks."
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Returns:
+        0, or 2 after an error that the user can mend, 3 if some photos could not be predicted, 130
+        after Ctrl-C.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if words[0] == "--version":
+        print(__version__)
+        return 0
+    try:
+        return _run(words[0], words[1:])
+    except RoadworkError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _run(command: str, arguments: list[str]) -> int:
+    if command not in COMMANDS:
+        close = nearest(command, list(COMMANDS), n=1)[0]
+        raise ConfigError(f"unknown command {command!r}: did you mean {close!r}? see roadwork-dist --help")
+    module = import_module(f"roadwork_dist.cli.{command.replace('-', '_')}")
+    code: int = module.run(arguments)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

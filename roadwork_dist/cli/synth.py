@@ -1,0 +1,43 @@
+"""``roadwork-dist synth``: a synthetic data set."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Render the set, once."""
+    parser = argparse.ArgumentParser(
+        prog="roadwork-dist synth",
+        description="Render a synthetic data set: street scenes as JPEGs with EXIF, exact masks, metadata of "
+        "which most is null, and splits train, val and target. A complete set is left alone.",
+    )
+    parser.add_argument("folder", type=Path, help="where to write it")
+    parser.add_argument("--seed", type=int, default=42, help="seed of everything (default: %(default)s)")
+    parser.add_argument("--train", type=int, default=264, help="photos to train on (%(default)s)")
+    parser.add_argument("--val", type=int, default=96, help="photos to validate on (%(default)s)")
+    parser.add_argument(
+        "--target", type=int, default=40, help="photos around the target cities (%(default)s)"
+    )
+    parser.add_argument(
+        "--large", type=int, default=48, help="photos of 4032x3024; others are half (%(default)s)"
+    )
+    parser.add_argument("--workers", type=int, default=2, help="processes (%(default)s)")
+    options = parser.parse_args(arguments)
+    from roadwork_dist.build.progress import progress_bar
+    from roadwork_dist.data.synthetic.dataset import write_synthetic
+
+    with progress_bar("rendering synthetic photos") as tell:
+        made = write_synthetic(
+            options.folder,
+            seed=options.seed,
+            n_train=options.train,
+            n_val=options.val,
+            n_target=options.target,
+            n_large=options.large,
+            workers=options.workers,
+            progress=tell,
+        )
+    was = "rendered" if made.rendered else "already there"
+    print(f"{was}: {made.train.parent} (synthetic photos; train.csv, val.csv, target.csv)")
+    return 0

@@ -1,0 +1,57 @@
+"""The roadwork detector's task: detector + composite loss on batches of photos."""
+
+import math
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from roadwork_dist.common.types import UNLABELLED, Batch, ModelOutput
+from roadwork_dist.losses.composite import RoadworkLoss
+from roadwork_dist.training.task import TaskOutput, matthews_corrcoef
+
+
+class RoadworkTask:
+    """Focal, consistency, weather and Dice on the detector's outputs; figures are MCC and accuracy.
+
+    Args:
+        loss: the composite loss.
+    """
+
+    figures = ("mcc", "accuracy")
+
+    def __init__(self, loss: RoadworkLoss) -> None:
+        self.loss = loss
+        self.weights: Mapping[str, float] = loss.weights
+
+    def count(self, batch: Batch) -> dict[str, int]:
+        """Rows with a target, per part."""
+        return self.loss.count_targets(batch)
+
+    def __call__(self, model: nn.Module, batch: Batch) -> TaskOutput:
+        """Sums of the parts; rows hold ``index``, ``label``, ``logits`` [B, K] and ``view_gates`` [B, V]."""
+        output: ModelOutput = model(batch)
+        rows = {
+            "index": batch["index"],
+            "label": batch["label"],
+            "logits": output.logits,
+            "view_gates": _pad_views(output.view_gates),
+        }
+        return TaskOutput(self.loss(output, batch), rows)
+
+    def metrics(self, rows: Mapping[str, Tensor]) -> dict[str, float]:
+        """MCC and accuracy at probability 0.5 over the labelled rows; NaN where there are none."""
+        labelled = rows["label"] != UNLABELLED
+        if not bool(labelled.any()):
+            return dict.fromkeys(self.figures, math.nan)
+        labels = rows["label"][labelled]
+        predicted = rows["logits"][labelled].argmax(dim=1)
+        accuracy = float((predicted == labels).double().mean())
+        return {"mcc": matthews_corrcoef(labels, predicted), "accuracy": accuracy}
+
+
+MOST_VIEWS = 128
+"""Width that gates are padded to (NaN = no such view), so that batches of unlike V can be joined."""
+
+
+def _pad_views(gates: Tensor) -> Tensor:
+    return nn.functional.pad(gates, (0, MOST_VIEWS - gates.shape[1]), value=math.nan)
