@@ -15,6 +15,7 @@ from roadwork_dist.data.synthetic.street import random_street
 from roadwork_dist.data.synthetic.view import Light, View, light_for, random_view
 
 JPEG_QUALITY = 90
+_ATTEMPTS = 20
 _UPRIGHT_TO_STORED = {
     3: Image.Transpose.ROTATE_180,
     6: Image.Transpose.ROTATE_90,
@@ -38,12 +39,11 @@ def render(facts: Facts, seed: int, size: tuple[int, int]) -> Picture:
         seed: seed of the set.
         size: width and height in px, landscape.
     """
-    attempt = 0
-    while True:
+    for attempt in range(_ATTEMPTS):  # a far work zone may go unseen behind something: another layout
         picture = _attempt(facts, generator_for(seed, facts.id, "scene", attempt), size)
         if bool(facts.label) == (picture.mask.getbbox() is not None):
             return picture
-        attempt += 1  # a far work zone went unseen behind something: another layout
+    raise RuntimeError(f"photo {facts.id} does not show its label {facts.label} in {_ATTEMPTS} layouts")
 
 
 def _attempt(facts: Facts, rng: np.random.Generator, size: tuple[int, int]) -> Picture:
