@@ -17,6 +17,8 @@ if TYPE_CHECKING:
         TrainConfig,
     )
     from roadwork_dist.events.callback import Callback
+    from roadwork_dist.inference.predictor import Predictor
+    from roadwork_dist.models.detector import RoadworkModel
     from roadwork_dist.training.trainer import Trainer
 
 __version__ = "0.1.0"
@@ -27,6 +29,8 @@ _HOMES = {
     "EmaConfig": "roadwork_dist.config.schema",
     "ExperimentConfig": "roadwork_dist.config.schema",
     "OptimConfig": "roadwork_dist.config.schema",
+    "Predictor": "roadwork_dist.inference.predictor",
+    "RoadworkModel": "roadwork_dist.models.detector",
     "ScheduleConfig": "roadwork_dist.config.schema",
     "TrackingConfig": "roadwork_dist.config.schema",
     "TrainConfig": "roadwork_dist.config.schema",
@@ -39,6 +43,8 @@ __all__ = [
     "EmaConfig",
     "ExperimentConfig",
     "OptimConfig",
+    "Predictor",
+    "RoadworkModel",
     "ScheduleConfig",
     "TrackingConfig",
     "TrainConfig",

@@ -1,0 +1,325 @@
+"""Probabilities of roadwork for photos, from a saved model.
+
+B batch · V views · K classes
+"""
+
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from accelerate.utils import send_to_device
+
+from roadwork_dist.common.errors import CheckpointError, ConfigError, DataError
+from roadwork_dist.common.types import Batch, ModelOutput
+from roadwork_dist.config.schema import BackboneConfig, ViewsConfig
+from roadwork_dist.data.dataset import RoadworkDataset, Row, collate
+from roadwork_dist.data.images import MAX_PIXELS, FileImage
+from roadwork_dist.data.loader import load_batches
+from roadwork_dist.data.manifest import Manifest, Sample
+from roadwork_dist.data.photo import PhotoViews
+from roadwork_dist.data.sampler import evaluation_batches
+from roadwork_dist.data.text import TextEmbeddings, TextEncoder, embed_descriptions
+from roadwork_dist.data.views import geometry_for
+from roadwork_dist.models.backbone import Backbone, load_backbone
+from roadwork_dist.models.detector import RoadworkModel
+from roadwork_dist.models.pretrained import CONFIG_FILE, PretrainedConfig, read_config
+
+logger = logging.getLogger(__name__)
+
+DECISION_FILE = "decision.json"
+"""Beside the weights: the decision threshold, and what it was chosen on."""
+
+Photo = str | Path | Sample
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What the model says about one photo."""
+
+    id: str
+    """Id of the sample; the path where only a path was given."""
+    probability: float
+    """Of roadwork."""
+    prediction: int
+    """1 where ``probability`` is above the threshold, else 0."""
+    logit_0: float
+    logit_1: float
+    view_gates: list[float]
+    """Weight in [0, 1] of each view; 0 = pruned."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """A photo that cannot be predicted."""
+
+    id: str
+    reason: str
+    """One line that names the file."""
+
+
+OnError = Callable[[Unreadable], None]
+
+
+class Predictor:
+    """A model with all that it needs to read photos.
+
+    Args:
+        model: with its backbone where photos are to be read; on its device.
+        views: how a photo becomes views, without augmentation.
+        threshold: photos with a probability above it are called roadwork.
+        text_encoder: name of the encoder of descriptions; loaded when the first one comes.
+    """
+
+    def __init__(
+        self,
+        model: RoadworkModel,
+        views: PhotoViews,
+        *,
+        threshold: float = 0.5,
+        text_encoder: str | None = None,
+    ) -> None:
+        self.model, self.views, self.threshold = model.eval(), views, threshold
+        self.text_encoder = text_encoder
+        self._encode_text: TextEncoder | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.head.parameters()).device
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, *, device: str | torch.device = "auto", max_pixels: int = MAX_PIXELS
+    ) -> Self:
+        """Load a model that a run saved, with its backbone and its threshold (0.5 where none was chosen).
+
+        Args:
+            folder: a run folder, or its ``best/``.
+            device: ``auto`` = the first GPU, or the CPU; or torch's name of a device.
+            max_pixels: photos with more pixels are refused.
+
+        Raises:
+            CheckpointError: the folder is incomplete or damaged, or the backbone to be had now has
+                other weights than the one the model was trained with.
+            BackboneError: the backbone cannot be loaded.
+            ConfigError: there is no such device.
+        """
+        folder = weights_folder(folder)
+        config = read_config(folder)
+        where = _device(device)
+        backbone = _backbone(config, folder, where)
+        model = RoadworkModel.from_pretrained(folder, backbone=backbone).to(where)
+        try:
+            settings = ViewsConfig(**config.extra["views"])
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{folder / CONFIG_FILE} does not say how photos are cut into views ({error}): expected "
+                "extra.views, as a run writes it; save the model again"
+            ) from error
+        views = plain_views(settings, backbone, max_pixels)
+        encoder = config.extra.get("text_encoder") if config.model.metadata else None
+        return cls(model, views, threshold=read_threshold(folder), text_encoder=encoder)
+
+    def predict(
+        self,
+        photos: Iterable[Photo] | Manifest,
+        *,
+        batch_size: int = 8,
+        workers: int = 0,
+        on_error: OnError | None = None,
+    ) -> Iterator[Prediction]:
+        """Predict photos, in their order; results come batch by batch.
+
+        Args:
+            photos: paths, or samples with what is known of them (place, weather, description, …).
+            batch_size: photos at a time.
+            workers: processes that decode; 0 = decode in this one.
+            on_error: told of every photo that cannot be read; null = a warning is logged. The
+                others are predicted all the same.
+
+        Raises:
+            ConfigError: ``batch_size`` or ``workers`` is out of range.
+            BackboneError: photos have descriptions and their encoder cannot be loaded.
+        """
+        if isinstance(photos, str | Path):  # else its letters would be taken for photos
+            photos = [photos]
+        manifest = photos if isinstance(photos, Manifest) else Manifest("photos", tuple(map(_sample, photos)))
+        dataset = RoadworkDataset(manifest, views=self.views, text=self._text(manifest))
+        return self.predict_dataset(dataset, batch_size=batch_size, workers=workers, on_error=on_error)
+
+    def predict_dataset(
+        self,
+        dataset: RoadworkDataset,
+        *,
+        batch_size: int = 8,
+        workers: int = 0,
+        on_error: OnError | None = None,
+    ) -> Iterator[Prediction]:
+        """Like :meth:`predict`, for a data set that may hold stored features instead of photos."""
+        if batch_size < 1 or workers < 0:
+            raise ConfigError(
+                f"batch_size is {batch_size} and workers is {workers}, expected >= 1 and >= 0: correct them"
+            )
+        return self._batches(dataset, batch_size, workers, on_error or _warn)
+
+    def _batches(
+        self, dataset: RoadworkDataset, batch_size: int, workers: int, on_error: OnError
+    ) -> Iterator[Prediction]:
+        batches = load_batches(
+            _Tolerant(dataset),
+            evaluation_batches(len(dataset), batch_size),
+            workers=workers,
+            collate=_collate_readable,
+            pin_memory=self.device.type == "cuda",
+        )
+        for batch, unreadable in batches:
+            for photo in unreadable:
+                on_error(photo)
+            if batch is not None:
+                with torch.no_grad():
+                    output: ModelOutput = self.model(send_to_device(batch, self.device, non_blocking=True))
+                yield from self._predictions(batch, output)
+
+    def _predictions(self, batch: Batch, output: ModelOutput) -> list[Prediction]:
+        logits = output.logits.cpu()  # [B, K]
+        probabilities = logits.double().softmax(dim=1)[:, 1].tolist()
+        gates = output.view_gates.float().cpu()  # [B, V]
+        return [
+            Prediction(
+                id=batch["id"][row],
+                probability=probability,
+                prediction=int(probability > self.threshold),
+                logit_0=float(logits[row, 0]),
+                logit_1=float(logits[row, 1]),
+                view_gates=gates[row][batch["view_mask"][row]].tolist(),
+            )
+            for row, probability in enumerate(probabilities)
+        ]
+
+    def _text(self, manifest: Manifest) -> TextEmbeddings | None:
+        descriptions = [sample.description for sample in manifest]
+        if self.text_encoder is None or not any(descriptions):
+            return None
+        if self._encode_text is None:
+            from roadwork_dist.models.text import load_text_encoder
+
+            self._encode_text = load_text_encoder(self.text_encoder)
+        return embed_descriptions(descriptions, self._encode_text)
+
+
+def plain_views(config: ViewsConfig, backbone: Backbone, max_pixels: int = MAX_PIXELS) -> PhotoViews:
+    """How photos become un-augmented views for a backbone; very long ones are padded with its mean colour."""
+    red, green, blue = (round(255 * channel) for channel in backbone.mean)
+    geometry = geometry_for(config, backbone.view_size(config.size), (red, green, blue))
+    return PhotoViews(geometry, None, max_pixels)
+
+
+def weights_folder(folder: str | Path) -> Path:
+    """The folder with the weights: the given one, or ``best/`` of a run folder.
+
+    Raises:
+        CheckpointError: neither holds a saved model.
+    """
+    folder = Path(folder)
+    for candidate in (folder, folder / "best"):
+        if (candidate / CONFIG_FILE).is_file():
+            return candidate
+    what = "holds no saved model" if folder.is_dir() else "is no folder"
+    raise CheckpointError(
+        f"{folder} {what}: expected a run folder (--output_dir of a training run that has validated at "
+        f"least once) or its best/, with {CONFIG_FILE} and model.safetensors"
+    )
+
+
+def read_threshold(folder: Path) -> float:
+    """The decision threshold beside the weights, or 0.5 where none was chosen.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    path = folder / DECISION_FILE
+    if not path.is_file():
+        return 0.5
+    try:
+        return float(json.loads(path.read_bytes())["threshold"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error}), expected a threshold: delete the file to use 0.5, or evaluate "
+            "the run again"
+        ) from error
+
+
+def _backbone(config: PretrainedConfig, folder: Path, device: torch.device) -> Backbone:
+    """The backbone that the model was trained with.
+
+    Raises:
+        CheckpointError: none is named, or the one to be had now has other weights.
+    """
+    settings: dict[str, Any] = dict(config.backbone)
+    path = folder / CONFIG_FILE
+    try:
+        expected = settings.pop("sha256")
+        # The attention kernel is this machine's affair: the one of training may not exist here.
+        backbone_config = BackboneConfig(**{**settings, "attention": "auto"})
+    except (KeyError, TypeError, ConfigError) as error:
+        raise CheckpointError(
+            f"{path} names no backbone ({error}): expected its name, its settings and its sha256, as a run "
+            "writes them; save the model again"
+        ) from error
+    backbone = load_backbone(backbone_config, device=device)
+    if backbone.identity != expected:
+        raise CheckpointError(
+            f"the backbone {backbone_config.name!r} found here has other weights (SHA-256 "
+            f"{backbone.identity[:12]}…) than the one {folder} was trained with ({expected[:12]}…): "
+            "install or download those weights"
+        )
+    return backbone
+
+
+def _device(name: str | torch.device) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"device {str(name)!r} cannot be used ({reason}): expected auto, cpu, cuda or cuda:N"
+        ) from error
+    return device
+
+
+def _sample(photo: Photo) -> Sample:
+    return photo if isinstance(photo, Sample) else Sample(id=str(photo), image=FileImage(Path(photo)))
+
+
+def _warn(photo: Unreadable) -> None:
+    logger.warning("left out: %s", photo.reason)
+
+
+class _Tolerant:
+    """Rows of a data set, with what is wrong in place of those that cannot be read."""
+
+    pure = True
+
+    def __init__(self, dataset: RoadworkDataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Row | Unreadable:
+        try:
+            return self.dataset[index]
+        except DataError as error:
+            return Unreadable(self.dataset.manifest[index].id, str(error))
+
+
+def _collate_readable(rows: list[Row | Unreadable]) -> tuple[Batch | None, list[Unreadable]]:
+    readable = [row for row in rows if isinstance(row, Mapping)]
+    return collate(readable) if readable else None, [row for row in rows if isinstance(row, Unreadable)]
