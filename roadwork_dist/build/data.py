@@ -20,7 +20,7 @@ from roadwork_dist.data.manifest import Manifest
 from roadwork_dist.data.masks import mask_targets
 from roadwork_dist.data.photo import PhotoViews
 from roadwork_dist.data.sources import load_manifest
-from roadwork_dist.data.splits import places, stratified_group_split
+from roadwork_dist.data.splits import groups_of, stratified_group_split
 from roadwork_dist.data.text import TextCache, TextEmbeddings, embed_descriptions
 from roadwork_dist.data.views import geometry_for
 from roadwork_dist.engine.collectives import gather_objects
@@ -39,7 +39,7 @@ class Manifests:
 
 
 def load_manifests(config: ExperimentConfig) -> Manifests:
-    """Read the sources; without a validation source, split one off the training photos by place.
+    """Read the sources; without a validation source, split one off the training photos by place and group.
 
     Raises:
         DataError: a source cannot be used; the message names file and row.
@@ -49,8 +49,7 @@ def load_manifests(config: ExperimentConfig) -> Manifests:
     target = load_manifest(data.target, data, name="target") if data.target else None
     if data.val is not None:
         return Manifests(train, load_manifest(data.val, data, name="val").labelled(), target)
-    groups = places(train.coordinates)
-    kept, held_out = stratified_group_split(train.labels, groups, data.val_share, config.seed)
+    kept, held_out = stratified_group_split(train.labels, groups_of(train), data.val_share, config.seed)
     return Manifests(
         train.subset(kept.tolist(), name="train"), train.subset(held_out.tolist(), name="val"), target
     )

@@ -1,7 +1,7 @@
 """A whole experiment: photos on disk to a trained, evaluated, reported detector."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from roadwork_dist.common.types import UNLABELLED
 from roadwork_dist.config.schema import ExperimentConfig
 from roadwork_dist.data.dataset import RoadworkDataset, collate
 from roadwork_dist.data.gps import gps_weights
-from roadwork_dist.data.loader import load_batches
+from roadwork_dist.data.loader import MapDataset, load_batches
 from roadwork_dist.data.manifest import Manifest
 from roadwork_dist.data.sampler import evaluation_batches
 from roadwork_dist.engine.accelerator import build_accelerator
@@ -64,17 +64,14 @@ def build_experiment(config: ExperimentConfig) -> Experiment:
         make_run_folder(Path(config.output_dir))
     manifests = load_manifests(config)
     backbone = load_backbone(config.backbone, device=accelerator.device)
-    mask_head = config.model.mask_head == "on" or (
-        config.model.mask_head == "auto" and manifests.train.has_masks
-    )
+    mask_head = wants_masks(config, manifests.train)
     builder = DatasetBuilder(config, backbone, accelerator, masks=mask_head)
     train = builder.build(manifests.train, augment=True)
     datasets = {"val": builder.build(manifests.val, augment=False)}
     if manifests.target is not None and (manifests.target.labels != UNLABELLED).any():
         datasets["target"] = builder.build(manifests.target.labelled(), augment=False)
     model = build_model(config, backbone, mask_head=mask_head)
-    loss = RoadworkLoss(config.loss, with_masks=mask_head, with_experts=config.model.experts > 0)
-    task = RoadworkTask(loss)
+    task = build_task(config, mask_head=mask_head)
     trainer = Trainer(
         model,
         config,
@@ -85,6 +82,18 @@ def build_experiment(config: ExperimentConfig) -> Experiment:
         collate=collate,
     )
     return Experiment(config, trainer, task, model, datasets, is_synthetic(config))
+
+
+def wants_masks(config: ExperimentConfig, manifest: Manifest) -> bool:
+    """Whether the model gets a mask head: as configured, or where the photos have masks."""
+    return config.model.mask_head == "on" or (config.model.mask_head == "auto" and manifest.has_masks)
+
+
+def build_task(config: ExperimentConfig, *, mask_head: bool) -> RoadworkTask:
+    """Loss and figures."""
+    return RoadworkTask(
+        RoadworkLoss(config.loss, with_masks=mask_head, with_experts=config.model.experts > 0)
+    )
 
 
 def build_model(config: ExperimentConfig, backbone: Backbone, *, mask_head: bool) -> RoadworkModel:
@@ -143,7 +152,7 @@ def run_experiment(config: ExperimentConfig) -> Path:
         write_predictions(run_dir / "predictions.parquet", rows, synthetic=experiment.is_synthetic)
         write_evaluation(run_dir, config, experiment.is_synthetic)
         if config.eval.report:
-            print(f"report: {report_from_run(run_dir, views_of=ViewsById(experiment))}")
+            print(f"report: {report_from_run(run_dir, views_of=ViewsById(experiment.datasets.values()))}")
     experiment.accelerator.wait_for_everyone()
     return run_dir
 
@@ -153,20 +162,26 @@ def predict_all(experiment: Experiment) -> list[dict[str, Any]]:
 
     A collective: every rank takes a share of each split.
     """
-    trainer, config = experiment.trainer, experiment.config
-    accelerator = experiment.accelerator
-    best = trainer.run_dir / "best"
+    best = experiment.trainer.run_dir / "best"
     load_into(experiment.model.head, _head_weights(best), best, strict=True)
-    experiment.model.eval()
     rows: list[dict[str, Any]] = []
     for split, dataset in experiment.datasets.items():
-        share = evaluation_batches(
-            len(dataset), config.batch_size, accelerator.process_index, accelerator.num_processes
-        )
-        batches = load_batches(dataset, share, workers=config.workers, collate=collate)
-        outcome = run_pass(experiment.model, experiment.task, batches, accelerator.device)
-        rows += prediction_rows(dataset.manifest, outcome.rows, split)
+        rows += prediction_rows(dataset.manifest, predict(experiment.trainer, dataset), split)
     return rows
+
+
+def predict(trainer: Trainer, dataset: MapDataset) -> dict[str, Tensor]:
+    """The task's per-row tensors for every row of a data set, by the model as it is, in eval mode.
+
+    A collective: every rank takes a share of the rows and gets all.
+    """
+    accelerator, config = trainer.accelerator, trainer.config
+    share = evaluation_batches(
+        len(dataset), config.batch_size, accelerator.process_index, accelerator.num_processes
+    )
+    batches = load_batches(dataset, share, workers=config.workers, collate=collate)
+    trainer.model.eval()
+    return run_pass(trainer.model, trainer.task, batches, accelerator.device).rows
 
 
 def _head_weights(best: Path) -> dict[str, Tensor]:
@@ -221,12 +236,8 @@ def write_evaluation(run_dir: Path, config: ExperimentConfig, synthetic: bool) -
 class ViewsById:
     """Views of an evaluated photo by its id, for the report's pictures."""
 
-    def __init__(self, experiment: Experiment) -> None:
-        self._samples = {
-            sample.id: (dataset, sample)
-            for dataset in experiment.datasets.values()
-            for sample in dataset.manifest
-        }
+    def __init__(self, datasets: Iterable[RoadworkDataset]) -> None:
+        self._samples = {sample.id: (dataset, sample) for dataset in datasets for sample in dataset.manifest}
 
     def __call__(self, sample_id: str) -> Any:
         """[V, 3, S, S] uint8."""

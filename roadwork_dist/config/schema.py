@@ -172,6 +172,8 @@ class ColumnsConfig:
     scene: str | None = "scene"
     description: str | None = "description"
     mask: str | None = "mask"
+    group: str | None = "group"
+    """Photos of one group (a drive, a thing) never stand on both sides of a split."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,6 +193,8 @@ class DataConfig:
     """Source whose coordinates GPS-weighted sampling aims at; its labels are not read for that."""
     val_share: float = 0.15
     """Share of ``train`` split off, stratified and grouped by place, where ``val`` is null."""
+    folds: int = 5
+    """Folds of a cross-validation over ``train``, stratified and grouped like that split."""
     image_root: str | None = None
     """Folder that relative image paths start from; null = the folder of the table."""
     max_unreadable_share: float = 0.01
@@ -203,6 +207,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _check(0 < self.val_share < 1, "data.val_share", self.val_share, "a share in (0, 1)")
+        _check(self.folds >= 2, "data.folds", self.folds, "an integer >= 2")
         _check(
             0 <= self.max_unreadable_share <= 1,
             "data.max_unreadable_share",

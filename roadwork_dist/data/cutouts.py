@@ -1,14 +1,15 @@
 """A small set of real photographs: cut-outs of Debian's ``tuxpaint-stamps-default`` on a plain ground.
 
 The package (GPL-2) is installed by the user and never vendored. Label 1 = road signs, traffic cones
-and vehicles; label 0 = everything else (animals, food, tools, plants, …). One photo a cut-out, so no
-fold of a cross-validation can hold the same cut-out twice.
+and vehicles; label 0 = everything else (animals, food, tools, plants, …). One photo a cut-out; numbered
+cut-outs of one thing (``fireman200b``, ``fireman240a``) are one group, which no split parts.
 """
 
 import csv
 import hashlib
 import io
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from roadwork_dist.common.random import generator_for
 
 STAMPS = Path("/usr/share/tuxpaint/stamps")
 MARKER = "cutouts.json"
+_COLUMNS = ("id", "image", "label", "kind", "group")
 
 _PHOTO_FOLDERS = (
     "animals",
@@ -68,9 +70,9 @@ class _CutOut:
 def write_cutouts(out: Path, *, stamps: Path = STAMPS, seed: int = 42, size: int = 256) -> Path:
     """Put every photographic cut-out on a plain ground and write the table of them.
 
-    The folder gets ``metadata.csv`` (id, image, label, group; group = the kind of thing, which is the
-    cut-out's folder), ``images/*.jpg`` and, last, a marker; a folder that is complete is left alone. What
-    is written is a pure function of the stamps, ``seed`` and ``size``.
+    The folder gets ``metadata.csv`` (id, image, label, kind = the cut-out's folder, group = its name
+    without a number at the end), ``images/*.jpg`` and, last, a marker; a folder that is complete is left
+    alone. What is written is a pure function of the stamps, ``seed`` and ``size``.
 
     Args:
         out: folder, made if need be.
@@ -88,7 +90,7 @@ def write_cutouts(out: Path, *, stamps: Path = STAMPS, seed: int = 42, size: int
         raise DataError(f"size is {size}, expected at least 64 px")
     cutouts = _find(stamps)
     table = out / "metadata.csv"
-    parameters = {"seed": seed, "size": size, "cutouts": [c.name for c in cutouts]}
+    parameters = {"columns": _COLUMNS, "seed": seed, "size": size, "cutouts": [c.name for c in cutouts]}
     marker = (json.dumps(parameters, indent=1) + "\n").encode()
     if (out / MARKER).exists() and (out / MARKER).read_bytes() == marker:
         return table
@@ -97,11 +99,16 @@ def write_cutouts(out: Path, *, stamps: Path = STAMPS, seed: int = 42, size: int
     for cutout in cutouts:
         name = cutout.name.replace("/", "-")
         write_atomic(out / "images" / f"{name}.jpg", _photo(cutout, seed, size))
-        group = cutout.name.rpartition("/")[0]
-        rows.append({"id": name, "image": f"images/{name}.jpg", "label": cutout.label, "group": group})
+        kind, _, thing = cutout.name.rpartition("/")
+        row = {"id": name, "image": f"images/{name}.jpg", "label": cutout.label}
+        rows.append({**row, "kind": kind, "group": _without_number(thing.lower())})
     write_atomic(table, _table(rows))
     write_atomic(out / MARKER, marker)
     return table
+
+
+def _without_number(thing: str) -> str:
+    return re.sub(r"[-_]?\d+[a-z]?$", "", thing) or thing
 
 
 def _find(stamps: Path) -> list[_CutOut]:
@@ -158,7 +165,7 @@ def _photo(cutout: _CutOut, seed: int, size: int) -> bytes:
 
 def _table(rows: list[dict[str, object]]) -> bytes:
     buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, ("id", "image", "label", "group"), lineterminator="\n")
+    writer = csv.DictWriter(buffer, _COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return buffer.getvalue().encode()

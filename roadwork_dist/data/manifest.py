@@ -43,6 +43,7 @@ class Sample:
     scene: str | None = None
     description: str | None = None
     mask: MaskSource | None = None
+    group: str | None = None
 
 
 @dataclass(frozen=True)
@@ -216,6 +217,7 @@ class _RowReader:
             scene=self._word("scene", cells.get("scene"), where),
             description=_text("description", cells.get("description"), where),
             mask=self._mask(cells.get("mask"), where),
+            group=_group(cells.get("group"), where),
         )
 
     def _image(self, cell: Any, where: str) -> ImageSource:
@@ -316,6 +318,13 @@ def _text(name: str, cell: Any, where: str) -> str | None:
             f"correct the cell or set data.columns.{name}"
         )
     return cell.strip()
+
+
+def _group(cell: Any, where: str) -> str | None:
+    """A number names a group as well as a text; a column of them with a null among them comes as floats."""
+    if isinstance(cell, float) and cell.is_integer():
+        cell = int(cell)
+    return _text("group", str(cell) if isinstance(cell, int | float) and not is_null(cell) else cell, where)
 
 
 def _shown(cell: object) -> str:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from roadwork_dist.common.errors import DataError
 from roadwork_dist.common.files import write_atomic
 from roadwork_dist.data.gps import EARTH_RADIUS_KM
+from roadwork_dist.data.manifest import Manifest
 
 Ints = NDArray[np.int64]
 Counts = NDArray[np.float64]
@@ -41,6 +42,24 @@ def places(coordinates: NDArray[np.float64], radius_m: float = 150.0) -> Ints:
             eps=radius_m / 1000 / EARTH_RADIUS_KM, min_samples=1, metric="haversine", algorithm="ball_tree"
         ).fit_predict(np.radians(coordinates[known]))
         groups[known] = len(coordinates) + chained
+    return np.unique(groups, return_inverse=True)[1].astype(np.int64)
+
+
+def groups_of(manifest: Manifest) -> Ints:
+    """Group ``[N]`` of each photo: linked are photos of one place and photos that the data puts in one group.
+
+    Links chain: two groups that share a place are one.
+    """
+    named = [("row", str(i)) if s.group is None else ("group", s.group) for i, s in enumerate(manifest)]
+    partitions = (places(manifest.coordinates), _group_numbers(named, len(manifest)))
+    groups = np.arange(len(manifest), dtype=np.int64)
+    before = np.full_like(groups, -1)
+    while (groups != before).any():  # every photo takes the smallest number among those it is linked to
+        before = groups.copy()
+        for parts in partitions:
+            smallest = np.full(len(groups), len(groups), dtype=np.int64)
+            np.minimum.at(smallest, parts, groups)
+            groups = smallest[parts]
     return np.unique(groups, return_inverse=True)[1].astype(np.int64)
 
 

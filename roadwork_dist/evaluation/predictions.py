@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 REQUIRED = ("id", "split", "label", "logit_0", "logit_1", "probability")
 """Columns that every row must have; the label may be null."""
 
+OUT_OF_FOLD = "out-of-fold"
+"""Split of photos that were each answered by the model of the fold that did not train on them."""
+
 METADATA = ("latitude", "longitude", "weather", "daytime", "scene")
 """Metadata of the photo, null where unknown."""
 

@@ -49,7 +49,18 @@ def test_photographs_are_taken_and_labelled_by_their_folder(stamps: Path, tmp_pa
         "animals-birds-lark": "0",
         "food-fruit-kiwi": "0",
     }
-    assert {r["group"] for r in rows} >= {"town/roadsigns", "animals/birds"}
+    assert {r["kind"] for r in rows} >= {"town/roadsigns", "animals/birds"}
+
+
+def test_numbered_cut_outs_of_one_thing_are_one_group(stamps: Path, tmp_path: Path) -> None:
+    for i, name in enumerate(("people/fireman200b", "military/fireman240a", "vehicles/flight/747")):
+        path = stamps / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGBA", (90, 60 + i), (0, 0, 255, 255)).save(path)
+    groups = {r["id"]: r["group"] for r in rows_of(write_cutouts(tmp_path / "out", stamps=stamps))}
+    assert groups["people-fireman200b"] == groups["military-fireman240a"] == "fireman"
+    assert groups["vehicles-flight-747"] == "747"
+    assert groups["animals-birds-lark"] == "lark"
 
 
 def test_a_cut_out_stands_on_a_plain_ground(stamps: Path, tmp_path: Path) -> None:

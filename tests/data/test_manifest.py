@@ -46,6 +46,14 @@ def test_every_spelling_of_null_reads_as_null(value: object) -> None:
     assert all(getattr(sample, name) is None for name in vars(COLUMNS) if name not in ("id", "image"))
 
 
+def test_a_number_names_a_group_as_a_text_does() -> None:
+    cells = (1234567, 1234567.0, "1234567", " drive 7 ", None, math.nan)
+    groups = [s.group for s in build(*({"image": f"{i}.jpg", "group": c} for i, c in enumerate(cells)))]
+    assert groups == ["1234567"] * 3 + ["drive 7", None, None]
+    with pytest.raises(DataError, match=r"group is \[1\]"):
+        build({"image": "a.jpg", "group": [1]})
+
+
 def cell(*values: object) -> st.SearchStrategy[object]:
     return st.sampled_from([*NULLS, *values])
 

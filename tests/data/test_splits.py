@@ -7,7 +7,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from roadwork_dist.common.errors import DataError
-from roadwork_dist.data.splits import folds, load_folds, places, save_folds, stratified_group_split
+from roadwork_dist.data.images import FileImage
+from roadwork_dist.data.manifest import Manifest, Sample
+from roadwork_dist.data.splits import (
+    folds,
+    groups_of,
+    load_folds,
+    places,
+    save_folds,
+    stratified_group_split,
+)
 
 METRE = 180 / (math.pi * 6371008.8)  # degrees of latitude
 
@@ -32,6 +41,29 @@ def test_places_chain_photos_and_keep_unknown_ones_apart() -> None:
 
 def test_places_cross_the_date_line() -> None:
     assert len(set(places(np.array([[0, 180 - 50 * METRE], [0, -180 + 50 * METRE]])).tolist())) == 1
+
+
+def test_groups_chain_places_and_named_groups() -> None:
+    def sample(name: str, latitude: float | None, group: str | None) -> Sample:
+        longitude = None if latitude is None else -75.0
+        return Sample(name, FileImage(Path(name)), latitude=latitude, longitude=longitude, group=group)
+
+    rows = [
+        sample("a", 40.0, "drive 1"),
+        sample("b", None, "drive 1"),
+        sample("c", 40.0, "drive 2"),  # the place of a
+        sample("d", 50.0, "drive 2"),
+        sample("e", 50.0, None),  # the place of d
+        sample("f", None, None),
+        sample("g", None, None),
+        sample("h", None, "5"),  # a name that is another row's number
+    ]
+    for order in (rows, rows[::-1]):
+        groups = groups_of(Manifest("m", tuple(order))).tolist()
+        named = {s.id: group for s, group in zip(order, groups, strict=True)}
+        assert len({named[name] for name in "abcde"}) == 1
+        assert len(set(groups)) == 4
+        assert set(groups) == {0, 1, 2, 3}
 
 
 @pytest.mark.parametrize("grouped", [True, False])

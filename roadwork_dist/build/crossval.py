@@ -1,0 +1,228 @@
+"""Cross-validation: every photo is answered once, by a model that was trained without it.
+
+Nested honesty: what a held-out photo's label could decide is decided without it. Each fold trains for
+the configured number of epochs and answers with its last averaged weights, and the threshold is 0.5.
+The other honest way, an inner validation set that chooses the epoch, would cost the small sets that
+need a cross-validation a fifth of their few positives, for a choice that a handful of photos makes.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+from torch.utils.data import Dataset
+
+from roadwork_dist.build.data import DatasetBuilder
+from roadwork_dist.build.experiment import (
+    ViewsById,
+    build_model,
+    build_task,
+    is_synthetic,
+    predict,
+    prediction_rows,
+    wants_masks,
+    write_evaluation,
+)
+from roadwork_dist.checkpoint.best import export_model
+from roadwork_dist.common.errors import ConfigError
+from roadwork_dist.common.files import write_atomic
+from roadwork_dist.config.io import to_yaml
+from roadwork_dist.config.schema import ExperimentConfig
+from roadwork_dist.data.dataset import RoadworkDataset, Row, collate
+from roadwork_dist.data.manifest import Manifest
+from roadwork_dist.data.sources import load_manifest
+from roadwork_dist.data.splits import Ints, folds, groups_of, load_folds, save_folds
+from roadwork_dist.engine.accelerator import build_accelerator
+from roadwork_dist.engine.collectives import broadcast_object
+from roadwork_dist.evaluation.predictions import OUT_OF_FOLD, write_predictions
+from roadwork_dist.evaluation.report import report_from_run
+from roadwork_dist.models.backbone import Backbone, load_backbone
+from roadwork_dist.tracking.run_folder import make_run_folder
+from roadwork_dist.training.averaging import EmaCallback
+from roadwork_dist.training.trainer import Trainer
+
+FOLDS_FILE = "folds.json"
+LAST = "last"
+"""Folder of a fold's run folder that holds the weights it answers with."""
+
+
+class RowsOf(Dataset[Row]):
+    """Some rows of a data set; each keeps its ``index`` in the whole one.
+
+    Args:
+        dataset: the whole one.
+        rows: numbers of its rows.
+    """
+
+    pure = True
+
+    def __init__(self, dataset: RoadworkDataset, rows: Sequence[int]) -> None:
+        self.dataset, self.rows = dataset, rows
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose augmentation draws are used."""
+        self.dataset.set_epoch(epoch)
+
+    def sample_id(self, row: int) -> str:
+        """Id of a row."""
+        return self.dataset.manifest[self.rows[row]].id
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> Row:
+        return self.dataset[self.rows[row]]
+
+
+@dataclass(frozen=True)
+class CrossValidation:
+    """What all folds share: photos, their features and who is held out when."""
+
+    config: ExperimentConfig
+    accelerator: Accelerator
+    backbone: Backbone
+    train: RoadworkDataset
+    """All photos, augmented."""
+    plain: RoadworkDataset
+    """The same photos as they are."""
+    fold_of_row: Ints
+    mask_head: bool
+
+
+def run_crossval(config: ExperimentConfig) -> Path:
+    """Train one model a fold (or go on with it) and evaluate what each says of the photos it never saw.
+
+    Every rank runs this. The run folder gets ``folds.json``, a run folder ``fold-k`` for each fold with
+    the weights it answered with in ``last/``, and, by rank 0, ``predictions.parquet`` (split
+    ``out-of-fold``), ``evaluation.json`` and ``report.html``; the figures are printed.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        ConfigError: a setting cannot be used, or contradicts a cross-validation.
+        DataError: the data cannot be used, or has fewer groups of a label than folds.
+        RoadworkError: whatever else stops training; see :meth:`Trainer.fit`.
+    """
+    crossval = build_crossval(config)
+    run_dir = Path(config.output_dir)
+    rows = [row for fold in range(config.data.folds) for row in run_fold(crossval, fold)]
+    if crossval.accelerator.is_main_process:
+        synthetic = is_synthetic(config)
+        write_atomic(run_dir / "config.yaml", to_yaml(config).encode())
+        write_predictions(run_dir / "predictions.parquet", rows, synthetic=synthetic)
+        write_evaluation(run_dir, config, synthetic)
+        if config.eval.report:
+            print(f"report: {report_from_run(run_dir, views_of=ViewsById([crossval.plain]))}")
+    crossval.accelerator.wait_for_everyone()
+    return run_dir
+
+
+def build_crossval(config: ExperimentConfig) -> CrossValidation:
+    """Read the photos, compute missing features once for all folds, and deal the folds.
+
+    Raises:
+        ConfigError: see :func:`run_crossval`.
+        DataError: see :func:`run_crossval`.
+        BackboneError: the backbone or the text encoder cannot be loaded.
+    """
+    _check_settings(config)
+    accelerator = build_accelerator(precision=config.precision, device=config.device)
+    run_dir = Path(config.output_dir)
+    if accelerator.is_main_process:
+        make_run_folder(run_dir)
+    manifest = load_manifest(config.data.train, config.data, name="train").labelled()
+    backbone = load_backbone(config.backbone, device=accelerator.device)
+    mask_head = wants_masks(config, manifest)
+    builder = DatasetBuilder(config, backbone, accelerator, masks=mask_head)
+    plain = builder.build(manifest, augment=False)
+    train = builder.build(plain.manifest, augment=True)
+    fold_of_row = deal_folds(config, plain.manifest, run_dir / FOLDS_FILE, accelerator)
+    return CrossValidation(config, accelerator, backbone, train, plain, fold_of_row, mask_head)
+
+
+def _check_settings(config: ExperimentConfig) -> None:
+    """Refuse what would be ignored, or would carry what one fold learnt to the next."""
+    given = [name for name in ("val", "target") if getattr(config.data, name) is not None]
+    if given:
+        raise ConfigError(
+            f"data.{given[0]} is {getattr(config.data, given[0])!r}, expected null: a cross-validation holds "
+            "out folds of data.train, and uses no other photos"
+        )
+    if config.backbone.trainable != "none":
+        raise ConfigError(
+            f"backbone.trainable is {config.backbone.trainable!r}, expected 'none': the folds of a "
+            "cross-validation share one frozen backbone"
+        )
+
+
+def deal_folds(config: ExperimentConfig, manifest: Manifest, path: Path, accelerator: Accelerator) -> Ints:
+    """Fold ``[N]`` of each photo: as the run's file says, or dealt anew and kept there.
+
+    A collective. Folds are stratified by label and part no group (see
+    :func:`~roadwork_dist.data.splits.groups_of`).
+
+    Raises:
+        ConfigError: the file holds another number of folds.
+        DataError: the file is of other photos, or a label has too few groups.
+    """
+    # Rank 0 looks for all: a rank that came late would find what rank 0 has written meanwhile.
+    is_kept = broadcast_object(path.is_file() if accelerator.is_main_process else False)
+    if not is_kept:
+        dealt = folds(manifest.labels, groups_of(manifest), config.data.folds, config.seed)
+        if accelerator.is_main_process:
+            save_folds(path, manifest.ids, dealt)
+        return dealt
+    kept = load_folds(path, manifest.ids)
+    numbers = np.unique(kept).tolist()
+    if numbers != list(range(config.data.folds)):
+        raise ConfigError(
+            f"data.folds is {config.data.folds}, but {path} holds the folds {numbers}: set data.folds to "
+            f"{len(numbers)}, or choose another output_dir"
+        )
+    return kept
+
+
+def run_fold(crossval: CrossValidation, fold: int) -> list[dict[str, Any]]:
+    """Train without a fold's photos, then answer them: rows of ``predictions.parquet``.
+
+    A collective. A finished fold is loaded and answers again, the same to the bit.
+    """
+    trainer = fold_trainer(crossval, fold)
+    trainer.fit()
+    held_out = np.flatnonzero(crossval.fold_of_row == fold).tolist()
+    with _averaged(trainer):
+        answers = predict(trainer, RowsOf(crossval.plain, held_out))
+        if crossval.accelerator.is_main_process:
+            export_model(trainer.model, trainer.run_dir / LAST)
+    if crossval.accelerator.is_main_process:
+        figures = "  ".join(f"{name} {value:.4f}" for name, value in trainer.task.metrics(answers).items())
+        print(f"fold {fold}: {len(held_out)} photos held out  {figures}", flush=True)
+    rows = prediction_rows(crossval.plain.manifest, answers, OUT_OF_FOLD)
+    return [{**row, "fold": fold} for row in rows]
+
+
+def fold_trainer(crossval: CrossValidation, fold: int) -> Trainer:
+    """A Trainer of a new head on all photos but a fold's, without validation, in a run folder of its own."""
+    run_dir = Path(crossval.config.output_dir) / f"fold-{fold}"
+    config = replace(crossval.config, output_dir=str(run_dir))
+    learnt_from = np.flatnonzero(crossval.fold_of_row != fold).tolist()
+    return Trainer(
+        build_model(config, crossval.backbone, mask_head=crossval.mask_head),
+        config,
+        RowsOf(crossval.train, learnt_from),
+        task=build_task(config, mask_head=crossval.mask_head),
+        collate=collate,
+    )
+
+
+def _averaged(trainer: Trainer) -> AbstractContextManager[None]:
+    """The average in place of the weights, where one is kept."""
+    for callback in trainer.callbacks:
+        if isinstance(callback, EmaCallback) and callback.average is not None:
+            return callback.average.swapped_in()
+    return nullcontext()
