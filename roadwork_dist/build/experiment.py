@@ -11,13 +11,15 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from roadwork_dist.build.data import DatasetBuilder, Manifests, load_manifests
+from roadwork_dist.common.errors import DataError
 from roadwork_dist.common.files import write_atomic
 from roadwork_dist.common.types import UNLABELLED
 from roadwork_dist.config.schema import ExperimentConfig
 from roadwork_dist.data.dataset import RoadworkDataset, collate
 from roadwork_dist.data.gps import gps_weights
+from roadwork_dist.data.images import photo_size
 from roadwork_dist.data.loader import MapDataset, load_batches
-from roadwork_dist.data.manifest import Manifest
+from roadwork_dist.data.manifest import Manifest, Sample
 from roadwork_dist.data.sampler import evaluation_batches
 from roadwork_dist.engine.accelerator import build_accelerator
 from roadwork_dist.evaluation.evaluator import evaluate_predictions, summary_lines
@@ -206,6 +208,7 @@ def prediction_rows(manifest: Manifest, rows: Mapping[str, Tensor], split: str) 
                 "logit_0": float(logits[number, 0]),
                 "logit_1": float(logits[number, 1]),
                 "probability": float(probabilities[number]),
+                **_photo_size(sample),
                 "view_gates": gates[number][~gates[number].isnan()].tolist(),
                 **{
                     name: getattr(sample, name)
@@ -214,6 +217,15 @@ def prediction_rows(manifest: Manifest, rows: Mapping[str, Tensor], split: str) 
             }
         )
     return result
+
+
+def _photo_size(sample: Sample) -> dict[str, int | None]:
+    """Size in px from the photo's header; null where the photo is gone (its features may be kept)."""
+    try:
+        height, width = photo_size(sample.image)
+    except DataError:
+        return {"width": None, "height": None}
+    return {"width": width, "height": height}
 
 
 def write_evaluation(run_dir: Path, config: ExperimentConfig, synthetic: bool) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from roadwork_dist.common.errors import ConfigError
 from roadwork_dist.common.registry import nearest
@@ -43,9 +43,13 @@ def resolve_config(name: str) -> Path:
 
 def build_parser(prog: str) -> ArgumentParser:
     """A parser with one option per setting (``--optim.lr``), ``--config`` and ``--print_config``."""
+    # The texts below the fields of the schema are the help of the options.
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
         prog=prog,
+        usage=f"{prog} [--config NAME] [--print_config] [--SETTING VALUE ...]",
         exit_on_error=False,
+        allow_abbrev=False,  # --epoch is a typing error, not --epochs
         description="Settings come from the preset or file given with --config "
         f"(without one: {DEFAULT_PRESET}), then from the options, left to right.",
     )
@@ -91,14 +95,25 @@ def _with_config_files(arguments: Sequence[str]) -> list[str]:
     words = iter(arguments)
     for word in words:
         if word == "--config":
-            resolved += [word, str(resolve_config(next(words, "")))]
+            resolved += [word, _readable(resolve_config(next(words, "")))]
         elif word.startswith("--config="):
-            resolved.append(f"--config={resolve_config(word.removeprefix('--config='))}")
+            resolved.append(f"--config={_readable(resolve_config(word.removeprefix('--config=')))}")
         else:
             resolved.append(word)
     if not any(word.split("=")[0] == "--config" for word in resolved):
         resolved = ["--config", str(presets()[DEFAULT_PRESET]), *resolved]
     return resolved
+
+
+def _readable(path: Path) -> str:
+    """The path itself, once it is known to hold settings: the parser's own errors name no file."""
+    try:
+        settings = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path} holds no settings: expected lines like `epochs: 3`, got {settings!r}")
+    return str(path)
 
 
 def setting_names(schema: type = ExperimentConfig, prefix: str = "") -> list[str]:
@@ -112,23 +127,33 @@ def setting_names(schema: type = ExperimentConfig, prefix: str = "") -> list[str
     return names
 
 
+# What jsonargparse says of a value of the wrong type, and of a key that does not exist.
+_WRONG_TYPE = (
+    re.compile(r"Parser key \"(?P<name>[\w.]+)\": Expected an? (?P<expected>.*)\. Got value: (?P<got>.*)"),
+    re.compile(
+        r"Parser key \"(?P<name>[\w.]+)\": .*Union subtypes Subtypes: \[(?P<expected>.*)\] Errors: .*"
+        r"Given value: (?P<got>.*)"
+    ),
+)
+_UNKNOWN_KEY = (
+    re.compile(r"unrecognized arguments: --(?P<name>[\w.]+)"),
+    re.compile(r"Group '(?P<group>[\w.]+)' does not accept option '(?P<name>[\w.]+)'"),
+    re.compile(r"(?:No action for key|Option|Key) [\"'](?P<name>[\w.]+)[\"']"),
+)
+
+
 def _explain(error: Exception) -> str:
     text = " ".join(str(error).split())
-    unknown = re.search(r"unrecognized arguments: --([\w.]+)", text)
-    grouped = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", text)
-    bare = re.search(
-        r"(?:No action for key|[Uu]nrecognized|does not accept option|Key) [\"']([\w.]+)[\"']", text
-    )
-    if unknown:
-        name = unknown[1]
-    elif grouped:
-        name = f"{grouped[1]}.{grouped[2]}"
-    elif bare:
-        name = bare[1]
-    else:
-        return f"{text}; see --help for every setting and its type"
-    close = nearest(name, setting_names(), n=1)[0]
-    return f"unknown setting {name!r}: did you mean {close!r}? see --help for all"
+    for pattern in _WRONG_TYPE:
+        if match := pattern.search(text):
+            kinds = re.sub(r"<class '(\w+)'>|typing\.", r"\1", match["expected"]).replace("NoneType", "null")
+            return f"{match['name']} is {match['got']!r}, expected {kinds}; see --help for every setting"
+    for pattern in _UNKNOWN_KEY:
+        if match := pattern.search(text):
+            name = ".".join(part for part in (match.groupdict().get("group"), match["name"]) if part)
+            close = nearest(name, [*setting_names(), "config", "print_config"], n=1)[0]
+            return f"unknown setting {name!r}: did you mean {close!r}? see --help for all"
+    return f"{text}; see --help for every setting and its type"
 
 
 def _plain(value: Any) -> Any:

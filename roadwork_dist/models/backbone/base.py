@@ -165,7 +165,8 @@ class Backbone(nn.Module, ABC):
             self._cast(torch.bfloat16)
         if not self.frozen and config.gradient_checkpointing:
             self._checkpoint_gradients()
-        return self.to(device, memory_format=torch.channels_last).train(False)
+        self.to(memory_format=torch.channels_last)
+        return self.to(device).train(False)
 
     @abstractmethod
     def _extract(self, images: Tensor) -> Tensor:
