@@ -81,6 +81,22 @@ def training_charts(history: History) -> list[Chart]:
     return charts
 
 
+def fold_charts(histories: Mapping[str, History]) -> list[Chart]:
+    """Training loss of every fold over optimizer steps; none without history.
+
+    Args:
+        histories: name of the fold → lines of its ``metrics.jsonl``.
+    """
+    lines = [
+        Line(name, thin(curve(history, "train", "loss")), COLOURS[i % len(COLOURS)])
+        for i, (name, history) in enumerate(histories.items())
+    ]
+    ends = [step for line in lines for step, _ in line.points if math.isfinite(step)]
+    if not ends:
+        return []
+    return [line_chart("Loss of each fold", lines, x_label="optimizer step", x_range=(0.0, max(ends)))]
+
+
 def _loss_chart(history: History, reach: tuple[float, float]) -> Chart:
     lines = [
         Line("training", thin(curve(history, "train", "loss")), "c1"),

@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING
 from roadwork_dist.common.errors import DataError
 from roadwork_dist.common.files import write_atomic
 from roadwork_dist.evaluation.errors_gallery import ViewsOf
-from roadwork_dist.evaluation.history import History, read_history, training_charts, training_facts
+from roadwork_dist.evaluation.history import (
+    History,
+    fold_charts,
+    read_history,
+    training_charts,
+    training_facts,
+)
 from roadwork_dist.evaluation.predictions import as_predictions, read_predictions
 from roadwork_dist.evaluation.report_section import EvaluatedSplit, section_of
 from roadwork_dist.metrics.classification import best_threshold
@@ -35,6 +41,7 @@ class ReportInput:
         title: name of the run.
         synthetic: whether the photos are synthetic; the report says so at its head.
         history: lines of ``metrics.jsonl``.
+        fold_histories: the same of every fold of a cross-validation, by its name.
         sections: evaluated sets of photos; held-out ones are shown first.
         config_text: the resolved configuration as YAML.
         views_of: from a photo's id to its views, [V, 3, S, S] uint8; None = photos not at hand.
@@ -47,6 +54,7 @@ class ReportInput:
     title: str
     synthetic: bool
     history: History = ()
+    fold_histories: Mapping[str, History] = field(default_factory=dict)
     sections: Sequence[EvaluatedSplit] = ()
     config_text: str = ""
     views_of: ViewsOf | None = None
@@ -90,7 +98,7 @@ def render(report: ReportInput) -> str:
     return template.render(
         report=report,
         sections=sections,
-        charts=training_charts(report.history),
+        charts=training_charts(report.history) + fold_charts(report.fold_histories),
         facts=training_facts(report.history),
         css=Markup((assets / "report.css").read_text(encoding="utf-8")),
         written=datetime.now(UTC).strftime("%d %B %Y, %H:%M UTC"),
@@ -109,8 +117,8 @@ def report_from_run(
     The threshold is the best one on the split ``val``; without labelled photos there it is 0.5.
 
     Args:
-        run_dir: run folder with ``predictions.parquet``, and, where there are, ``metrics.jsonl`` and
-            ``config.yaml``.
+        run_dir: run folder with ``predictions.parquet``, and, where there are, ``metrics.jsonl`` (or
+            those of ``fold-k/``) and ``config.yaml``.
         views_of: gives the views of a photo; None = the worst errors are listed without pictures.
         synthetic: whether the photos are synthetic; None = as the predictions say.
         threshold: decision threshold to use instead.
@@ -135,6 +143,10 @@ def report_from_run(
         title=run_dir.resolve().name,
         synthetic=bool(frame.attrs.get("synthetic", False)) if synthetic is None else synthetic,
         history=read_history(run_dir / "metrics.jsonl"),
+        fold_histories={
+            path.parent.name.replace("-", " "): read_history(path)
+            for path in sorted(run_dir.glob("fold-*/metrics.jsonl"), key=lambda p: (len(p.parent.name), p))
+        },
         sections=splits_of(frame, threshold),
         config_text=config_text,
         views_of=views_of,

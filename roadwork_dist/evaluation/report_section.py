@@ -21,7 +21,7 @@ from roadwork_dist.evaluation.evaluator import (
     scored,
     threshold_interval,
 )
-from roadwork_dist.evaluation.predictions import as_predictions
+from roadwork_dist.evaluation.predictions import OUT_OF_FOLD, as_predictions
 from roadwork_dist.evaluation.usmap import ErrorMap, error_map
 from roadwork_dist.metrics.calibration import reliability_curve
 
@@ -126,7 +126,12 @@ def section_of(
 def caveats(split: EvaluatedSplit, result: Mapping[str, Any]) -> list[str]:
     """What a reader must know before believing the figures."""
     said = []
-    if split.held_out:
+    if split.name == OUT_OF_FOLD:
+        said.append(
+            f"Every photo was answered by a model that was trained without it ({folds_of(split)} folds): its "
+            "label chose no weight, checkpoint or threshold of the model that answered."
+        )
+    elif split.held_out:
         said.append("No weight, checkpoint or threshold was chosen with the labels of these photos.")
     elif split.threshold_from == split.name:
         said.append(
@@ -153,6 +158,11 @@ def caveats(split: EvaluatedSplit, result: Mapping[str, Any]) -> list[str]:
         if result[key]:
             said.append(f"{result[key]} of {result['photos']} photos {what} and are left out.")
     return said
+
+
+def folds_of(split: EvaluatedSplit) -> int:
+    """Number of folds that answered."""
+    return int(as_predictions(split.frame)["fold"].nunique())
 
 
 def threshold_text(
@@ -219,10 +229,12 @@ def figure_bars(result: Mapping[str, Any], axis: float) -> list[Bar]:
 def slice_bars(
     result: Mapping[str, Any], axis: float
 ) -> list[tuple[str, list[tuple[Mapping[str, Any], Bar]]]]:
-    """Slices grouped by property, each with its MCC laid out."""
+    """Slices grouped by property, each with its MCC laid out; not of properties that part nothing."""
+    grouped = [(str(name), list(rows)) for name, rows in groupby(result["slices"], key=lambda r: r["field"])]
     return [
-        (str(name), [(row, bar("MCC", (row["mcc"], row["mcc_low"], row["mcc_high"]), axis)) for row in rows])
-        for name, rows in groupby(result["slices"], key=lambda row: row["field"])
+        (name, [(row, bar("MCC", (row["mcc"], row["mcc_low"], row["mcc_high"]), axis)) for row in rows])
+        for name, rows in grouped
+        if len(rows) > 1
     ]
 
 

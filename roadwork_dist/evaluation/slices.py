@@ -43,13 +43,15 @@ def slice_names(frame: "pd.DataFrame") -> Mapping[str, list[str]]:
         frame: predictions as :func:`~roadwork_dist.evaluation.predictions.read_predictions` gives them.
 
     Returns:
-        property → one name per row; the properties are weather, daytime, scene, place, known metadata
-        and photo size.
+        property → one name per row; the properties are weather, daytime, scene, place, known metadata,
+        photo size and, in a cross-validation, fold.
     """
     names = {field: [_word(value) for value in frame[field]] for field in VOCABULARIES}
     names["place"] = gps_clusters(frame[["latitude", "longitude"]].to_numpy(dtype=np.float64))
     names["known metadata"] = null_patterns(frame)
     names["photo size"] = photo_sizes(frame)
+    if frame["fold"].notna().any():
+        names["fold"] = [f"fold {fold}" for fold in frame["fold"].astype(object).fillna(UNKNOWN)]
     return names
 
 

@@ -6,7 +6,13 @@ import pytest
 from support.synthetic_run import synthetic_history
 
 from roadwork_dist.common.errors import DataError
-from roadwork_dist.evaluation.history import curve, read_history, training_charts, training_facts
+from roadwork_dist.evaluation.history import (
+    curve,
+    fold_charts,
+    read_history,
+    training_charts,
+    training_facts,
+)
 
 
 def test_history_is_read_back(tmp_path: Path) -> None:
@@ -73,3 +79,9 @@ def test_facts() -> None:
     assert facts["Photos per second"] == "41.5"
     assert facts["Waiting for data"] == "4.3%"
     assert facts["Best validation MCC"] == f"{best[0]:.3f} at step {best[1]:.0f}"
+
+
+def test_every_fold_has_a_line() -> None:
+    (chart,) = fold_charts({"fold 0": synthetic_history(2, 3), "fold 1": synthetic_history(3, 3)})
+    assert [line.name for line in chart.legend] == ["fold 0", "fold 1"]
+    assert fold_charts({}) == fold_charts({"fold 0": []}) == []

@@ -258,7 +258,7 @@ def no_sizes(frame: pd.DataFrame) -> None:
     [
         (nothing, "Slices"),
         (no_gps, "there is no map"),
-        (no_metadata, "unknown"),
+        (no_metadata, "Slices"),
         (one_class, "All labels are of one class"),
         (no_labels, "there are no figures"),
         (no_probabilities, "there are no figures"),
@@ -266,7 +266,7 @@ def no_sizes(frame: pd.DataFrame) -> None:
         (perfect, "There is no error"),
         (inverted, "Worst errors"),
         (no_gates, "Slices"),
-        (no_sizes, "unknown"),
+        (no_sizes, "Slices"),
     ],
 )
 def test_poor_data_makes_a_page_too(spoil: Any, said: str, rows: int) -> None:
@@ -274,6 +274,34 @@ def test_poor_data_makes_a_page_too(spoil: Any, said: str, rows: int) -> None:
     spoil(frame)
     page, _ = page_of(split_of(frame), views_of=lambda name: synthetic_views(name, side=32))
     assert said in page.text
+
+
+def test_a_property_that_parts_nothing_has_no_table() -> None:
+    frame = synthetic_predictions(30)
+    frame[["weather", "daytime"]] = None
+    _, source = page_of(split_of(frame))
+    assert "<caption>scene</caption>" in source
+    assert "<caption>weather</caption>" not in source
+    alone, _ = page_of(split_of(synthetic_predictions(1)))
+    assert "No property is known that would part these photos" in alone.text
+
+
+def test_a_cross_validation_says_what_held_out_means(run_dir: Path) -> None:
+    frame = synthetic_predictions(40, "out-of-fold", skill=1.2)
+    rows = [{**row, "fold": number % 4} for number, row in enumerate(rows_of(frame))]
+    write_predictions(run_dir / "predictions.parquet", rows)
+    history = (run_dir / "metrics.jsonl").rename(run_dir / "history")
+    for fold in range(4):
+        (run_dir / f"fold-{fold}").mkdir()
+        (run_dir / f"fold-{fold}" / "metrics.jsonl").write_bytes(history.read_bytes())
+    page = Page(source := report_from_run(run_dir).read_text(encoding="utf-8"))
+    assert "MCC out of fold (every photo held out once)" in page.text
+    assert "answered by a model that was trained without it (4 folds)" in page.text
+    assert "No weight, checkpoint or threshold was chosen" not in page.text
+    assert "Threshold 0.500, fixed beforehand." in page.text
+    assert "Loss of each fold" in page.text
+    assert "<caption>fold</caption>" in source
+    assert all(f"fold {fold} 10 " in page.text for fold in range(4))
 
 
 def test_a_negative_mcc_widens_the_axis() -> None:
