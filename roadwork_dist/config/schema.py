@@ -350,12 +350,15 @@ class ModelConfig:
     """``auto`` = on where the training data has masks."""
 
     def __post_init__(self) -> None:
-        _check(self.width % self.heads == 0, "model.heads", self.heads, f"a divisor of width {self.width}")
-        kv_heads = self.kv_heads or self.heads
-        _check(self.heads % kv_heads == 0, "model.kv_heads", kv_heads, f"a divisor of heads {self.heads}")
+        _check(self.width >= 64 and self.width % 64 == 0, "model.width", self.width, "a multiple of 64")
+        divides_width = self.heads >= 1 and self.width % self.heads == 0
+        _check(divides_width, "model.heads", self.heads, f"a divisor of width {self.width}")
+        kv_heads = self.heads if self.kv_heads is None else self.kv_heads
+        divides_heads = kv_heads >= 1 and self.heads % kv_heads == 0
+        _check(divides_heads, "model.kv_heads", kv_heads, f"a divisor of heads {self.heads}")
         _check(0 < self.prune_keep <= 1, "model.prune_keep", self.prune_keep, "a share in (0, 1]")
-        _check(self.width % 64 == 0, "model.width", self.width, "a multiple of 64")
         _check(self.layers >= 0, "model.layers", self.layers, "an integer >= 0")
+        _check(self.ffn_ratio > 0, "model.ffn_ratio", self.ffn_ratio, "a number > 0")
         _check(self.experts == 0 or self.experts >= 2, "model.experts", self.experts, "0 or >= 2")
         for name in ("metadata_dropout", "dropout"):
             value = getattr(self, name)
@@ -385,6 +388,9 @@ class LossConfig:
         if self.weights != "auto":
             known = {"focal", "consistency", "weather", "dice"}
             _check(set(self.weights) <= known, "loss.weights", self.weights, f"keys of {sorted(known)}")
+            is_usable = all(weight >= 0 for weight in self.weights.values()) and any(self.weights.values())
+            _check(is_usable, "loss.weights", self.weights, "numbers >= 0, one of them > 0")
+        _check(self.balance >= 0, "loss.balance", self.balance, "a number >= 0")
 
 
 @dataclass(frozen=True, kw_only=True)

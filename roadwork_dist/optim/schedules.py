@@ -46,11 +46,18 @@ class Schedule:
         peak: learning rate at the end of the warm-up.
         total_steps: optimizer steps of the whole run.
         config: shape and warm-up.
+
+    Raises:
+        ConfigError: there is no such shape.
     """
 
     peak: float
     total_steps: int
     config: ScheduleConfig
+
+    def __post_init__(self) -> None:
+        # An unknown shape must not wait for the end of the warm-up.
+        _ = SHAPES[self.config.name]
 
     @property
     def warmup_steps(self) -> int:
