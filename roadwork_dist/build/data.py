@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -22,8 +22,8 @@ from roadwork_dist.data.photo import PhotoViews
 from roadwork_dist.data.sources import load_manifest
 from roadwork_dist.data.splits import groups_of, stratified_group_split
 from roadwork_dist.data.text import TextCache, TextEmbeddings, embed_descriptions
-from roadwork_dist.data.views import geometry_for
 from roadwork_dist.engine.collectives import gather_objects
+from roadwork_dist.inference.predictor import plain_views
 from roadwork_dist.models.backbone import Backbone
 
 logger = logging.getLogger(__name__)
@@ -49,18 +49,25 @@ def load_manifests(config: ExperimentConfig) -> Manifests:
     target = load_manifest(data.target, data, name="target") if data.target else None
     if data.val is not None:
         return Manifests(train, load_manifest(data.val, data, name="val").labelled(), target)
-    kept, held_out = stratified_group_split(train.labels, groups_of(train), data.val_share, config.seed)
-    return Manifests(
-        train.subset(kept.tolist(), name="train"), train.subset(held_out.tolist(), name="val"), target
+    return Manifests(*split_off(train, config), target)
+
+
+def split_off(train: Manifest, config: ExperimentConfig) -> tuple[Manifest, Manifest]:
+    """Training and validation photos, stratified and parted by place and group.
+
+    Raises:
+        DataError: there are too few photos or groups of a label.
+    """
+    kept, held_out = stratified_group_split(
+        train.labels, groups_of(train), config.data.val_share, config.seed
     )
+    return train.subset(kept.tolist(), name="train"), train.subset(held_out.tolist(), name="val")
 
 
 def photo_views(config: ExperimentConfig, backbone: Backbone, *, augment: bool) -> PhotoViews:
     """How photos become views for a backbone."""
-    red, green, blue = (round(255 * channel) for channel in backbone.mean)
-    geometry = geometry_for(config.views, backbone.view_size(config.views.size), (red, green, blue))
-    augmenter = augmenter_for(config.augment, config.seed) if augment else None
-    return PhotoViews(geometry, augmenter, config.data.max_pixels)
+    plain = plain_views(config.views, backbone, config.data.max_pixels)
+    return replace(plain, augmenter=augmenter_for(config.augment, config.seed)) if augment else plain
 
 
 class DatasetBuilder:

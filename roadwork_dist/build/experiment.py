@@ -69,9 +69,9 @@ def build_experiment(config: ExperimentConfig) -> Experiment:
     mask_head = wants_masks(config, manifests.train)
     builder = DatasetBuilder(config, backbone, accelerator, masks=mask_head)
     train = builder.build(manifests.train, augment=True)
-    datasets = {"val": builder.build(manifests.val, augment=False)}
-    if manifests.target is not None and (manifests.target.labels != UNLABELLED).any():
-        datasets["target"] = builder.build(manifests.target.labelled(), augment=False)
+    datasets = {
+        split: builder.build(manifest, augment=False) for split, manifest in evaluated(manifests).items()
+    }
     model = build_model(config, backbone, mask_head=mask_head)
     task = build_task(config, mask_head=mask_head)
     trainer = Trainer(
@@ -84,6 +84,14 @@ def build_experiment(config: ExperimentConfig) -> Experiment:
         collate=collate,
     )
     return Experiment(config, trainer, task, model, datasets, is_synthetic(config))
+
+
+def evaluated(manifests: Manifests) -> dict[str, Manifest]:
+    """The photos that a run is evaluated on, by split: ``val``, and ``target`` where it has labels."""
+    splits = {"val": manifests.val}
+    if manifests.target is not None and (manifests.target.labels != UNLABELLED).any():
+        splits["target"] = manifests.target.labelled()
+    return splits
 
 
 def wants_masks(config: ExperimentConfig, manifest: Manifest) -> bool:
@@ -129,7 +137,12 @@ def _sample_weights(
 
 def is_synthetic(config: ExperimentConfig) -> bool:
     """Whether the training photos come from this package's generator, which leaves a marker."""
-    source = Path(config.data.train)
+    return is_synthetic_source(config.data.train)
+
+
+def is_synthetic_source(name: str) -> bool:
+    """Whether a source is a folder or a table that this package's generator wrote."""
+    source = Path(name)
     marker = (source if source.is_dir() else source.parent) / "synthetic.json"
     return marker.is_file()
 
@@ -230,19 +243,36 @@ def _photo_size(sample: Sample) -> dict[str, int | None]:
 
 def write_evaluation(run_dir: Path, config: ExperimentConfig, synthetic: bool) -> None:
     """Evaluate a run's predictions, print the figures, keep them and the decision threshold."""
-    frame = read_predictions(run_dir / "predictions.parquet")
+    results = evaluate_splits(run_dir / "predictions.parquet", config, synthetic)
+    write_atomic(run_dir / "evaluation.json", json.dumps(results, indent=1).encode())
+    if "val" in results:
+        decision = {"threshold": results["val"]["threshold"], "chosen_on": "val"}
+        write_atomic(run_dir / "best" / "decision.json", json.dumps(decision).encode())
+
+
+def evaluate_splits(
+    predictions: Path, config: ExperimentConfig, synthetic: bool, threshold: float | None = None
+) -> dict[str, Any]:
+    """Evaluate and print every labelled split of a file of predictions.
+
+    Args:
+        predictions: the file.
+        config: bootstrap and seed.
+        synthetic: whether to say that the photos are synthetic.
+        threshold: decision threshold; None = the best one on ``val``.
+
+    Returns:
+        What ``evaluate_predictions`` gives, by split.
+    """
     results = {}
-    for split in splits_of(frame):
+    for split in splits_of(read_predictions(predictions), threshold):
         result = evaluate_predictions(
             split.frame, threshold=split.threshold, bootstrap=config.eval.bootstrap, seed=config.seed
         )
         results[split.name] = result
         note = " (the threshold and the best epoch were chosen on these)" if not split.held_out else ""
         print("\n".join(summary_lines(result, f"{split.name}{note}", synthetic)))
-    write_atomic(run_dir / "evaluation.json", json.dumps(results, indent=1).encode())
-    if "val" in results:
-        decision = {"threshold": results["val"]["threshold"], "chosen_on": "val"}
-        write_atomic(run_dir / "best" / "decision.json", json.dumps(decision).encode())
+    return results
 
 
 class ViewsById:

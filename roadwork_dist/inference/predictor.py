@@ -148,25 +148,14 @@ class Predictor:
         if isinstance(photos, str | Path):  # else its letters would be taken for photos
             photos = [photos]
         manifest = photos if isinstance(photos, Manifest) else Manifest("photos", tuple(map(_sample, photos)))
-        dataset = RoadworkDataset(manifest, views=self.views, text=self._text(manifest))
-        return self.predict_dataset(dataset, batch_size=batch_size, workers=workers, on_error=on_error)
-
-    def predict_dataset(
-        self,
-        dataset: RoadworkDataset,
-        *,
-        batch_size: int = 8,
-        workers: int = 0,
-        on_error: OnError | None = None,
-    ) -> Iterator[Prediction]:
-        """Like :meth:`predict`, for a data set that may hold stored features instead of photos."""
         if batch_size < 1 or workers < 0:
             raise ConfigError(
                 f"batch_size is {batch_size} and workers is {workers}, expected >= 1 and >= 0: correct them"
             )
-        return self._batches(dataset, batch_size, workers, on_error or _warn)
+        dataset = RoadworkDataset(manifest, views=self.views, text=self._text(manifest))
+        return self._predict(dataset, batch_size, workers, on_error or _warn)
 
-    def _batches(
+    def _predict(
         self, dataset: RoadworkDataset, batch_size: int, workers: int, on_error: OnError
     ) -> Iterator[Prediction]:
         batches = load_batches(

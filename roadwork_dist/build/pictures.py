@@ -1,0 +1,64 @@
+"""Views of a run's photos for pictures, without its backbone."""
+
+import logging
+from functools import cached_property
+from typing import Any
+
+from roadwork_dist.common.errors import DataError
+from roadwork_dist.config.schema import ExperimentConfig, ViewsConfig
+from roadwork_dist.data.manifest import Sample
+from roadwork_dist.data.photo import PhotoViews
+from roadwork_dist.data.sources import load_manifest
+from roadwork_dist.data.views import ViewGeometry
+
+logger = logging.getLogger(__name__)
+
+
+class PicturesOfRun:
+    """Views of a run's photos by their id, decoded when asked for; tables are read at the first one.
+
+    Very long photos are padded with ImageNet's mean colour, whatever the backbone's is.
+
+    Args:
+        config: settings of the run.
+        views: how the run cut its photos, with ``size`` in px.
+
+    Raises:
+        ConfigError: the tiles would leave gaps.
+    """
+
+    def __init__(self, config: ExperimentConfig, views: ViewsConfig) -> None:
+        if views.size == "auto":
+            raise ValueError("the size of a view has to be in px")
+        self._config = config
+        self._views = PhotoViews(
+            ViewGeometry(views.size, views.grid, views.scale, views.policy), None, config.data.max_pixels
+        )
+
+    def __call__(self, sample_id: str) -> Any:
+        """[V, 3, S, S] uint8.
+
+        Raises:
+            DataError: the photo is not at hand; the message says why.
+        """
+        sample = self._samples.get(sample_id)
+        if sample is None:
+            raise DataError(f"{sample_id} is not in the run's sources")
+        return self._views.plain(sample.image).numpy()
+
+    @cached_property
+    def _samples(self) -> dict[str, Sample]:
+        """By id; where sets share an id, that of the set that was evaluated."""
+        data = self._config.data
+        found: dict[str, Sample] = {}
+        for name, source in (("val", data.val), ("target", data.target), ("train", data.train)):
+            if source is None or (name == "train" and data.val is not None):
+                continue
+            try:
+                manifest = load_manifest(source, data, name=name)
+            except DataError as error:
+                logger.warning("no pictures of %s: %s", name, error)
+                continue
+            for sample in manifest:
+                found.setdefault(sample.id, sample)
+        return found
