@@ -1,7 +1,7 @@
 """A parser of arguments whose mistakes are told in one line, with the nearest option."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import takewhile
 from typing import NoReturn
 
@@ -37,3 +37,33 @@ class Parser(argparse.ArgumentParser):
             ConfigError: always.
         """
         raise ConfigError(f"{message}; see {self.prog} --help")
+
+
+def probability(text: str) -> float:
+    """A number in [0, 1], for ``type=`` of an argument.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 to 1")
+    return value
+
+
+def whole_number(at_least: int) -> Callable[[str], int]:
+    """Whole numbers from ``at_least``, for ``type=`` of an argument."""
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = at_least - 1
+        if value < at_least:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number >= {at_least}")
+        return value
+
+    return read

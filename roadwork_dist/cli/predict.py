@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from roadwork_dist.cli.arguments import Parser
+from roadwork_dist.cli.arguments import Parser, probability, whole_number
 from roadwork_dist.common.errors import DataError
 
 if TYPE_CHECKING:
@@ -115,12 +115,17 @@ def _parser() -> Parser:
         help="file to write; .parquet, .csv or .jsonl (JSON lines) chooses the format",
     )
     parser.add_argument(
-        "--threshold", type=float, help="what is called roadwork (default: the one the run chose)"
+        "--threshold", type=probability, help="what is called roadwork (default: the one the run chose)"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
-    parser.add_argument("--batch_size", type=int, default=8, help="photos at a time (default: %(default)s)")
+    parser.add_argument(
+        "--batch_size", type=whole_number(1), default=8, help="photos at a time (default: %(default)s)"
+    )
     spare = max(0, min(8, len(os.sched_getaffinity(0)) - 1))
     parser.add_argument(
-        "--workers", type=int, default=spare, help="processes that decode photos (default here: %(default)s)"
+        "--workers",
+        type=whole_number(0),
+        default=spare,
+        help="processes that decode photos (default here: %(default)s)",
     )
     return parser

@@ -12,25 +12,27 @@ _UNDERSTOOD = (
 )
 
 
-def load_manifest(source: str, config: DataConfig, *, name: str) -> Manifest:
+def load_manifest(source: str, config: DataConfig, *, name: str, setting: str | None = None) -> Manifest:
     """Read a source into a manifest; no photo is decoded.
 
     Args:
         source: path or hub id; ``DataConfig`` lists the forms.
         config: columns, image root and limits.
         name: role of the set, for messages: ``"train"``, ``"val"``, ``"target"``.
+        setting: what the user named the source with, for messages; None = ``data.<name>``.
 
     Raises:
         DataError: the source is absent or of no known form, or its rows cannot be used.
     """
     from roadwork_dist.data.sources import huggingface, roadwork_coco, table
 
+    setting = setting or f"data.{name}"
     if source.startswith("hf:"):
         return huggingface.read_hub(source, config)
     path, split = _path_and_split(source)
     if not path.exists():
         raise DataError(
-            f"{source}: there is no such file or folder, expected {_UNDERSTOOD}: correct data.{name} "
+            f"{source}: there is no such file or folder, expected {_UNDERSTOOD}: correct {setting} "
             "(a data set of the hub starts with hf:)"
         )
     if path.is_dir():
@@ -43,7 +45,7 @@ def load_manifest(source: str, config: DataConfig, *, name: str) -> Manifest:
         return table.read_table(path, config)
     elif path.suffix.lower() == ".json":
         return roadwork_coco.read_coco(path, config)
-    raise DataError(f"{source}: is of no known form, expected {_UNDERSTOOD}: correct data.{name}")
+    raise DataError(f"{source}: is of no known form, expected {_UNDERSTOOD}: correct {setting}")
 
 
 def _path_and_split(source: str) -> tuple[Path, str | None]:

