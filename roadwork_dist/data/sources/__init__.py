@@ -31,9 +31,12 @@ def load_manifest(source: str, config: DataConfig, *, name: str, setting: str | 
         return huggingface.read_hub(source, config)
     path, split = _path_and_split(source)
     if not path.exists():
+        demo = (
+            "; `roadwork-dist synth demo-data` writes the demo's" if path.parent.name == "demo-data" else ""
+        )
         raise DataError(
             f"{source}: there is no such file or folder, expected {_UNDERSTOOD}: correct {setting} "
-            "(a data set of the hub starts with hf:)"
+            f"(a data set of the hub starts with hf:){demo}"
         )
     if path.is_dir():
         for metadata in (path / "metadata.csv", path / "metadata.parquet"):
