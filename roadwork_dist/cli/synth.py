@@ -1,29 +1,32 @@
 """``roadwork-dist synth``: a synthetic data set."""
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
+
+from roadwork_dist.cli.arguments import Parser, whole_number
 
 
 def run(arguments: Sequence[str]) -> int:
     """Render the set, once."""
-    parser = argparse.ArgumentParser(
-        prog="roadwork-dist synth",
-        description="Render a synthetic data set: street scenes as JPEGs with EXIF, exact masks, metadata of "
+    parser = Parser(
+        "roadwork-dist synth",
+        "Render a synthetic data set: street scenes as JPEGs with EXIF, exact masks, metadata of "
         "which most is null, and splits train, val and target. A complete set is left alone.",
     )
     parser.add_argument("folder", type=Path, help="where to write it")
-    parser.add_argument("--seed", type=int, default=42, help="seed of everything (default: %(default)s)")
-    parser.add_argument("--train", type=int, default=264, help="photos to train on (%(default)s)")
-    parser.add_argument("--val", type=int, default=96, help="photos to validate on (%(default)s)")
     parser.add_argument(
-        "--target", type=int, default=40, help="photos around the target cities (%(default)s)"
+        "--seed", type=whole_number(0), default=42, help="seed of everything (default: %(default)s)"
+    )
+    parser.add_argument("--train", type=whole_number(0), default=264, help="photos to train on (%(default)s)")
+    parser.add_argument("--val", type=whole_number(0), default=96, help="photos to validate on (%(default)s)")
+    parser.add_argument(
+        "--target", type=whole_number(0), default=40, help="photos around the target cities (%(default)s)"
     )
     parser.add_argument(
-        "--large", type=int, default=48, help="photos of 4032x3024; others are half (%(default)s)"
+        "--large", type=whole_number(0), default=48, help="photos of 4032x3024; others are half (%(default)s)"
     )
-    parser.add_argument("--workers", type=int, default=2, help="processes (%(default)s)")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--workers", type=whole_number(0), default=2, help="processes (%(default)s)")
+    options = parser.parse(arguments)
     from roadwork_dist.build.progress import progress_bar
     from roadwork_dist.data.synthetic.dataset import write_synthetic
 
