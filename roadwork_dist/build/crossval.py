@@ -140,7 +140,8 @@ def build_crossval(config: ExperimentConfig) -> CrossValidation:
     mask_head = wants_masks(config, manifest)
     builder = DatasetBuilder(config, backbone, accelerator, masks=mask_head)
     plain = builder.build(manifest, augment=False)
-    train = builder.build(plain.manifest, augment=True)
+    augmented = replace(plain.manifest, name=f"{plain.manifest.name}, augmented")
+    train = builder.build(augmented, augment=True)
     fold_of_row = deal_folds(config, plain.manifest, run_dir / FOLDS_FILE, accelerator)
     return CrossValidation(config, accelerator, backbone, train, plain, fold_of_row, mask_head)
 

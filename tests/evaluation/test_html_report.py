@@ -276,6 +276,15 @@ def test_poor_data_makes_a_page_too(spoil: Any, said: str, rows: int) -> None:
     assert said in page.text
 
 
+def test_one_error_among_hundreds_is_not_none() -> None:
+    frame = synthetic_predictions(600)
+    frame["label"] = pd.array([0] * 300 + [1] * 300, dtype="Int64")
+    frame["probability"] = [0.9] + [0.1] * 299 + [0.1] * 30 + [0.9] * 270
+    page, _ = page_of(split_of(frame))
+    for said in ("0.3 % false alarms", "99.7 % right", "90 % found", "10 % missed"):
+        assert said in page.text
+
+
 def test_a_property_that_parts_nothing_has_no_table() -> None:
     frame = synthetic_predictions(30)
     frame[["weather", "daytime"]] = None
