@@ -61,8 +61,19 @@ class Sampler:
     def __post_init__(self) -> None:
         if self.length < 1:
             raise ConfigError("the training data set has 0 rows, expected at least 1")
-        if self.weights is not None and len(self.weights) != self.length:
-            raise ConfigError(f"{len(self.weights)} sampling weights for {self.length} rows")
+        if self.weights is not None:
+            self._check_weights(np.asarray(self.weights, dtype=np.float64))
+
+    def _check_weights(self, weights: npt.NDArray[np.float64]) -> None:
+        if len(weights) != self.length:
+            raise ConfigError(f"{len(weights)} sampling weights for {self.length} rows")
+        wrong = np.flatnonzero(~(np.isfinite(weights) & (weights >= 0)))
+        if len(wrong):
+            raise ConfigError(
+                f"sampling weight of row {wrong[0]} is {weights[wrong[0]]}, expected a number >= 0"
+            )
+        if not weights.any():
+            raise ConfigError("all sampling weights are 0, expected one above 0 at least")
 
     @property
     def rows_per_step(self) -> int:
@@ -92,14 +103,20 @@ class Sampler:
         largest_share = -(-len(rows) // self.world_size)
         # Every rank runs the same number of micro-batches, so that only the last one syncs.
         chunks = -(-largest_share // self.batch_size)
-        share = np.array_split(rows, self.world_size)[self.rank]
-        return [
-            MicroBatch(chunk.tolist()) if len(chunk) else MicroBatch(rows[:1].tolist(), is_filler=True)
-            for chunk in np.array_split(share, chunks)
-        ]
+        share = rows[_part(len(rows), self.world_size, self.rank)].tolist()
+        micros = (share[_part(len(share), chunks, number)] for number in range(chunks))
+        filler = MicroBatch(rows[:1].tolist(), is_filler=True)
+        return [MicroBatch(micro) if micro else filler for micro in micros]
+
+
+def _part(length: int, parts: int, number: int) -> slice:
+    """Part ``number`` of ``length`` things in ``parts`` that differ by one at most, larger ones first."""
+    size, extra = divmod(length, parts)
+    start = number * size + min(number, extra)
+    return slice(start, start + size + (number < extra))
 
 
 def evaluation_batches(length: int, batch_size: int, rank: int = 0, world_size: int = 1) -> list[list[int]]:
     """This rank's batches of a pass in which every row is read exactly once by exactly one rank."""
-    share = np.array_split(np.arange(length), world_size)[rank]
-    return [share[start : start + batch_size].tolist() for start in range(0, len(share), batch_size)]
+    share = range(length)[_part(length, world_size, rank)]
+    return [list(share[start : start + batch_size]) for start in range(0, len(share), batch_size)]

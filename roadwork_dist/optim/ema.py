@@ -28,6 +28,7 @@ class ExponentialMovingAverage:
         self._names = list(named)
         self._parameters: list[Tensor] = list(named.values())
         self._shadow = [p.detach().float().clone() for p in self._parameters]
+        self._is_fp32 = all(p.dtype == torch.float32 for p in self._parameters)
 
     def decay_at(self, updates: int) -> float:
         """Decay used by the update that follows ``updates`` earlier ones."""
@@ -39,25 +40,24 @@ class ExponentialMovingAverage:
     def update(self) -> None:
         """Move the shadow towards the parameters as they are now."""
         weight = 1 - self.decay_at(self.updates)
-        current = [p.detach().float() for p in self._parameters]  # no copy for fp32
+        current = self._parameters if self._is_fp32 else [p.float() for p in self._parameters]
         torch._foreach_lerp_(self._shadow, current, weight)
         self.updates += 1
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
         """Run a block with the averaged weights inside the model."""
-        self._exchange()
+        held = [p.detach().clone() for p in self._parameters]
+        self._set(self._shadow)  # copied: bf16 parameters must not round the shadow itself
         try:
             yield
         finally:
-            self._exchange()
+            self._set(held)
 
     @torch.no_grad()
-    def _exchange(self) -> None:
-        for parameter, shadow in zip(self._parameters, self._shadow, strict=True):
-            held = parameter.detach().float().clone()
-            parameter.copy_(shadow)
-            shadow.copy_(held)
+    def _set(self, values: list[Tensor]) -> None:
+        for parameter, value in zip(self._parameters, values, strict=True):
+            parameter.copy_(value)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The shadow by parameter name (fp32), and the number of updates."""

@@ -77,7 +77,7 @@ class JsonLines(Callback):
         try:
             if self._file is None:
                 self._file = self._open(run)
-            self._file.write(json.dumps({k: _finite(v) for k, v in line.items()}).encode() + b"\n")
+            self._file.write(_to_json(line).encode() + b"\n")
         except OSError as error:
             raise RoadworkError(
                 f"{run.run_dir / self.filename} cannot be written ({error.strerror}): make room or mend the "
@@ -102,6 +102,16 @@ class JsonLines(Callback):
             self._file = None
 
 
-def _finite(value: Any) -> Any:
-    """NaN and infinities are not JSON: written as text."""
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+_encode = json.JSONEncoder(allow_nan=False).encode
+
+
+def _to_json(line: dict[str, Any]) -> str:
+    """JSON, with NaN and infinities, which JSON does not have, as text."""
+    try:
+        return _encode(line)
+    except ValueError:
+        return _encode({name: value if _is_json(value) else str(value) for name, value in line.items()})
+
+
+def _is_json(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from roadwork_dist.engine.collectives import gather_objects, sum_over_ranks
@@ -41,6 +42,7 @@ class OptimizerStep:
         self, accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, task: Task, clip: float
     ) -> None:
         self.accelerator, self.model, self.optimizer, self.task = accelerator, model, optimizer, task
+        self.device = accelerator.device
         self.max_norm = clip or math.inf
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
@@ -56,12 +58,12 @@ class OptimizerStep:
         weights = self.task.weights
         scales = {part: weights[part] / counts[part] if counts[part] else 0.0 for part in weights}
         sums, bad_indices = self._backward(micro_batches, scales)
-        totals = sum_over_ranks(sums, self.accelerator.device)
+        totals = sum_over_ranks(sums, self.device)
         parts = {
             part: total / counts[part] for part, total in zip(weights, totals, strict=True) if counts[part]
         }
         loss = sum(weights[part] * value for part, value in parts.items())
-        grad_norm = float(self.accelerator.clip_grad_norm_(self.parameters, self.max_norm))
+        grad_norm = self._clip()
         # Both figures are the same on all ranks (sums over ranks, gradients after DDP's reduction),
         # so all ranks take the same branch without a vote of its own.
         skipped = not (math.isfinite(loss) and math.isfinite(grad_norm))
@@ -85,7 +87,7 @@ class OptimizerStep:
                 local["rows"] += len(micro.indices)
                 for part, count in self.task.count(micro.batch).items():
                     local[part] += count
-        totals = sum_over_ranks([local[name] for name in names], self.accelerator.device)
+        totals = sum_over_ranks([local[name] for name in names], self.device)
         return dict(zip(names, totals, strict=True))
 
     def _backward(
@@ -96,23 +98,36 @@ class OptimizerStep:
         for number, micro in enumerate(micro_batches):
             is_last = number == len(micro_batches) - 1
             with nullcontext() if is_last else self.accelerator.no_sync(self.model):
-                sums.append(self._forward_backward(micro, scales))
+                sums += self._forward_backward(micro, scales)
         # One look at the device for the whole step.
-        values = torch.stack(sums).tolist()
-        own = [(m, row) for m, row in zip(micro_batches, values, strict=True) if not m.is_filler]
-        totals = [sum(row[column] for _, row in own) for column in range(len(scales))]
-        bad_indices = [i for m, row in own if not all(map(math.isfinite, row)) for i in m.indices]
+        values = iter(torch.stack(sums).tolist())
+        totals, bad_indices = [0.0] * len(scales), []
+        for micro in micro_batches:
+            row = [next(values) for _ in scales]
+            if not micro.is_filler:
+                totals = [total + value for total, value in zip(totals, row, strict=True)]
+                bad_indices += [] if all(map(math.isfinite, row)) else micro.indices
         return totals, bad_indices
 
-    def _forward_backward(self, micro: LoadedBatch, scales: Mapping[str, float]) -> Tensor:
-        """Add a micro-batch's gradients; returns its loss sums [parts]."""
+    def _forward_backward(self, micro: LoadedBatch, scales: Mapping[str, float]) -> list[Tensor]:
+        """Add a micro-batch's gradients; returns its loss sums in the order of ``scales``."""
         batch = micro.batch
-        if self.accelerator.device.type != "cpu":
-            batch = send_to_device(batch, self.accelerator.device, non_blocking=True)
+        if self.device.type != "cpu":
+            batch = send_to_device(batch, self.device, non_blocking=True)
         sums = self.task(self.model, batch).sums
         # DDP averages gradients over ranks; the scales already hold the counts of all ranks.
         factor = 0.0 if micro.is_filler else float(self.accelerator.num_processes)
-        parts = torch.stack([sums[part] for part in scales])
-        factors = torch.tensor([scale * factor for scale in scales.values()], dtype=parts.dtype)
-        self.accelerator.backward((parts * factors.to(parts.device, non_blocking=True)).sum())
-        return parts.detach()
+        learned = [part for part in scales if sums[part].requires_grad]
+        roots = [sums[part] for part in learned]
+        factors = torch.tensor([scales[part] * factor for part in learned], dtype=torch.float32)
+        # The weighted sum of the parts is never built: its gradient to each part is the part's factor.
+        torch.autograd.backward(roots, list(factors.to(self.device, non_blocking=True).unbind()))
+        return [sums[part].detach() for part in scales]
+
+    def _clip(self) -> float:
+        """Global norm of the gradients, which are scaled down to the largest norm if it is above."""
+        norm = get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        value = float(norm)
+        if value + 1e-6 > self.max_norm:  # torch's own threshold; a factor of 1 would change nothing
+            clip_grads_with_norm_(self.parameters, self.max_norm, norm)
+        return value

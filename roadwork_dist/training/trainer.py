@@ -6,8 +6,9 @@ loop itself (averaging, checkpoints, figures on disk and screen) observes it as 
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from itertools import tee
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,7 +18,7 @@ from roadwork_dist.common.errors import CheckpointError, ConfigError, NonFiniteL
 from roadwork_dist.common.random import seed_everything
 from roadwork_dist.config.schema import TrainConfig
 from roadwork_dist.data.loader import MapDataset, load_batches
-from roadwork_dist.data.sampler import MicroBatch, Sampler, evaluation_batches
+from roadwork_dist.data.sampler import Sampler, evaluation_batches
 from roadwork_dist.engine.accelerator import build_accelerator, prepare
 from roadwork_dist.events.callback import Callback
 from roadwork_dist.events.state import StepResult, TrainState
@@ -131,9 +132,10 @@ class Trainer:
     def _train_epoch(self, step: OptimizerStep) -> None:
         self.model.train()
         state = self.state
-        indices = (micro.indices for micros in self._remaining_steps() for micro in micros)
+        ahead, steps = tee(self.sampler.steps(state.epoch, start=state.step_in_epoch))
+        indices = (micro.indices for micro_batches in ahead for micro in micro_batches)
         batches = iter(self._load(self.train_data, indices, state.epoch))
-        for micro_batches in self._remaining_steps():
+        for micro_batches in steps:
             started = time.perf_counter()
             loaded = [LoadedBatch(next(batches), m.indices, m.is_filler) for m in micro_batches]
             waited = time.perf_counter() - started
@@ -161,9 +163,6 @@ class Trainer:
         if self.config.patience and self.state.stale_validations >= self.config.patience:
             self.state.should_stop = True
         self.model.train()
-
-    def _remaining_steps(self) -> Iterator[list[MicroBatch]]:
-        return self.sampler.steps(self.state.epoch, start=self.state.step_in_epoch)
 
     def _load(self, data: MapDataset, batches: Iterable[list[int]], epoch: int = 0) -> Iterable[Any]:
         return load_batches(
