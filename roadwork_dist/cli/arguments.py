@@ -2,11 +2,11 @@
 
 import argparse
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from itertools import takewhile
 from typing import NoReturn
 
 from roadwork_dist.common.errors import ConfigError
-from roadwork_dist.common.registry import nearest
 
 
 class Parser(argparse.ArgumentParser):
@@ -27,7 +27,8 @@ class Parser(argparse.ArgumentParser):
         for word in takewhile(lambda word: word != "--", arguments):
             name = word.split("=")[0]
             if name.startswith("--") and name not in known:
-                self.error(f"unknown option {name}: did you mean {nearest(name, known, n=1)[0]}?")
+                close = get_close_matches(name, known, n=1)
+                self.error(f"unknown option {name}{f': did you mean {close[0]}' if close else ''}")
         return self.parse_args(arguments)
 
     def error(self, message: str) -> NoReturn:
