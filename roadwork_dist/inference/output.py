@@ -139,8 +139,10 @@ class PredictionFile:
 
     def _discard(self) -> None:
         """Leave nothing behind; after :meth:`_finish` there is nothing."""
-        with suppress(OSError):  # a full disk, told already: closing tries to write the rest once more
-            self._file.close()
+        for close in (self._rows.close, self._file.close):
+            # Closed before, or a full disk, told already: closing tries to write the rest once more.
+            with suppress(OSError, ValueError):
+                close()
         self._temporary.unlink(missing_ok=True)
 
     def _refusal(self, error: OSError) -> ConfigError:
