@@ -45,10 +45,11 @@ class Checkpointer(Callback):
         """
         store = self.store(run)
         # Every rank must go on from the same checkpoint, so one looks and tells.
-        found = broadcast_object(store.newest() if run.accelerator.is_main_process else None)
-        if run.config.resume == "never" and found is not None:
+        is_main = run.accelerator.is_main_process
+        found, steps = broadcast_object((store.newest(), store.steps()) if is_main else (None, []))
+        if run.config.resume == "never" and steps:  # unreadable ones too: they are somebody's run
             raise ConfigError(
-                f"resume is 'never' but {run.run_dir} holds the checkpoint {found.name}: "
+                f"resume is 'never' but {run.run_dir} holds the checkpoint {store.path(steps[-1]).name}: "
                 "choose another output_dir, delete the folder, or leave resume at 'auto'"
             )
         run.model.train()
@@ -107,7 +108,9 @@ class Checkpointer(Callback):
 
 
 def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # Copies, also of what lies on the CPU: safetensors refuses tensors that share memory (a buffer of
+    # two modules, say).
+    contiguous = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     path.write_bytes(safetensors.torch.save(contiguous))
 
 

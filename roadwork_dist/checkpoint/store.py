@@ -34,7 +34,7 @@ class CheckpointStore:
     def steps(self) -> list[int]:
         """Steps of the checkpoints that are there, oldest first (not verified)."""
         names = (path.name for path in self.folder.glob("step-*"))
-        return sorted(int(match[1]) for name in names if (match := re.fullmatch(r"step-(\d+)", name)))
+        return sorted(int(match[1]) for name in names if (match := re.fullmatch(r"step-(\d{8,})", name)))
 
     def path(self, step: int) -> Path:
         """Folder of the checkpoint of a step."""
@@ -52,29 +52,41 @@ class CheckpointStore:
             CheckpointError: it could not be written; those that were there still are.
         """
         final = self.path(step)
-        temporary = self.folder / f".tmp-{final.name}"
+        temporary, replaced = self.folder / f".tmp-{final.name}", self.folder / f".tmp-old-{final.name}"
+        self._clear()
         try:
-            shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             write(temporary)
             _seal(temporary)
-            shutil.rmtree(final, ignore_errors=True)
+            if final.exists():
+                final.rename(replaced)
             temporary.rename(final)
             sync_folder(self.folder)
         except OSError as error:
-            shutil.rmtree(temporary, ignore_errors=True)
+            if replaced.exists() and not final.exists():
+                replaced.rename(final)
             left = self.steps()
+            self._clear()
             raise CheckpointError(
                 f"checkpoint of step {step} could not be written to {self.folder} "
                 f"({error.strerror or error}): "
                 + (f"the last good one is {self.path(left[-1]).name}; " if left else "there is none yet; ")
                 + "make room or mend the folder, then start again to go on from there"
             ) from error
-        self._prune(best_step)
+        self._clear()
+        self._prune(step, best_step)
         return final
 
-    def _prune(self, best_step: int | None) -> None:
-        for step in self.steps()[: -self.keep]:
+    def _clear(self) -> None:
+        """Delete what a save that was killed left behind."""
+        for path in self.folder.glob(".tmp-*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _prune(self, newest: int, best_step: int | None) -> None:
+        # Later ones could not be read, or training would have gone on from there: they must not
+        # push out the good ones.
+        good = [step for step in self.steps() if step <= newest]
+        for step in good[: -self.keep]:
             if step != best_step:
                 shutil.rmtree(self.path(step), ignore_errors=True)
 
@@ -116,5 +128,5 @@ def verify(folder: Path) -> None:
                 )
             if sha256_of_file(folder / name) != expected["sha256"]:
                 raise CheckpointError(f"checkpoint {folder}: {name} does not match its SHA-256")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"checkpoint {folder} cannot be read ({error!r})") from error

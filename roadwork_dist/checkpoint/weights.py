@@ -32,11 +32,12 @@ def frozen_identity(model: nn.Module) -> str:
     A model that is trained from kept features does not hold the network they come from; it names it
     in an attribute ``backbone_identity``, which counts too.
     """
-    moved = trained_tensors(model)
+    # By memory, not by name: weights that two modules share have two names, one of which moves.
+    moved = {tensor.data_ptr() for tensor in trained_tensors(model).values() if tensor.numel()}
     elsewhere = json.dumps(getattr(model, "backbone_identity", None), sort_keys=True)
     digest = hashlib.sha256(elsewhere.encode())
     for name, tensor in sorted(model.state_dict().items()):
-        if name not in moved:
+        if not tensor.numel() or tensor.data_ptr() not in moved:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             flat = tensor.detach().cpu().contiguous().reshape(-1)
             digest.update(memoryview(flat.view(torch.uint8).numpy()))

@@ -80,7 +80,9 @@ class Trainer:
         )
         self.optimizer = build_optimizer(model, config.optim)
         self.schedule = Schedule(config.optim.lr, self.total_steps, config.schedule)
-        self.callbacks: list[Callback] = [*callbacks, *default_callbacks(config)]
+        # Own observers see the validated (averaged) weights, and are in the checkpoint of their step.
+        *before, checkpointer = default_callbacks(config)
+        self.callbacks: list[Callback] = [*before, *callbacks, checkpointer]
         figures = ("loss", *self.task.figures)
         if val_data is not None and config.monitor.removeprefix("-") not in figures:
             raise ConfigError(

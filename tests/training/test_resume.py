@@ -110,6 +110,10 @@ def test_resume_never_refuses_to_overwrite(tmp_path: Path) -> None:
     again = Trainer(toy_model(), toy_config(tmp_path, epochs=1, resume="never"), toy_data(16))
     with pytest.raises(ConfigError, match=r"resume is 'never' but .* holds the checkpoint step-"):
         again.fit()
+    for manifest in tmp_path.glob("checkpoints/*/manifest.json"):
+        manifest.unlink()
+    with pytest.raises(ConfigError, match=r"resume is 'never' but .* holds the checkpoint step-"):
+        again.fit()
 
 
 def test_another_order_of_rows_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,123 @@
+"""Which tensors a checkpoint holds, and who the others are."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from support.toy import toy_config, toy_data
+from torch import Tensor, nn
+
+from roadwork_dist.checkpoint.weights import frozen_identity, load_trained_tensors, trained_tensors
+from roadwork_dist.common.errors import CheckpointError
+from roadwork_dist.training.trainer import Trainer
+
+
+class FrozenBackbone(nn.Module):
+    """A frozen part with running statistics that stays in eval mode, and a head with some of its own."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.backbone = nn.Sequential(nn.Linear(6, width), nn.BatchNorm1d(width)).requires_grad_(False)
+        self.head = nn.Sequential(nn.BatchNorm1d(width), nn.Linear(width, 2))
+        self.register_buffer("scratch", torch.zeros(3), persistent=False)
+        self.train()
+
+    def train(self, mode: bool = True) -> "FrozenBackbone":
+        super().train(mode)
+        self.backbone.eval()
+        return self
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(self.backbone(inputs))
+
+
+HEAD = {
+    "head.0.weight",
+    "head.0.bias",
+    "head.0.running_mean",
+    "head.0.running_var",
+    "head.0.num_batches_tracked",
+    "head.1.weight",
+    "head.1.bias",
+}
+
+
+def test_trained_are_parameters_with_gradients_and_buffers_in_train_mode() -> None:
+    assert trained_tensors(FrozenBackbone()).keys() == HEAD
+
+
+def test_a_frozen_norm_left_in_train_mode_still_moves_and_is_stored() -> None:
+    model = FrozenBackbone()
+    model.backbone.train()
+    statistics = {f"backbone.1.{n}" for n in ("running_mean", "running_var", "num_batches_tracked")}
+    assert trained_tensors(model).keys() == HEAD | statistics
+
+
+@pytest.mark.parametrize("name", ["backbone.0.weight", "backbone.1.bias", "backbone.1.running_var"])
+def test_the_identity_changes_with_one_bit_of_a_frozen_tensor(name: str) -> None:
+    model = FrozenBackbone()
+    before = frozen_identity(model)
+    assert before == frozen_identity(FrozenBackbone())
+    model.state_dict()[name].view(-1)[:1].view(torch.int32).bitwise_xor_(1)
+    assert frozen_identity(model) != before
+
+
+@pytest.mark.parametrize("name", sorted(HEAD))
+def test_the_identity_does_not_change_with_training(name: str) -> None:
+    model = FrozenBackbone()
+    before = frozen_identity(model)
+    model.state_dict()[name].add_(1)
+    assert frozen_identity(model) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_identity_knows_the_dtype(dtype: torch.dtype) -> None:
+    model = FrozenBackbone()
+    before = frozen_identity(model)
+    model.backbone.to(dtype)
+    assert frozen_identity(model) != before
+
+
+def test_the_identity_counts_a_backbone_that_lies_elsewhere() -> None:
+    first, second = FrozenBackbone(), FrozenBackbone()
+    first.backbone_identity, second.backbone_identity = {"name": "a"}, {"name": "b"}  # type: ignore[assignment]
+    assert frozen_identity(first) != frozen_identity(second)
+
+
+def test_trained_tensors_go_back_in_place() -> None:
+    model, other = FrozenBackbone(), FrozenBackbone()
+    with torch.no_grad():
+        for tensor in trained_tensors(other).values():
+            tensor.add_(3)
+    parameter = model.head[1].weight
+    load_trained_tensors(model, {name: t.clone() for name, t in trained_tensors(other).items()})
+    assert model.head[1].weight is parameter  # the optimizer keeps its hold on it
+    for name, tensor in trained_tensors(model).items():
+        assert torch.equal(tensor, trained_tensors(other)[name])
+
+
+def test_a_checkpoint_of_another_model_is_told_and_changes_nothing() -> None:
+    model = FrozenBackbone()
+    tensors = {name: t + 1 for name, t in trained_tensors(model).items()}
+    before = model.head[1].bias.clone()
+    wrong = {**tensors, "head.1.weight": torch.zeros(3, 8), "head.9.weight": torch.zeros(1)}
+    del wrong["head.0.bias"]
+    with pytest.raises(CheckpointError) as caught:
+        load_trained_tensors(model, wrong)
+    told = str(caught.value)
+    assert "missing ['head.0.bias'], unknown ['head.9.weight'], other shape ['head.1.weight']" in told
+    assert torch.equal(model.head[1].bias, before)
+
+
+def test_a_checkpoint_is_of_the_size_of_what_is_trained(tmp_path: Path) -> None:
+    model = FrozenBackbone(width=4096)
+    model.head = nn.Sequential(nn.Linear(4096, 16), nn.Linear(16, 2))
+    model.backbone.append(nn.Linear(4096, 4096).requires_grad_(False))
+    Trainer(model, toy_config(tmp_path, epochs=1), toy_data(16)).fit()
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
+    (checkpoint,) = (tmp_path / "checkpoints").iterdir()
+    stored = sum(path.stat().st_size for path in checkpoint.iterdir())
+    assert frozen > 100 * trained
+    assert stored < 10 * trained  # in fact four: weights, average and AdamW's two moments

@@ -1,0 +1,151 @@
+"""The moving average against its formula."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.toy import toy_config, toy_data, toy_model
+from torch import nn
+
+from roadwork_dist.config.schema import EmaConfig
+from roadwork_dist.events.callback import Callback
+from roadwork_dist.events.state import StepResult
+from roadwork_dist.optim.ema import ExponentialMovingAverage
+from roadwork_dist.training.averaging import EmaCallback
+from roadwork_dist.training.trainer import Trainer
+
+
+def shadow_of(average: ExponentialMovingAverage) -> dict[str, torch.Tensor]:
+    return {name: t.clone() for name, t in average.state_dict().items() if not name.startswith("__")}
+
+
+def disturb(model: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
+
+
+@pytest.mark.parametrize("warmup", [True, False])
+def test_the_formula_in_float64(warmup: bool) -> None:
+    model = toy_model()
+    average = ExponentialMovingAverage(model, EmaConfig(decay=0.9, warmup=warmup))
+    expected = {name: p.detach().double().clone() for name, p in model.named_parameters()}
+    for update in range(100):
+        disturb(model, update)
+        decay = min(0.9, (1 + update) / (10 + update)) if warmup else 0.9
+        for name, parameter in model.named_parameters():
+            expected[name] = decay * expected[name] + (1 - decay) * parameter.detach().double()
+        average.update()
+    for name, tensor in shadow_of(average).items():
+        torch.testing.assert_close(tensor.double(), expected[name], rtol=1e-5, atol=1e-5)
+
+
+def test_the_decay_warms_up() -> None:
+    average = ExponentialMovingAverage(toy_model(), EmaConfig(decay=0.9999))
+    assert [average.decay_at(n) for n in (0, 1, 90)] == [0.1, 2 / 11, 0.91]
+    assert average.decay_at(89_989) < 0.9999 == average.decay_at(89_991) == average.decay_at(10**7)
+    assert ExponentialMovingAverage(toy_model(), EmaConfig(decay=0.5, warmup=False)).decay_at(0) == 0.5
+
+
+def test_bf16_weights_have_an_fp32_shadow_that_still_moves_at_09999() -> None:
+    model = nn.Linear(4, 4).to(torch.bfloat16)
+    average = ExponentialMovingAverage(model, EmaConfig(decay=0.9999, warmup=False))
+    before = shadow_of(average)
+    disturb(model, 0)
+    for _ in range(10):
+        average.update()
+    for name, parameter in model.named_parameters():
+        shadow = shadow_of(average)[name]
+        assert shadow.dtype == torch.float32
+        # In bf16 (8 bits) a ten-thousandth of the way would be rounded away.
+        expected = before[name] + (parameter.detach().float() - before[name]) * (1 - 0.9999**10)
+        torch.testing.assert_close(shadow, expected, rtol=0, atol=1e-6)
+        assert not torch.equal(shadow, before[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_swapping_restores_weights_and_average_to_the_bit(dtype: torch.dtype) -> None:
+    model = toy_model().to(dtype)
+    average = ExponentialMovingAverage(model, EmaConfig(decay=0.9))
+    disturb(model, 1)
+    average.update()
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    shadow = shadow_of(average)
+    with average.swapped_in():
+        for name, parameter in model.named_parameters():
+            assert torch.equal(parameter, shadow[name].to(dtype))
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, weights[name])
+        assert torch.equal(shadow_of(average)[name], shadow[name])
+
+
+def test_swapping_restores_after_an_error() -> None:
+    model = toy_model()
+    average = ExponentialMovingAverage(model, EmaConfig())
+    disturb(model, 1)
+    weights = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(ZeroDivisionError), average.swapped_in():
+        raise ZeroDivisionError
+    assert all(torch.equal(p, w) for p, w in zip(model.parameters(), weights, strict=True))
+
+
+def test_the_state_goes_on_where_it_was() -> None:
+    first, second = toy_model(), toy_model()
+    average = ExponentialMovingAverage(first, EmaConfig(decay=0.99))
+    for update in range(3):
+        disturb(first, update)
+        average.update()
+    other = ExponentialMovingAverage(second, EmaConfig(decay=0.99))
+    other.load_state_dict({name: t.clone() for name, t in average.state_dict().items()})
+    second.load_state_dict(first.state_dict())
+    for model, one in ((first, average), (second, other)):
+        disturb(model, 9)
+        one.update()
+    assert average.updates == other.updates == 4
+    for name, tensor in average.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name])
+
+
+def test_a_state_without_a_parameter_is_refused() -> None:
+    average = ExponentialMovingAverage(toy_model(), EmaConfig())
+    state = average.state_dict()
+    del state["0.weight"]
+    with pytest.raises(KeyError, match=r"0\.weight"):
+        average.load_state_dict(state)
+
+
+def test_frozen_parameters_have_no_shadow() -> None:
+    model = toy_model()
+    model[0].requires_grad_(False)
+    assert "0.weight" not in ExponentialMovingAverage(model, EmaConfig()).state_dict()
+
+
+class Watch(Callback):
+    """What the average and the weights were when validation ran."""
+
+    def __init__(self) -> None:
+        self.skipped: list[bool] = []
+
+    def on_step_end(self, run: Any, result: StepResult) -> None:
+        self.skipped.append(result.skipped)
+
+    def on_validation_end(self, run: Any, metrics: dict[str, float], improved: bool) -> None:
+        self.validated = [p.detach().clone() for p in run.model.parameters()]
+
+
+def test_training_updates_once_a_step_not_for_skipped_ones_and_validates_with_it(tmp_path: Path) -> None:
+    data = toy_data(64)
+    data.tensors[0][5] = float("nan")
+    watch = Watch()
+    trainer = Trainer(toy_model(), toy_config(tmp_path, epochs=1), data, toy_data(8), callbacks=[watch]).fit()
+    (callback,) = (c for c in trainer.callbacks if isinstance(c, EmaCallback))
+    assert callback.average is not None
+    assert watch.skipped.count(True) == 1
+    assert callback.average.updates == watch.skipped.count(False) == 3
+    for validated, shadow, parameter in zip(
+        watch.validated, shadow_of(callback.average).values(), trainer.model.parameters(), strict=True
+    ):
+        assert torch.equal(validated, shadow)
+        assert not torch.equal(validated, parameter)
