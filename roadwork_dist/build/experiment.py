@@ -28,7 +28,6 @@ from roadwork_dist.evaluation.report import report_from_run, splits_of
 from roadwork_dist.losses.composite import RoadworkLoss
 from roadwork_dist.models.backbone import Backbone, load_backbone
 from roadwork_dist.models.detector import RoadworkHead, RoadworkModel
-from roadwork_dist.models.pretrained import load_into, read_weights
 from roadwork_dist.tracking.run_folder import make_run_folder
 from roadwork_dist.training.detection import RoadworkTask
 from roadwork_dist.training.passes import run_pass
@@ -177,8 +176,7 @@ def predict_all(experiment: Experiment) -> list[dict[str, Any]]:
 
     A collective: every rank takes a share of each split.
     """
-    best = experiment.trainer.run_dir / "best"
-    load_into(experiment.model.head, _head_weights(best), best, strict=True)
+    experiment.model.restore(experiment.trainer.run_dir / "best")
     rows: list[dict[str, Any]] = []
     for split, dataset in experiment.datasets.items():
         rows += prediction_rows(dataset.manifest, predict(experiment.trainer, dataset), split)
@@ -197,11 +195,6 @@ def predict(trainer: Trainer, dataset: MapDataset) -> dict[str, Tensor]:
     batches = load_batches(dataset, share, workers=config.workers, collate=collate)
     trainer.model.eval()
     return run_pass(trainer.model, trainer.task, batches, accelerator.device).rows
-
-
-def _head_weights(best: Path) -> dict[str, Tensor]:
-    weights = read_weights(best)
-    return {name.removeprefix("head."): t for name, t in weights.items() if name.startswith("head.")}
 
 
 def prediction_rows(manifest: Manifest, rows: Mapping[str, Tensor], split: str) -> list[dict[str, Any]]:

@@ -15,6 +15,8 @@ def progress_bar(name: str, accelerator: Accelerator | None = None) -> Iterator[
     if accelerator is not None and not accelerator.is_main_process:
         yield lambda done, total: None
         return
+    if accelerator is not None and accelerator.num_processes > 1:
+        name += f" (this process's share of {accelerator.num_processes})"
     console = Console(highlight=False, markup=False, soft_wrap=True)
     started, seen = time.monotonic(), (0, 0)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -63,6 +63,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # a full disk, a folder without permission: the user's to mend as well
+        if debug:
+            raise
+        print(f"error: {error}; make room or mend permissions, then start again", file=sys.stderr)
+        return EXIT_USER_ERROR
     except KeyboardInterrupt:
         if debug:
             raise

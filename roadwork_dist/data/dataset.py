@@ -68,6 +68,10 @@ class RoadworkDataset(Dataset[Row]):
     def __len__(self) -> int:
         return len(self.manifest)
 
+    def sample_id(self, index: int) -> str:
+        """Id of a row, for messages about it."""
+        return self.manifest[index].id
+
     def __getitem__(self, index: int) -> Row:
         """One row.
 

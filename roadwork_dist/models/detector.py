@@ -264,20 +264,28 @@ class RoadworkModel(nn.Module):
                 weights of a backbone and none was given.
         """
         folder = Path(folder)
-        config, weights = read_config(folder), read_weights(folder)
-        head = RoadworkHead(config.d_backbone, config.model, mask_head=config.mask_head)
-        load_into(head, _below("head.", weights), folder, strict=True)
+        config = read_config(folder)
+        model = cls(RoadworkHead(config.d_backbone, config.model, mask_head=config.mask_head), backbone)
+        model.backbone_identity, model.extra = config.backbone, config.extra
+        model.restore(folder)
+        return model.eval()
+
+    def restore(self, folder: Path) -> None:
+        """Take over all that :meth:`save_pretrained` wrote to a folder, in place.
+
+        Raises:
+            CheckpointError: as :meth:`from_pretrained`.
+        """
+        weights = read_weights(folder)
+        load_into(self.head, _below("head.", weights), folder, strict=True)
         learned = _below("backbone.", weights)
-        if learned and backbone is None:
+        if learned and self.backbone is None:
             raise CheckpointError(
                 f"{folder} holds weights of a backbone that was trained too: give from_pretrained the "
-                f"backbone {config.backbone.get('name', 'named in config.json')!r}"
+                f"backbone {self.backbone_identity.get('name', 'named in config.json')!r}"
             )
-        if learned and backbone is not None:
-            load_into(backbone, learned, folder, strict=False)
-        model = cls(head, backbone)
-        model.backbone_identity, model.extra = config.backbone, config.extra
-        return model.eval()
+        if learned and self.backbone is not None:
+            load_into(self.backbone, learned, folder, strict=False)
 
 
 def _learned(backbone: nn.Module) -> dict[str, Tensor]:
