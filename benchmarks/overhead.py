@@ -2,9 +2,9 @@
 
 Every loop trains the same tiny network on the same data with the same recipe (AdamW, clipping at 1.0, a
 DataLoader in the training process) for the same number of steps. The network is so small that the loop
-is a good part of what the clock sees. Loops take turns, so that a busy machine slows all of them. Every
-figure is a median over the turns; added time is taken against the bare loop of the same turn, on the
-wall and as time of the core, which does not count what other processes take.
+is a good part of what the clock sees. Loops take turns, so that a busy machine slows all of them. Figures
+are medians over the turns; added time is taken against the bare loop of the same turn, and once more
+between the fastest turns of each, which other processes disturbed least.
 
     python benchmarks/overhead.py
 """
@@ -63,21 +63,19 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
 
 
 class Clock:
-    """Told of every step's end; knows the time of a step after the warm-up, on the wall and of the core."""
+    """Told of every step's end; knows the time of a step after the warm-up."""
 
     def __init__(self, steps: int) -> None:
         self._left, self._steps = WARMUP_STEPS, steps
-        self._start, self._core_start = 0.0, 0.0
-        self.ms, self.core_ms = 0.0, 0.0
+        self._start, self.ms = 0.0, 0.0
 
     def tick(self) -> None:
         """A step ended."""
         self._left -= 1
         if self._left == 0:
-            self._start, self._core_start = time.perf_counter(), time.process_time()
+            self._start = time.perf_counter()
         elif self._left == -self._steps:
             self.ms = (time.perf_counter() - self._start) / self._steps * 1000
-            self.core_ms = (time.process_time() - self._core_start) / self._steps * 1000
 
 
 def bare(data: TensorDataset, clock: Clock, folder: Path) -> None:
@@ -217,8 +215,8 @@ LOOPS: dict[str, Loop] = {
 }
 
 
-Times = dict[str, list[Clock]]
-"""The clocks of every loop, one a turn."""
+Times = dict[str, list[float]]
+"""Milliseconds a step of every loop, one figure a turn."""
 
 
 def measure(loops: dict[str, Loop], steps: int, turns: int) -> Times:
@@ -233,7 +231,7 @@ def measure(loops: dict[str, Loop], steps: int, turns: int) -> Times:
             with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
                 loops[name](data, clock, Path(folder))
             if turn >= 0:
-                times[name].append(clock)
+                times[name].append(clock.ms)
     return times
 
 
@@ -247,16 +245,16 @@ def table(times: Times) -> str:
     """Markdown: time a step and added time of every loop, with interquartile ranges (IQR)."""
     first = times["bare PyTorch"]
     lines = [
-        "| loop | ms a step | IQR | added ms | IQR | added core ms | IQR | times bare |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|",
+        "| loop | ms a step | IQR | added ms | IQR | added ms, fastest turns | times bare |",
+        "|---|--:|--:|--:|--:|--:|--:|",
     ]
-    for name, clocks in times.items():
-        pairs = list(zip(clocks, first, strict=True))
+    for name, values in times.items():
+        pairs = list(zip(values, first, strict=True))
         cells = [
-            median_and_spread([own.ms for own in clocks]),
-            median_and_spread([own.ms - base.ms for own, base in pairs], "+"),
-            median_and_spread([own.core_ms - base.core_ms for own, base in pairs], "+"),
-            f"{statistics.median(own.ms / base.ms for own, base in pairs):.2f}",
+            median_and_spread(values),
+            median_and_spread([own - base for own, base in pairs], "+"),
+            f"{min(values) - min(first):+.3f}",
+            f"{statistics.median(own / base for own, base in pairs):.2f}",
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -275,8 +273,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=400, help="timed steps of a run (default 400)")
-    parser.add_argument("--turns", type=int, default=15, help="runs of every loop (default 15)")
+    parser.add_argument("--steps", type=int, default=150, help="timed steps of a run (default 150)")
+    parser.add_argument("--turns", type=int, default=40, help="runs of every loop (default 40)")
     parser.add_argument("--loops", nargs="*", help="words of the names of loops to run besides the bare one")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
