@@ -46,3 +46,9 @@ class BestWeights(Callback):
         """Export when the monitored figure is the best so far."""
         if improved and run.accelerator.is_main_process:
             export_model(run.model, run.run_dir / "best")
+
+    def on_fit_end(self, run: Run) -> None:
+        """Export the last weights where no validation has chosen any."""
+        if run.state.best is None and run.accelerator.is_main_process:
+            with run.averaged():
+                export_model(run.model, run.run_dir / "best")

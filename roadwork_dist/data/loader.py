@@ -2,14 +2,16 @@
 
 A data set that draws from Python's, numpy's or torch's global generator (a random crop, say) would
 give other draws after a resume, or with another number of workers. Here those generators are
-seeded for each batch from (seed, epoch, rows), and put back behind it. A data set whose rows are
-pure functions of (epoch, row) says so with an attribute ``pure = True`` and saves the time.
+seeded for each batch from (seed, epoch, rows), collating included, and put back behind it. A data
+set whose rows are pure functions of (epoch, row) says so with an attribute ``pure = True``, which
+saves the time where torch's own collate function is used.
 """
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sized
 from typing import Any, Protocol
 
-from torch.utils.data import DataLoader, TensorDataset, default_collate
+from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset, default_collate
 
 from roadwork_dist.common.random import derive_seed, isolated_rng, torch_generator_for
 
@@ -17,31 +19,68 @@ from roadwork_dist.common.random import derive_seed, isolated_rng, torch_generat
 class MapDataset(Sized, Protocol):
     """Anything with a length that gives a row for an index.
 
-    A method ``set_epoch(epoch: int)`` is called before each epoch where there is one.
+    A method ``set_epoch(epoch: int)`` is called before each epoch where there is one, also through
+    torch's ``Subset`` and ``ConcatDataset``.
     """
 
     def __getitem__(self, index: int, /) -> Any: ...
 
 
-class _SeededRows:
-    """Reads a batch's rows with the global generators seeded for that batch."""
+class _SeededBatches:
+    """Reads and collates a batch with the global generators seeded for that batch."""
 
-    def __init__(self, dataset: MapDataset, seed: int, epoch: int) -> None:
-        self.dataset, self.seed, self.epoch = dataset, seed, epoch
-        self.is_pure = isinstance(dataset, TensorDataset) or getattr(dataset, "pure", False)
+    def __init__(
+        self, dataset: MapDataset, collate: Callable[[list[Any]], Any] | None, seed: int, epoch: int
+    ) -> None:
+        self.dataset, self.collate = dataset, collate or default_collate
+        self.seed, self.epoch = seed, epoch
+        # A collate function may draw too (MixUp); torch's own does not.
+        has_pure_rows = isinstance(dataset, TensorDataset) or getattr(dataset, "pure", False)
+        self.is_pure = has_pure_rows and collate is None
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitems__(self, indices: list[int]) -> list[Any]:
+    def __getitems__(self, indices: list[int]) -> Any:
         if self.is_pure:
-            return self._read(indices)
+            return self.collate(self._read(indices))
         with isolated_rng(derive_seed(self.seed, "rows", self.epoch, *indices)):
-            return self._read(indices)
+            return self.collate(self._read(indices))
 
     def _read(self, indices: list[int]) -> list[Any]:
         read_many = getattr(self.dataset, "__getitems__", None)
         return read_many(indices) if read_many else [self.dataset[index] for index in indices]
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _tell_epoch(dataset: Any, epoch: int) -> None:
+    """Also inside torch's ``Subset`` (which ``random_split`` gives) and ``ConcatDataset``."""
+    if hasattr(dataset, "set_epoch"):
+        dataset.set_epoch(epoch)
+    elif isinstance(dataset, Subset):
+        _tell_epoch(dataset.dataset, epoch)
+    elif isinstance(dataset, ConcatDataset):
+        for part in dataset.datasets:
+            _tell_epoch(part, epoch)
+
+
+def sample_id(dataset: MapDataset, row: int) -> str:
+    """Id of a row: the ``sample_id(row)`` of the data set or of the one it is a part of; else the row."""
+    inner: Any = dataset
+    number = row
+    while not hasattr(inner, "sample_id"):
+        if isinstance(inner, Subset):
+            inner, number = inner.dataset, inner.indices[number]
+        elif isinstance(inner, ConcatDataset):
+            part = bisect_right(inner.cumulative_sizes, number)
+            number -= inner.cumulative_sizes[part - 1] if part else 0
+            inner = inner.datasets[part]
+        else:
+            return str(row)
+    return str(inner.sample_id(number))
 
 
 def load_batches(
@@ -68,14 +107,12 @@ def load_batches(
     Returns:
         An iterable, to be gone through once, with as many batches as were asked for.
     """
-    set_epoch = getattr(dataset, "set_epoch", None)
-    if set_epoch is not None:
-        set_epoch(epoch)
+    _tell_epoch(dataset, epoch)
     return DataLoader(
-        _SeededRows(dataset, seed, epoch),  # type: ignore[arg-type]
+        _SeededBatches(dataset, collate, seed, epoch),  # type: ignore[arg-type]
         batch_sampler=batches,  # read once, in order
         num_workers=workers,
-        collate_fn=collate or default_collate,
+        collate_fn=_as_it_is,
         pin_memory=pin_memory,
         # Its own generator, or making the iterator would draw from the global one that dropout uses.
         generator=torch_generator_for(seed, "loader", epoch),

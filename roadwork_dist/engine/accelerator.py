@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from torch import nn
 from torch.optim import Optimizer
 
@@ -25,6 +25,10 @@ def build_accelerator(
         device: ``cpu`` ignores GPUs.
     """
     use_cpu = device == "cpu" or not torch.cuda.is_available()
+    was = PartialState._shared_state.get("device")
+    if was is not None and (was.type == "cpu") != use_cpu and not torch.distributed.is_initialized():
+        # Accelerate keeps the first device too: asked for a CPU later it raises, for a GPU it stays put.
+        AcceleratorState._reset_state(reset_partial_state=True)
     known = AcceleratorState._shared_state
     if known and known.get("_mixed_precision") != _PRECISIONS[precision]:
         # Accelerate keeps the first precision for the whole process and refuses another; a notebook

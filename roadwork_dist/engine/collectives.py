@@ -3,7 +3,7 @@
 Every function here is a collective: all ranks call it, in the same order, or all hang.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -43,6 +43,13 @@ def broadcast_object(value: T, source: int = 0) -> T:
     box: list[T] = [value]
     dist.broadcast_object_list(box, src=source)
     return box[0]
+
+
+def broadcast_tensors(tensors: Iterable[Tensor], source: int = 0) -> None:
+    """Overwrite tensors, in place, with those of rank ``source``."""
+    if world_size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, source)
 
 
 def gather_rows(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ behind it (the saver of the best weights).
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,6 +38,9 @@ class Run(Protocol):
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps of an epoch."""
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Run a block with the averaged weights in ``model``; with its own where no average is kept."""
 
     def sample_ids(self, rows: Sequence[int]) -> list[str]:
         """Ids of rows of the training data: its ``sample_id(row)`` where it has one, else the row."""

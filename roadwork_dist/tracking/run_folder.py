@@ -27,14 +27,25 @@ def make_run_folder(path: Path) -> None:
 
 
 class RunFolder(Callback):
-    """Makes the run folder and keeps the resolved configuration in it."""
+    """Makes the run folder before anything is written to it."""
 
     def on_fit_start(self, run: Run) -> None:
-        """Write ``config.yaml``.
+        """Make it.
 
         Raises:
             ConfigError: the folder cannot be written to.
         """
         if run.accelerator.is_main_process:
             make_run_folder(run.run_dir)
+
+
+class ResolvedConfig(Callback):
+    """Keeps the resolved configuration in the run folder.
+
+    It stands behind what may refuse to go on, so that a refused start leaves the folder as it was.
+    """
+
+    def on_fit_start(self, run: Run) -> None:
+        """Write ``config.yaml``."""
+        if run.accelerator.is_main_process:
             write_atomic(run.run_dir / "config.yaml", to_yaml(run.config).encode())

@@ -35,6 +35,13 @@ class EmaCallback(Callback):
 
     def on_validation_end(self, run: Run, metrics: dict[str, float], improved: bool) -> None:
         """Put the weights back."""
+        self._put_back()
+
+    def on_exception(self, run: Run, error: BaseException) -> None:
+        """Put the weights back where a validation was interrupted."""
+        self._put_back()
+
+    def _put_back(self) -> None:
         if self._swap is not None:
             self._swap.__exit__(None, None, None)
             self._swap = None

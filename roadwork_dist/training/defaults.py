@@ -1,4 +1,6 @@
-"""The observers that every run has, in their order."""
+"""The observers of a run in their order."""
+
+from collections.abc import Sequence
 
 from roadwork_dist.checkpoint.best import BestWeights
 from roadwork_dist.checkpoint.callback import Checkpointer
@@ -6,15 +8,17 @@ from roadwork_dist.config.schema import TrainConfig
 from roadwork_dist.events.callback import Callback
 from roadwork_dist.tracking.console import Console
 from roadwork_dist.tracking.jsonl import JsonLines
-from roadwork_dist.tracking.run_folder import RunFolder
+from roadwork_dist.tracking.run_folder import ResolvedConfig, RunFolder
 from roadwork_dist.training.averaging import EmaCallback
 
 
-def default_callbacks(config: TrainConfig) -> list[Callback]:
-    """Average, run folder, figures, best weights and checkpoints, as configured.
+def all_callbacks(config: TrainConfig, own: Sequence[Callback] = ()) -> list[Callback]:
+    """Average, run folder, figures, best weights, the user's own ones, and checkpoints, as configured.
 
     The average comes first, so that what follows sees the weights that the next step starts from.
-    The checkpointer comes last, so that a checkpoint holds what all others did at its step.
+    Own ones see the validated (averaged) weights.
+    The checkpointer comes behind them, so that a checkpoint holds what all others did at its step; only
+    the configuration is written later, when the checkpointer has accepted it.
     """
     callbacks: list[Callback] = [RunFolder()]
     if config.ema.enabled:
@@ -30,4 +34,4 @@ def default_callbacks(config: TrainConfig) -> list[Callback]:
         callbacks.append(WeightsAndBiases(config.tracking.wandb))
     if config.tracking.progress:
         callbacks.append(Console())
-    return [*callbacks, BestWeights(), Checkpointer(config.checkpoint)]
+    return [*callbacks, BestWeights(), *own, Checkpointer(config.checkpoint), ResolvedConfig()]

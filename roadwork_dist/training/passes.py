@@ -1,5 +1,6 @@
 """One pass over a data set without learning."""
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -57,6 +58,10 @@ def run_pass(model: nn.Module, task: Task, batches: Iterable[Any], device: torch
         if count
     }
     all_rows = gather_rows(local)
-    metrics = {"loss": sum(task.weights[part] * mean for part, mean in means.items())}
+    # Without any target there is no loss; a sum of nothing would be the best one ever.
+    loss = sum(task.weights[part] * mean for part, mean in means.items()) if means else math.nan
+    metrics = {"loss": loss}
     metrics |= {f"loss/{part}": mean for part, mean in means.items()}
-    return PassResult(metrics | task.metrics(all_rows), all_rows)
+    # Tasks compute with numpy or torch, whose scalars are not JSON.
+    metrics |= {name: float(value) for name, value in task.metrics(all_rows).items()}
+    return PassResult(metrics, all_rows)

@@ -27,6 +27,11 @@ class LoadedBatch:
     is_filler: bool
 
 
+def moving_buffers(model: nn.Module) -> list[Tensor]:
+    """Buffers that forward passes in training may move (batch statistics): of modules in train mode."""
+    return [buffer for part in model.modules() if part.training for buffer in part.buffers(recurse=False)]
+
+
 class OptimizerStep:
     """Accumulates, reduces, clips and steps; a step that is not finite is skipped by all ranks.
 
@@ -45,6 +50,7 @@ class OptimizerStep:
         self.device = accelerator.device
         self.max_norm = clip or math.inf
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._buffers: list[Tensor] | None = None
 
     def __call__(self, micro_batches: Sequence[LoadedBatch], lr: float) -> StepResult:
         """Train on all rows of one optimizer step (this rank's micro-batches of it).
@@ -53,6 +59,9 @@ class OptimizerStep:
         pass (DDP), the losses behind it. Every rank has at least one micro-batch, a filler if need
         be, so every rank reaches all three.
         """
+        if self._buffers is None:  # the model is in train mode only now
+            self._buffers = moving_buffers(self.model)
+        held = [buffer.clone() for buffer in self._buffers]
         counts = self._count(micro_batches)
         rows = int(counts.pop("rows"))
         weights = self.task.weights
@@ -69,6 +78,9 @@ class OptimizerStep:
         skipped = not (math.isfinite(loss) and math.isfinite(grad_norm))
         bad_rows: list[int] = []
         if skipped:
+            # The forward passes have moved batch statistics; one NaN would stay in them for good.
+            for buffer, before in zip(self._buffers, held, strict=True):
+                buffer.copy_(before)
             # Reached by all ranks or by none: see above.
             bad_rows = [index for share in gather_objects(bad_indices) for index in share]
         else:

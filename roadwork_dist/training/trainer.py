@@ -4,29 +4,36 @@ fit → _train_epoch → OptimizerStep: three hops to ``optimizer.step()``. Ever
 loop itself (averaging, checkpoints, figures on disk and screen) observes it as a callback.
 """
 
+import hashlib
 import logging
+import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import tee
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 from torch import Tensor, nn
 
 from roadwork_dist.common.errors import CheckpointError, ConfigError, NonFiniteLossError
 from roadwork_dist.common.random import seed_everything
 from roadwork_dist.config.schema import TrainConfig
-from roadwork_dist.data.loader import MapDataset, load_batches
+from roadwork_dist.data.loader import MapDataset, load_batches, sample_id
 from roadwork_dist.data.sampler import Sampler, evaluation_batches
 from roadwork_dist.engine.accelerator import build_accelerator, prepare
+from roadwork_dist.engine.collectives import broadcast_tensors
 from roadwork_dist.events.callback import Callback
 from roadwork_dist.events.state import StepResult, TrainState
 from roadwork_dist.optim.optimizers import build_optimizer
 from roadwork_dist.optim.schedules import Schedule
-from roadwork_dist.training.defaults import default_callbacks
+from roadwork_dist.training.averaging import EmaCallback
+from roadwork_dist.training.defaults import all_callbacks
 from roadwork_dist.training.passes import run_pass
-from roadwork_dist.training.step import LoadedBatch, OptimizerStep
+from roadwork_dist.training.step import LoadedBatch, OptimizerStep, moving_buffers
 from roadwork_dist.training.task import ClassificationTask, Task
 
 logger = logging.getLogger(__name__)
@@ -80,9 +87,12 @@ class Trainer:
         )
         self.optimizer = build_optimizer(model, config.optim)
         self.schedule = Schedule(config.optim.lr, self.total_steps, config.schedule)
-        # Own observers see the validated (averaged) weights, and are in the checkpoint of their step.
-        *before, checkpointer = default_callbacks(config)
-        self.callbacks: list[Callback] = [*before, *callbacks, checkpointer]
+        self.callbacks = all_callbacks(config, callbacks)
+        if val_data is not None and len(val_data) == 0:
+            raise ConfigError(
+                "the validation data set has 0 rows, expected at least 1: give it rows, or None to train "
+                "without validation"
+            )
         figures = ("loss", *self.task.figures)
         if val_data is not None and config.monitor.removeprefix("-") not in figures:
             raise ConfigError(
@@ -103,7 +113,8 @@ class Trainer:
     def fit(self) -> Self:
         """Train to the end of the configured epochs, or until the monitored figure is stale.
 
-        The best weights lie in ``best/`` of the run folder, the last ones in ``model``.
+        The best weights lie in ``best/`` of the run folder (without a validation figure: the last
+        averaged ones), the last ones in ``model``.
 
         Raises:
             NonFiniteLossError: too many steps in a row had a loss that is not finite.
@@ -126,10 +137,23 @@ class Trainer:
                 self._emit("on_epoch_end")
             self._emit("on_fit_end")
         except BaseException as error:
-            for callback in self.callbacks:
-                callback.on_exception(self, error)
+            self._tell_exception(error)
             raise
         return self
+
+    def _tell_exception(self, error: BaseException) -> None:
+        for callback in self.callbacks:
+            try:
+                callback.on_exception(self, error)
+            except Exception:  # must hide neither the first error nor it from the other observers
+                logger.warning("%s failed behind that error", type(callback).__name__, exc_info=True)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Run a block with the averaged weights in ``model``; with its own where no average is kept."""
+        for callback in self.callbacks:
+            if isinstance(callback, EmaCallback) and callback.average is not None:
+                return callback.average.swapped_in()
+        return nullcontext()
 
     def _train_epoch(self, step: OptimizerStep) -> None:
         self.model.train()
@@ -150,6 +174,8 @@ class Trainer:
             self._stop_if_diverged(result)
 
     def _validate(self, data: MapDataset) -> None:
+        # Each rank's rows have moved its own batch statistics; all validate with those that are saved.
+        broadcast_tensors(moving_buffers(self.model))
         self.model.eval()
         self._emit("on_validation_start")
         accelerator = self.accelerator
@@ -159,7 +185,14 @@ class Trainer:
         # The bare model: ranks may have different numbers of batches, so its forward pass must not
         # contain a collective, as the data parallel wrapper's may (buffers).
         outcome = run_pass(self.model, self.task, self._load(data, batches), accelerator.device)
-        improved = self.state.observe(self._monitored(outcome.metrics))
+        figure = self._monitored(outcome.metrics)
+        if math.isnan(figure):
+            logger.warning(
+                "%s of the validation at step %d is not a number, so it cannot choose the best weights",
+                self.config.monitor,
+                self.state.step,
+            )
+        improved = self.state.observe(figure)
         for callback in reversed(self.callbacks):
             callback.on_validation_end(self, outcome.metrics, improved)
         if self.config.patience and self.state.stale_validations >= self.config.patience:
@@ -205,15 +238,14 @@ class Trainer:
 
     def sample_ids(self, rows: Sequence[int]) -> list[str]:
         """Ids of rows of the training data: its ``sample_id(row)`` where it has one, else the row."""
-        name = getattr(self.train_data, "sample_id", str)
-        return [name(row) for row in rows]
+        return [sample_id(self.train_data, row) for row in rows]
 
     def state_dict(self) -> dict[str, Any]:
         """Loop state, what the order of rows depends on, and every callback's state; JSON-able."""
         return {
             "state": self.state.state_dict(),
             "rows": self._row_plan(),
-            "callbacks": {type(c).__name__: c.state_dict() for c in self.callbacks},
+            "callbacks": {name: c.state_dict() for name, c in self._named_callbacks()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -223,31 +255,51 @@ class Trainer:
             CheckpointError: the order of rows was another one, so its place in the epoch means nothing.
         """
         was, now = state["rows"], self._row_plan()
-        changed = [f"{name} was {was[name]}, is {now[name]}" for name in now if was[name] != now[name]]
+        changed = [
+            f"{name} was {was.get(name)}, is {now[name]}" for name in now if was.get(name) != now[name]
+        ]
         if changed:
             raise CheckpointError(
                 f"cannot go on from the checkpoint in {self.run_dir}: {'; '.join(changed)}; set it back, "
                 "or train into another output_dir"
             )
         self.state.load_state_dict(state["state"])
-        for callback in self.callbacks:
-            callback.load_state_dict(state["callbacks"].get(type(callback).__name__, {}))
+        for name, callback in self._named_callbacks():
+            callback.load_state_dict(state["callbacks"].get(name, {}))
 
     def tensors(self) -> dict[str, Tensor]:
         """Tensors of every callback, by ``callback/name``."""
-        return {f"{type(c).__name__}/{name}": t for c in self.callbacks for name, t in c.tensors().items()}
+        return {
+            f"{owner}/{name}": tensor
+            for owner, callback in self._named_callbacks()
+            for name, tensor in callback.tensors().items()
+        }
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Take :meth:`tensors` over."""
-        for callback in self.callbacks:
-            prefix = f"{type(callback).__name__}/"
+        for owner, callback in self._named_callbacks():
+            prefix = f"{owner}/"
             own = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
             if own:
                 callback.load_tensors(own)
 
-    def _row_plan(self) -> dict[str, int]:
+    def _named_callbacks(self) -> Iterator[tuple[str, Callback]]:
+        """Observers by class, the second of a class as ``Class#2``."""
+        seen: Counter[str] = Counter()
+        for callback in self.callbacks:
+            name = type(callback).__name__
+            seen[name] += 1
+            yield (name if seen[name] == 1 else f"{name}#{seen[name]}"), callback
+
+    def _row_plan(self) -> dict[str, int | str]:
+        weights = self.sampler.weights
         return {
+            "digest of the sampling weights": "none" if weights is None else _digest(weights),
             "rows of the training data": self.sampler.length,
             "seed": self.config.seed,
             "rows per optimizer step (batch_size x accumulation x processes)": self.sampler.rows_per_step,
         }
+
+
+def _digest(weights: Sequence[float]) -> str:
+    return hashlib.sha256(np.asarray(weights, dtype=np.float64).tobytes()).hexdigest()[:12]
