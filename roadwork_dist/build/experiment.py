@@ -21,7 +21,7 @@ from roadwork_dist.data.images import photo_size
 from roadwork_dist.data.loader import MapDataset, load_batches
 from roadwork_dist.data.manifest import Manifest, Sample
 from roadwork_dist.data.sampler import evaluation_batches
-from roadwork_dist.engine.accelerator import build_accelerator
+from roadwork_dist.engine.accelerator import build_accelerator, share_cores
 from roadwork_dist.evaluation.evaluator import evaluate_predictions, summary_lines
 from roadwork_dist.evaluation.predictions import read_predictions, write_predictions
 from roadwork_dist.evaluation.report import report_from_run, splits_of
@@ -60,6 +60,7 @@ def build_experiment(config: ExperimentConfig) -> Experiment:
         DataError: the data cannot be used.
         BackboneError: the backbone or the text encoder cannot be loaded.
     """
+    share_cores(config.workers)
     accelerator = build_accelerator(precision=config.precision, device=config.device)
     if accelerator.is_main_process:
         make_run_folder(Path(config.output_dir))

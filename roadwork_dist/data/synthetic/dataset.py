@@ -14,7 +14,7 @@ from roadwork_dist.common.files import write_atomic
 from roadwork_dist.data.synthetic.metadata import SPLITS, Facts, photo_facts
 from roadwork_dist.data.synthetic.render import mask_bytes, photo_bytes, render
 
-VERSION = 1
+VERSION = 2
 """Raised when the same parameters would give other photos."""
 MARKER = "synthetic.json"
 """Written last; holds the parameters of a complete set."""

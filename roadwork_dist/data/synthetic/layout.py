@@ -102,7 +102,7 @@ _ZONES: tuple[Callable[[np.random.Generator, float, float, float], list[Thing]],
 
 
 def _work_zone(rng: np.random.Generator, street: Street) -> list[Thing]:
-    """One work zone at an edge of the roadway, at 5.5 to 16 m, or all of it far away."""
+    """One work zone at an edge of the roadway, at 7 to 12 m, or all of it far away."""
     right = rng.random() < 0.68
     edge, toward = (street.right - 0.3, -1.0) if right else (street.left + 0.3, 1.0)
     if rng.random() < TINY_SHARE:
@@ -110,7 +110,7 @@ def _work_zone(rng: np.random.Generator, street: Street) -> list[Thing]:
             _work(cone, edge + toward * rng.uniform(0, 1.2), z)
             for z in np.linspace(rng.uniform(50, 60), 88, 5)
         ]
-    z = 5.5 * (16.0 / 5.5) ** rng.random()
+    z = 7.0 * (12.0 / 7.0) ** rng.random()
     if not right:
         z += max(0.0, -street.left - 5.0)
     return _ZONES[int(rng.integers(len(_ZONES)))](rng, edge, toward, z)
