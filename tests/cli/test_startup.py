@@ -1,5 +1,6 @@
 """What the command line costs before it does anything, and how it takes mistakes."""
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -105,3 +106,18 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     assert debug.returncode != 0
     assert "Traceback" in debug.stderr
     assert "DataError" in debug.stderr
+
+
+def test_a_full_disk_is_told_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from roadwork_dist.cli import doctor
+
+    def full(arguments: list[str]) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device", "runs/features/a.safetensors")
+
+    monkeypatch.setattr(doctor, "run", full)
+    assert main(["doctor"]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert "No space left on device: 'runs/features/a.safetensors'; make room" in told
