@@ -163,7 +163,9 @@ def test_make_lists_its_targets() -> None:
     text = (ROOT / "Makefile").read_text()
     phony = re.search(r"^\.PHONY: (.*)$", text, re.MULTILINE)
     assert phony
-    listed = subprocess.run(["make", "help"], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    listed = subprocess.run(
+        ["make", "--no-print-directory", "help"], capture_output=True, text=True, check=True, cwd=ROOT
+    ).stdout
     assert {line.split()[1] for line in listed.splitlines()} == set(phony[1].split())
 
 

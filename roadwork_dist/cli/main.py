@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RoadworkError as error:
         if debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_one_line(error)}", file=sys.stderr)
         return EXIT_USER_ERROR
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -73,6 +73,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+def _one_line(error: RoadworkError) -> str:
+    """The message; torch wraps that of a loader's process in the traceback of that process."""
+    text = str(error).strip()
+    if "Original Traceback" in text:
+        text = text.splitlines()[-1].partition(": ")[2]
+    return text
 
 
 def _run(command: str, arguments: list[str]) -> int:

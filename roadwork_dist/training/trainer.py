@@ -195,9 +195,11 @@ class Trainer:
         improved = self.state.observe(figure)
         for callback in reversed(self.callbacks):
             callback.on_validation_end(self, outcome.metrics, improved)
-        if self.config.patience and self.state.stale_validations >= self.config.patience:
-            self.state.should_stop = True
+        self.state.should_stop = self._is_stale()
         self.model.train()
+
+    def _is_stale(self) -> bool:
+        return 0 < self.config.patience <= self.state.stale_validations
 
     def _load(self, data: MapDataset, batches: Iterable[list[int]], epoch: int = 0) -> Iterable[Any]:
         return load_batches(
@@ -264,6 +266,7 @@ class Trainer:
                 "or train into another output_dir"
             )
         self.state.load_state_dict(state["state"])
+        self.state.should_stop = self._is_stale()  # the patience may be another one now
         for name, callback in self._named_callbacks():
             callback.load_state_dict(state["callbacks"].get(name, {}))
 

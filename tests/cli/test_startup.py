@@ -121,3 +121,26 @@ def test_a_full_disk_is_told_in_one_line(
     told = capsys.readouterr().err
     assert told.count("\n") == 1
     assert "No space left on device: 'runs/features/a.safetensors'; make room" in told
+
+
+def test_an_error_of_a_loader_process_is_told_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from torch.utils.data import DataLoader
+
+    from roadwork_dist.cli import doctor
+    from roadwork_dist.common.errors import DataError
+
+    class Broken:
+        def __len__(self) -> int:
+            return 1
+
+        def __getitem__(self, index: int) -> None:
+            raise DataError("a.jpg: truncated: restore the photo")
+
+    def read(arguments: list[str]) -> int:
+        return len(list(DataLoader(Broken(), num_workers=1)))  # type: ignore[arg-type]
+
+    monkeypatch.setattr(doctor, "run", read)
+    assert main(["doctor"]) == 2
+    assert capsys.readouterr().err == "error: a.jpg: truncated: restore the photo\n"

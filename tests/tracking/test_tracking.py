@@ -207,7 +207,7 @@ def test_wandb_offline_is_one_run_for_two_processes(tmp_path: Path) -> None:
 def show(console: Console, folder: Path, terminal: bool) -> str:
     text = io.StringIO()
     console._console = RichConsole(
-        file=text, force_terminal=terminal, width=120, highlight=False, markup=False
+        file=text, force_terminal=terminal, width=120, highlight=False, markup=False, soft_wrap=True
     )
     fake = fake_run(folder)
     console.on_fit_start(fake)

@@ -18,7 +18,7 @@ from torch.utils.data import ConcatDataset, Subset, TensorDataset, default_colla
 
 from roadwork_dist.checkpoint.weights import frozen_identity
 from roadwork_dist.common.errors import CheckpointError, ConfigError
-from roadwork_dist.config.schema import CheckpointConfig, EmaConfig
+from roadwork_dist.config.schema import CheckpointConfig, EmaConfig, OptimConfig
 from roadwork_dist.data.loader import load_batches
 from roadwork_dist.engine.accelerator import build_accelerator
 from roadwork_dist.events.callback import Callback
@@ -453,3 +453,15 @@ def test_another_device_in_the_same_process_is_the_one_asked_for(monkeypatch: py
         monkeypatch.setitem(shared, "device", torch.device("cuda", 0))  # as after training on a GPU
         monkeypatch.setitem(shared, "_cpu", False)
     assert build_accelerator(device="cpu").device.type == "cpu"
+
+
+def test_a_larger_patience_goes_on_after_an_early_stop(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"epochs": 6, "optim": OptimConfig(lr=1e-12)}
+    first = Trainer(
+        toy_model(), toy_config(tmp_path, patience=1, **settings), toy_data(16), toy_data(16)
+    ).fit()
+    assert first.state.epoch == 2
+    again = Trainer(
+        toy_model(), toy_config(tmp_path, patience=3, **settings), toy_data(16), toy_data(16)
+    ).fit()
+    assert again.state.epoch == 4
