@@ -7,7 +7,6 @@ need a cross-validation a fifth of their few positives, for a choice that a hand
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,7 +41,6 @@ from roadwork_dist.evaluation.predictions import OUT_OF_FOLD, write_predictions
 from roadwork_dist.evaluation.report import report_from_run
 from roadwork_dist.models.backbone import Backbone, load_backbone
 from roadwork_dist.tracking.run_folder import make_run_folder
-from roadwork_dist.training.averaging import EmaCallback
 from roadwork_dist.training.trainer import Trainer
 
 FOLDS_FILE = "folds.json"
@@ -196,7 +194,7 @@ def run_fold(crossval: CrossValidation, fold: int) -> list[dict[str, Any]]:
     trainer = fold_trainer(crossval, fold)
     trainer.fit()
     held_out = np.flatnonzero(crossval.fold_of_row == fold).tolist()
-    with _averaged(trainer):
+    with trainer.averaged():
         answers = predict(trainer, RowsOf(crossval.plain, held_out))
         if crossval.accelerator.is_main_process:
             export_model(trainer.model, trainer.run_dir / LAST)
@@ -219,11 +217,3 @@ def fold_trainer(crossval: CrossValidation, fold: int) -> Trainer:
         task=build_task(config, mask_head=crossval.mask_head),
         collate=collate,
     )
-
-
-def _averaged(trainer: Trainer) -> AbstractContextManager[None]:
-    """The average in place of the weights, where one is kept."""
-    for callback in trainer.callbacks:
-        if isinstance(callback, EmaCallback) and callback.average is not None:
-            return callback.average.swapped_in()
-    return nullcontext()

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from roadwork_dist.common.types import UNLABELLED, Batch, ModelOutput
 from roadwork_dist.losses.composite import RoadworkLoss
-from roadwork_dist.training.task import TaskOutput, matthews_corrcoef
+from roadwork_dist.metrics.classification import mcc_accuracy
+from roadwork_dist.training.task import TaskOutput
 
 
 class RoadworkTask:
@@ -43,10 +44,7 @@ class RoadworkTask:
         labelled = rows["label"] != UNLABELLED
         if not bool(labelled.any()):
             return dict.fromkeys(self.figures, math.nan)
-        labels = rows["label"][labelled]
-        predicted = rows["logits"][labelled].argmax(dim=1)
-        accuracy = float((predicted == labels).double().mean())
-        return {"mcc": matthews_corrcoef(labels, predicted), "accuracy": accuracy}
+        return mcc_accuracy(rows["label"][labelled].numpy(), rows["logits"][labelled].float().numpy())
 
 
 MOST_VIEWS = 128

@@ -1,6 +1,5 @@
 """What is learned: from a batch to sums of losses, and from predictions to figures."""
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -8,7 +7,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-logger = logging.getLogger(__name__)
+from roadwork_dist.metrics.classification import mcc_accuracy
 
 
 @dataclass(frozen=True)
@@ -72,24 +71,4 @@ class ClassificationTask:
 
     def metrics(self, rows: Mapping[str, Tensor]) -> dict[str, float]:
         """MCC (Gorodkin 2004 for K > 2) and accuracy of the most likely class."""
-        predicted = rows["logits"].argmax(dim=1)
-        return {
-            "mcc": matthews_corrcoef(rows["label"], predicted),
-            "accuracy": float((predicted == rows["label"]).double().mean()),
-        }
-
-
-def matthews_corrcoef(labels: Tensor, predicted: Tensor) -> float:
-    """Matthews correlation coefficient of class numbers [N]; 0 where it is not defined.
-
-    Labels of a single class leave it undefined; that is said once per call in the log.
-    """
-    from sklearn.metrics import matthews_corrcoef as sklearn_mcc
-
-    classes = set(labels.tolist())
-    if len(classes) < 2:
-        logger.warning(
-            "validation labels are of one class (%s): MCC is not defined and counts as 0", sorted(classes)
-        )
-        return 0.0
-    return float(sklearn_mcc(labels.numpy(), predicted.numpy()))
+        return mcc_accuracy(rows["label"].numpy(), rows["logits"].float().numpy())

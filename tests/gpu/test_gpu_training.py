@@ -10,7 +10,17 @@ import pytest
 import torch
 from accelerate.utils import send_to_device
 from support.devices import CPU, GPU, deterministic, needs_gpu, random_batch
-from support.toy import NoisyData, assert_same_tensors, lines, newest_tensors, toy_config, toy_data, toy_model
+from support.toy import (
+    NoisyData,
+    Stop,
+    StopAt,
+    assert_same_tensors,
+    lines,
+    newest_tensors,
+    toy_config,
+    toy_data,
+    toy_model,
+)
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -30,21 +40,6 @@ pytestmark = [
     # Loader workers are forked while CUDA's threads run; they never touch the GPU.
     pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
 ]
-
-
-class Stop(Exception):
-    """Ends training like a crash does."""
-
-
-class StopAt(Callback):
-    """Raises behind a step."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, run: Any, result: Any) -> None:
-        if run.state.step == self.step:
-            raise Stop
 
 
 def test_trains_in_bf16_with_fp32_weights_and_average(tmp_path: Path) -> None:

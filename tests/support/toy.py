@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from roadwork_dist.config.schema import CheckpointConfig, EmaConfig, OptimConfig, ScheduleConfig, TrainConfig
+from roadwork_dist.events.callback import Callback
 from roadwork_dist.training.trainer import Trainer
 
 TIMINGS = ("samples_per_s", "data_wait", "memory_mb")
@@ -83,3 +84,18 @@ def assert_same_tensors(first: dict[str, Tensor], second: dict[str, Tensor]) -> 
     assert first.keys() == second.keys()
     different = [name for name in first if not torch.equal(first[name], second[name])]
     assert not different, f"not bit-identical: {different}"
+
+
+class Stop(Exception):
+    """Ends training like a crash does."""
+
+
+class StopAt(Callback):
+    """Raises behind a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, run: Any, result: Any) -> None:
+        if run.state.step == self.step:
+            raise Stop

@@ -12,7 +12,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.ranks import run
-from support.toy import NoisyData, assert_same_tensors, lines, newest_tensors, toy_config, toy_data, toy_model
+from support.toy import (
+    NoisyData,
+    Stop,
+    StopAt,
+    assert_same_tensors,
+    lines,
+    newest_tensors,
+    toy_config,
+    toy_data,
+    toy_model,
+)
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, Subset, TensorDataset, default_collate
 
@@ -28,22 +38,9 @@ from roadwork_dist.training.task import ClassificationTask
 from roadwork_dist.training.trainer import Trainer
 
 
-class Stop(Exception):
-    """Ends training like a crash does."""
-
-
-class StopAt(Callback):
-    """Raises behind a step."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, run: Any, result: Any) -> None:
-        if run.state.step == self.step:
-            raise Stop
-
-
-def interrupted_and_whole(folder: Path, stop: int, fit: Callable[..., Trainer]) -> tuple[Path, Path]:
+def assert_interrupted_equals_whole(
+    folder: Path, stop: int, fit: Callable[..., Trainer]
+) -> tuple[Path, Path]:
     """Run folders of a run that crashed and went on, and of one that never did."""
     with pytest.raises(Stop):
         fit(folder / "cut", StopAt(stop))
@@ -64,7 +61,7 @@ def test_saving_every_few_steps_need_not_divide_the_epoch(tmp_path: Path, stop: 
         data = NoisyData(40)  # 5 steps an epoch, saved after 3, 5, 6, 9 and 10
         return Trainer(toy_model(0.3), config, data, toy_data(9), callbacks=callbacks).fit()
 
-    interrupted_and_whole(tmp_path, stop, fit)
+    assert_interrupted_equals_whole(tmp_path, stop, fit)
 
 
 def test_random_collation_resumes_exactly(tmp_path: Path) -> None:
@@ -77,7 +74,7 @@ def test_random_collation_resumes_exactly(tmp_path: Path) -> None:
         data = toy_data(40)
         return Trainer(toy_model(), config, data, collate=mix, callbacks=callbacks).fit()
 
-    interrupted_and_whole(tmp_path, 4, fit)
+    assert_interrupted_equals_whole(tmp_path, 4, fit)
 
 
 class Counts(Callback):
@@ -120,7 +117,7 @@ def test_early_stopping_counts_on_over_a_resume(tmp_path: Path) -> None:
         config = toy_config(run_dir, epochs=9, patience=2)
         return Trainer(toy_model(), config, toy_data(16), AllNan(), task=NanTask(), callbacks=callbacks).fit()
 
-    interrupted_and_whole(tmp_path, 2, fit)
+    assert_interrupted_equals_whole(tmp_path, 2, fit)
     finished = fit(tmp_path / "cut")
     assert finished.state.epoch == 2
     assert finished.state.should_stop
@@ -165,7 +162,7 @@ def test_batch_statistics_resume_exactly(tmp_path: Path) -> None:
         config = toy_config(run_dir, batch_size=8)
         return Trainer(batch_norm_model(), config, toy_data(40), toy_data(9), callbacks=callbacks).fit()
 
-    interrupted_and_whole(tmp_path, 4, fit)
+    assert_interrupted_equals_whole(tmp_path, 4, fit)
 
 
 def test_a_skipped_step_leaves_batch_statistics_alone(tmp_path: Path) -> None:
@@ -218,7 +215,7 @@ def test_shared_weights_and_buffers_are_saved_and_resumed(tmp_path: Path) -> Non
     def fit(run_dir: Path, *callbacks: Callback) -> Trainer:
         return Trainer(Tied(), toy_config(run_dir), toy_data(48), toy_data(9), callbacks=callbacks).fit()
 
-    _, whole = interrupted_and_whole(tmp_path, 4, fit)
+    _, whole = assert_interrupted_equals_whole(tmp_path, 4, fit)
     fresh = Tied()
     fresh.load_state_dict(load_file(whole / "best" / "model.safetensors"))
 
