@@ -7,10 +7,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from roadwork_dist.config.experiment import ExperimentConfig
     from roadwork_dist.config.schema import (
         CheckpointConfig,
         EmaConfig,
-        ExperimentConfig,
         OptimConfig,
         ScheduleConfig,
         TrackingConfig,
@@ -27,7 +27,7 @@ _HOMES = {
     "Callback": "roadwork_dist.events.callback",
     "CheckpointConfig": "roadwork_dist.config.schema",
     "EmaConfig": "roadwork_dist.config.schema",
-    "ExperimentConfig": "roadwork_dist.config.schema",
+    "ExperimentConfig": "roadwork_dist.config.experiment",
     "OptimConfig": "roadwork_dist.config.schema",
     "Predictor": "roadwork_dist.inference.predictor",
     "RoadworkModel": "roadwork_dist.models.detector",

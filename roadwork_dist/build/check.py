@@ -9,7 +9,7 @@ from roadwork_dist.build.data import Manifests, split_off
 from roadwork_dist.build.progress import progress_bar
 from roadwork_dist.common.errors import DataError
 from roadwork_dist.common.types import UNLABELLED
-from roadwork_dist.config.schema import ExperimentConfig
+from roadwork_dist.config.experiment import ExperimentConfig
 from roadwork_dist.data.check import check_images, drop_unreadable
 from roadwork_dist.data.gps import gps_weights
 from roadwork_dist.data.manifest import Manifest

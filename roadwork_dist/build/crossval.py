@@ -29,8 +29,8 @@ from roadwork_dist.build.experiment import (
 from roadwork_dist.checkpoint.best import export_model
 from roadwork_dist.common.errors import ConfigError
 from roadwork_dist.common.files import write_atomic
+from roadwork_dist.config.experiment import ExperimentConfig
 from roadwork_dist.config.io import to_yaml
-from roadwork_dist.config.schema import ExperimentConfig
 from roadwork_dist.data.dataset import RoadworkDataset, Row, collate
 from roadwork_dist.data.manifest import Manifest
 from roadwork_dist.data.sources import load_manifest

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from roadwork_dist.build.progress import progress_bar
-from roadwork_dist.config.schema import ExperimentConfig
+from roadwork_dist.config.experiment import ExperimentConfig
 from roadwork_dist.data.augment.policy import augmenter_for
 from roadwork_dist.data.check import check_images, drop_unreadable
 from roadwork_dist.data.content import content_hashes

@@ -16,8 +16,8 @@ from roadwork_dist.build.experiment import (
 )
 from roadwork_dist.common.errors import ConfigError, DataError
 from roadwork_dist.common.files import write_atomic
+from roadwork_dist.config.experiment import ExperimentConfig
 from roadwork_dist.config.io import load_experiment
-from roadwork_dist.config.schema import ExperimentConfig
 from roadwork_dist.data.dataset import collate
 from roadwork_dist.data.loader import load_batches
 from roadwork_dist.data.manifest import Manifest

@@ -14,7 +14,7 @@ from roadwork_dist.build.data import DatasetBuilder, Manifests, load_manifests
 from roadwork_dist.common.errors import DataError
 from roadwork_dist.common.files import write_atomic
 from roadwork_dist.common.types import UNLABELLED
-from roadwork_dist.config.schema import ExperimentConfig
+from roadwork_dist.config.experiment import ExperimentConfig
 from roadwork_dist.data.dataset import RoadworkDataset, collate
 from roadwork_dist.data.gps import gps_weights
 from roadwork_dist.data.images import photo_size

@@ -5,7 +5,7 @@ from functools import cached_property
 from typing import Any
 
 from roadwork_dist.common.errors import DataError
-from roadwork_dist.config.schema import ExperimentConfig, ViewsConfig
+from roadwork_dist.config.experiment import ExperimentConfig, ViewsConfig
 from roadwork_dist.data.manifest import Sample
 from roadwork_dist.data.photo import PhotoViews
 from roadwork_dist.data.sources import load_manifest

@@ -36,7 +36,7 @@ def run(arguments: Sequence[str]) -> int:
 def _pictures(folder: Path) -> "PicturesOfRun | None":
     """Pictures cut as the saved model sees them; None where the run has saved none."""
     from roadwork_dist.build.pictures import PicturesOfRun
-    from roadwork_dist.config.schema import ViewsConfig
+    from roadwork_dist.config.experiment import ViewsConfig
     from roadwork_dist.models.pretrained import CONFIG_FILE, read_config
 
     saved = [*folder.glob(f"best/{CONFIG_FILE}"), *sorted(folder.glob(f"fold-*/*/{CONFIG_FILE}"))]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from roadwork_dist.common.errors import DataError
 
 if TYPE_CHECKING:
-    from roadwork_dist.config.schema import ExperimentConfig
+    from roadwork_dist.config.experiment import ExperimentConfig
 
 CONFIG_FILE = "config.yaml"
 

@@ -12,7 +12,8 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from roadwork_dist.common.errors import ConfigError
 from roadwork_dist.common.registry import nearest
-from roadwork_dist.config.schema import ExperimentConfig, TrainConfig
+from roadwork_dist.config.experiment import ExperimentConfig
+from roadwork_dist.config.schema import TrainConfig
 
 DEFAULT_PRESET = "demo"
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from roadwork_dist.common.errors import DataError
-from roadwork_dist.config.schema import GpsConfig
+from roadwork_dist.config.experiment import GpsConfig
 from roadwork_dist.data.manifest import Manifest
 from roadwork_dist.data.sampler import Sampler
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from roadwork_dist.common.errors import DataError
 from roadwork_dist.common.registry import nearest
 from roadwork_dist.common.types import UNLABELLED, VOCABULARIES
-from roadwork_dist.config.schema import ColumnsConfig
+from roadwork_dist.config.experiment import ColumnsConfig
 from roadwork_dist.data.images import MAX_PIXELS, FileImage, ImageSource, MaskSource, PngMask, as_image_source
 
 logger = logging.getLogger(__name__)

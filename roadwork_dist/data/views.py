@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from roadwork_dist.common.errors import ConfigError
-from roadwork_dist.config.schema import ViewsConfig
+from roadwork_dist.config.experiment import ViewsConfig
 
 GLOBAL_ONLY_BELOW = 1.5
 """Under policy ``auto`` a photo whose short side is below this many S gets the global view only."""

@@ -15,7 +15,7 @@ from accelerate.utils import send_to_device
 
 from roadwork_dist.common.errors import CheckpointError, ConfigError, DataError
 from roadwork_dist.common.types import Batch, ModelOutput
-from roadwork_dist.config.schema import BackboneConfig, ViewsConfig
+from roadwork_dist.config.experiment import BackboneConfig, ViewsConfig
 from roadwork_dist.data.dataset import RoadworkDataset, Row, collate
 from roadwork_dist.data.images import MAX_PIXELS, FileImage
 from roadwork_dist.data.loader import load_batches

@@ -12,7 +12,7 @@ import logging
 from torch import Tensor
 
 from roadwork_dist.common.types import UNLABELLED, WEATHER, Batch, ModelOutput
-from roadwork_dist.config.schema import LossConfig
+from roadwork_dist.config.experiment import LossConfig
 from roadwork_dist.losses.auxiliary import dice_loss_sum, weather_loss_sum
 from roadwork_dist.losses.consistency import consistency_loss_sum, rows_with_agreement
 from roadwork_dist.losses.focal import focal_loss_sum

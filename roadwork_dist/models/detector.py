@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from roadwork_dist.common.errors import CheckpointError, DataError
 from roadwork_dist.common.types import Batch, ModelOutput
-from roadwork_dist.config.schema import ModelConfig
+from roadwork_dist.config.experiment import ModelConfig
 from roadwork_dist.models.attention import GatedAttentionBlock
 from roadwork_dist.models.fusion import GatedViewFusion, JointFusion, masked_mean
 from roadwork_dist.models.heads import Classifier, MaskHead, view_head, weather_head

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from roadwork_dist.common.errors import CheckpointError, ConfigError
 from roadwork_dist.common.files import write_atomic
-from roadwork_dist.config.schema import ModelConfig
+from roadwork_dist.config.experiment import ModelConfig
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"

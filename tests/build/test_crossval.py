@@ -20,8 +20,8 @@ from support.toy import assert_same_tensors, lines, newest_tensors
 from roadwork_dist.build import crossval
 from roadwork_dist.common.errors import ConfigError, DataError
 from roadwork_dist.common.random import generator_for
+from roadwork_dist.config.experiment import ExperimentConfig
 from roadwork_dist.config.io import load_experiment, parse_experiment
-from roadwork_dist.config.schema import ExperimentConfig
 from roadwork_dist.evaluation.predictions import read_predictions
 from roadwork_dist.events.callback import Callback
 

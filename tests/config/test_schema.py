@@ -6,24 +6,20 @@ from typing import Any
 import pytest
 
 from roadwork_dist.common.errors import ConfigError
-from roadwork_dist.config import schema
-from roadwork_dist.config.schema import (
+from roadwork_dist.config import experiment, schema
+from roadwork_dist.config.experiment import (
     AugmentConfig,
     BackboneConfig,
-    CheckpointConfig,
     DataConfig,
-    EmaConfig,
     EvalConfig,
     ExperimentConfig,
     FeaturesConfig,
     GpsConfig,
     LossConfig,
     ModelConfig,
-    OptimConfig,
-    ScheduleConfig,
-    TrainConfig,
     ViewsConfig,
 )
+from roadwork_dist.config.schema import CheckpointConfig, EmaConfig, OptimConfig, ScheduleConfig, TrainConfig
 
 
 @pytest.mark.parametrize(
@@ -121,7 +117,7 @@ def test_settings_are_frozen() -> None:
 
 
 def test_every_config_is_a_frozen_dataclass_of_keywords() -> None:
-    kinds = [k for k in vars(schema).values() if isinstance(k, type) and k.__name__.endswith("Config")]
+    kinds = [k for k in {**vars(schema), **vars(experiment)}.values() if isinstance(k, type) and k.__name__.endswith("Config")]
     assert len(kinds) > 10
     for kind in kinds:
         assert is_dataclass(kind)

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from roadwork_dist.common.random import generator_for
-from roadwork_dist.config.schema import AugmentConfig
+from roadwork_dist.config.experiment import AugmentConfig
 from roadwork_dist.data.augment import Augmenter, augmenter_for, draw_epoch
 from roadwork_dist.data.augment.operations import OPERATIONS
 from roadwork_dist.data.augment.policy import PROBABILITIES, chosen_operations

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from roadwork_dist.common.errors import DataError
-from roadwork_dist.config.schema import ColumnsConfig
+from roadwork_dist.config.experiment import ColumnsConfig
 from roadwork_dist.data.check import check_images
 from roadwork_dist.data.manifest import Manifest, build_manifest
 

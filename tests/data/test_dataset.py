@@ -8,7 +8,7 @@ from torch import Tensor
 
 from roadwork_dist.common.errors import BackboneError, DataError
 from roadwork_dist.common.types import DAYTIME, SCENE, WEATHER
-from roadwork_dist.config.schema import AugmentConfig
+from roadwork_dist.config.experiment import AugmentConfig
 from roadwork_dist.data.augment import Augmenter
 from roadwork_dist.data.content import content_hashes
 from roadwork_dist.data.dataset import RoadworkDataset, collate

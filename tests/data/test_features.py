@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from roadwork_dist.common.errors import BackboneError, ConfigError, DataError
-from roadwork_dist.config.schema import AugmentConfig
+from roadwork_dist.config.experiment import AugmentConfig
 from roadwork_dist.data.augment import Augmenter
 from roadwork_dist.data.content import INDEX_NAME, content_hashes
 from roadwork_dist.data.extract import Extraction, extract

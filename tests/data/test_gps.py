@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from roadwork_dist.common.errors import DataError
-from roadwork_dist.config.schema import GpsConfig
+from roadwork_dist.config.experiment import GpsConfig
 from roadwork_dist.data.gps import bracket_weights, gps_weights, haversine_km, nearest_km, sphere_kmeans
 from roadwork_dist.data.images import FileImage
 from roadwork_dist.data.manifest import Manifest, Sample

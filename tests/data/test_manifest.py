@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from roadwork_dist.common.errors import DataError
 from roadwork_dist.common.types import UNLABELLED
-from roadwork_dist.config.schema import ColumnsConfig
+from roadwork_dist.config.experiment import ColumnsConfig
 from roadwork_dist.data.images import FileImage
 from roadwork_dist.data.manifest import Manifest, build_manifest, is_null
 

@@ -14,7 +14,7 @@ from pycocotools import mask as coco
 
 from roadwork_dist.common.errors import DataError
 from roadwork_dist.common.types import MASK_CLASSES
-from roadwork_dist.config.schema import ColumnsConfig, DataConfig
+from roadwork_dist.config.experiment import ColumnsConfig, DataConfig
 from roadwork_dist.data.images import decode, decode_mask
 from roadwork_dist.data.manifest import Manifest
 from roadwork_dist.data.sources import load_manifest

@@ -9,7 +9,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from roadwork_dist.common.errors import ConfigError
-from roadwork_dist.config.schema import ViewsConfig
+from roadwork_dist.config.experiment import ViewsConfig
 from roadwork_dist.data.views import (
     ViewGeometry,
     draft_long_side,

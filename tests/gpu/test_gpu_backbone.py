@@ -10,7 +10,7 @@ from support.photos import small_experiment, write_small_set
 from torch import Tensor
 
 from roadwork_dist.build.data import DatasetBuilder
-from roadwork_dist.config.schema import BackboneConfig, ExperimentConfig
+from roadwork_dist.config.experiment import BackboneConfig, ExperimentConfig
 from roadwork_dist.data.sources import load_manifest
 from roadwork_dist.engine.accelerator import build_accelerator
 from roadwork_dist.models.backbone import attention_in_use, build_random, load_backbone

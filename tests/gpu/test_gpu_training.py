@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from roadwork_dist.common.random import capture_rng, restore_rng
-from roadwork_dist.config.schema import LossConfig, ModelConfig, OptimConfig
+from roadwork_dist.config.experiment import LossConfig, ModelConfig
+from roadwork_dist.config.schema import OptimConfig
 from roadwork_dist.events.callback import Callback
 from roadwork_dist.losses.composite import RoadworkLoss
 from roadwork_dist.models.detector import RoadworkHead, RoadworkModel

@@ -12,7 +12,7 @@ from PIL import Image
 
 import roadwork_dist
 from roadwork_dist.common.errors import BackboneError, CheckpointError, ConfigError
-from roadwork_dist.config.schema import BackboneConfig, ModelConfig, ViewsConfig
+from roadwork_dist.config.experiment import BackboneConfig, ModelConfig, ViewsConfig
 from roadwork_dist.data.dataset import RoadworkDataset, collate
 from roadwork_dist.data.images import BytesImage
 from roadwork_dist.data.manifest import Manifest, Sample

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from roadwork_dist.common.types import MASK_CLASSES, UNLABELLED, WEATHER, Batch, ModelOutput
-from roadwork_dist.config.schema import LossConfig
+from roadwork_dist.config.experiment import LossConfig
 from roadwork_dist.losses.composite import RoadworkLoss
 
 SIDE = 8

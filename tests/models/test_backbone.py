@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from roadwork_dist.common.errors import BackboneError, ConfigError
-from roadwork_dist.config.schema import BackboneConfig
+from roadwork_dist.config.experiment import BackboneConfig
 from roadwork_dist.models import hub
 from roadwork_dist.models.backbone import (
     BACKBONES,

@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounter
 
 from roadwork_dist.common.errors import CheckpointError, DataError
 from roadwork_dist.common.types import DAYTIME, SCENE, TEXT_WIDTH, WEATHER, Batch, ModelOutput
-from roadwork_dist.config.schema import ModelConfig
+from roadwork_dist.config.experiment import ModelConfig
 from roadwork_dist.models.detector import RoadworkHead, RoadworkModel
 from roadwork_dist.models.pretrained import read_config
 

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from roadwork_dist.config.experiment import ExperimentConfig
 from roadwork_dist.config.io import parse_experiment
-from roadwork_dist.config.schema import ExperimentConfig
 from roadwork_dist.data.synthetic.dataset import write_synthetic
 
 

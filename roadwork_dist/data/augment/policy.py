@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from roadwork_dist.common.random import derive_seed, generator_for, isolated_rng
-from roadwork_dist.config.schema import AugmentConfig
+from roadwork_dist.config.experiment import AugmentConfig
 from roadwork_dist.data.augment import colour, geometric, weather  # noqa: F401  (they register)
 from roadwork_dist.data.augment.operations import OPERATIONS
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from roadwork_dist.common.errors import DataError
-from roadwork_dist.config.schema import DataConfig
+from roadwork_dist.config.experiment import DataConfig
 from roadwork_dist.data.manifest import Manifest
 
 _UNDERSTOOD = (

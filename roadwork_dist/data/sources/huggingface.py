@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from roadwork_dist.common.errors import DataError
-from roadwork_dist.config.schema import DataConfig
+from roadwork_dist.config.experiment import DataConfig
 from roadwork_dist.data.images import ImageSource, PngMask, as_image_source
 from roadwork_dist.data.manifest import Manifest, build_manifest, is_null
 

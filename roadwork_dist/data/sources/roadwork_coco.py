@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from roadwork_dist.common.errors import DataError
 from roadwork_dist.common.types import MASK_CLASSES
-from roadwork_dist.config.schema import DataConfig
+from roadwork_dist.config.experiment import DataConfig
 from roadwork_dist.data.images import quiet
 from roadwork_dist.data.manifest import Manifest, build_manifest
 

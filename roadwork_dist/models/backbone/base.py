@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from roadwork_dist.common.errors import ConfigError
-from roadwork_dist.config.schema import BackboneConfig
+from roadwork_dist.config.experiment import BackboneConfig
 
 LARGEST_VIEW = 518
 """``auto`` takes the largest multiple of the patch that is not above this many px."""

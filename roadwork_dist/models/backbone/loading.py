@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from roadwork_dist.common.errors import BackboneError
-from roadwork_dist.config.schema import BackboneConfig
+from roadwork_dist.config.experiment import BackboneConfig
 from roadwork_dist.models.backbone.attention import Attention, choose_attention
 from roadwork_dist.models.backbone.base import Backbone
 from roadwork_dist.models.backbone.table import BACKBONES, BackboneSpec
