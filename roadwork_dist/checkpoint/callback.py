@@ -59,10 +59,14 @@ class Checkpointer(Callback):
             logger.info("going on from %s", found)
 
     def on_step_end(self, run: Run, result: StepResult) -> None:
-        """Save every ``every_steps`` steps, but not in place of the save at the epoch's end."""
+        """Save every ``every_steps`` steps, and when the run was asked to stop.
+
+        The former not in place of the save at the epoch's end, and not behind a skipped step.
+        """
         every = self.config.every_steps
         is_epoch_end = run.state.step_in_epoch == run.steps_per_epoch
-        if every and run.state.step % every == 0 and not is_epoch_end and not result.skipped:
+        is_due = every and run.state.step % every == 0 and not is_epoch_end and not result.skipped
+        if is_due or result.interrupted:
             self._save(run)
 
     def on_epoch_end(self, run: Run) -> None:

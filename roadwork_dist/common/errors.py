@@ -28,5 +28,9 @@ class NonFiniteLossError(RoadworkError):
     """The loss or its gradient was not finite for too many steps in a row."""
 
 
+class InterruptedRunError(RoadworkError):
+    """The run was asked to stop and has saved its state; started again it goes on."""
+
+
 class MissingDependencyError(RoadworkError, ImportError):
     """An optional package is not installed."""

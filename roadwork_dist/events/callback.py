@@ -30,6 +30,9 @@ class Run(Protocol):
     model: nn.Module  # as given, not wrapped
     optimizer: Optimizer
     run_dir: Path
+    # Set on any rank, at any time (by a signal's handler, say): all ranks leave the loop behind the
+    # step that is under way, with a checkpoint.
+    interrupt_requested: bool
 
     @property
     def total_steps(self) -> int:

@@ -66,6 +66,7 @@ class StepResult:
         data_wait: share of ``seconds`` spent waiting for data (this rank).
         skipped: the loss or the gradient was not finite, so the weights did not move.
         bad_rows: rows of the data set in the micro-batches whose loss was not finite, of all ranks.
+        interrupted: some rank was asked to stop; the same on all ranks.
     """
 
     loss: float
@@ -77,3 +78,4 @@ class StepResult:
     data_wait: float = 0.0
     skipped: bool = False
     bad_rows: list[int] = field(default_factory=list)
+    interrupted: bool = False

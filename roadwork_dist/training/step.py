@@ -1,7 +1,7 @@
 """One optimizer step: the only file that knows how losses, ranks and gradients come together."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -52,8 +52,16 @@ class OptimizerStep:
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._buffers: list[Tensor] | None = None
 
-    def __call__(self, micro_batches: Sequence[LoadedBatch], lr: float) -> StepResult:
+    def __call__(
+        self, micro_batches: Sequence[LoadedBatch], lr: float, interrupt: Callable[[], bool] = lambda: False
+    ) -> StepResult:
         """Train on all rows of one optimizer step (this rank's micro-batches of it).
+
+        Args:
+            micro_batches: this rank's, in order.
+            lr: learning rate of the step.
+            interrupt: was this rank asked to stop? Asked once, behind the backward pass; the answers
+                of all ranks travel with the losses.
 
         Collectives: the counts before the first forward pass, the gradients in the last backward
         pass (DDP), the losses behind it. Every rank has at least one micro-batch, a filler if need
@@ -67,7 +75,7 @@ class OptimizerStep:
         weights = self.task.weights
         scales = {part: weights[part] / counts[part] if counts[part] else 0.0 for part in weights}
         sums, bad_indices = self._backward(micro_batches, scales)
-        totals = sum_over_ranks(sums, self.device)
+        *totals, asked = sum_over_ranks([*sums, float(interrupt())], self.device)
         parts = {
             part: total / counts[part] for part, total in zip(weights, totals, strict=True) if counts[part]
         }
@@ -88,7 +96,9 @@ class OptimizerStep:
                 group["lr"] = lr * group.get("lr_scale", 1.0)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(loss, parts, grad_norm, lr, rows, skipped=skipped, bad_rows=bad_rows)
+        return StepResult(
+            loss, parts, grad_norm, lr, rows, skipped=skipped, bad_rows=bad_rows, interrupted=asked > 0
+        )
 
     def _count(self, micro_batches: Sequence[LoadedBatch]) -> dict[str, float]:
         """Rows with a target per part, and rows, over all micro-batches and ranks."""

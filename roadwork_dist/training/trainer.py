@@ -19,7 +19,7 @@ from typing import Any, Self
 import numpy as np
 from torch import Tensor, nn
 
-from roadwork_dist.common.errors import CheckpointError, ConfigError, NonFiniteLossError
+from roadwork_dist.common.errors import CheckpointError, ConfigError, InterruptedRunError, NonFiniteLossError
 from roadwork_dist.common.random import seed_everything
 from roadwork_dist.config.schema import TrainConfig
 from roadwork_dist.data.loader import MapDataset, load_batches, sample_id
@@ -75,6 +75,7 @@ class Trainer:
         self.train_data, self.val_data, self.collate = train_data, val_data, collate
         self.run_dir = Path(config.output_dir)
         self.state = TrainState()
+        self.interrupt_requested = False
         self.accelerator = build_accelerator(precision=config.precision, device=config.device)
         self.sampler = Sampler(
             len(train_data),
@@ -118,6 +119,7 @@ class Trainer:
 
         Raises:
             NonFiniteLossError: too many steps in a row had a loss that is not finite.
+            InterruptedRunError: some rank was asked to stop; its state is saved.
             CheckpointError: training state cannot be written.
         """
         # Ranks draw different dropout masks; what is shared (order, augmentation) has its own seeds.
@@ -165,13 +167,18 @@ class Trainer:
             started = time.perf_counter()
             loaded = [LoadedBatch(next(batches), m.indices, m.is_filler) for m in micro_batches]
             waited = time.perf_counter() - started
-            result = step(loaded, self.schedule.lr_at(state.step))
+            result = step(loaded, self.schedule.lr_at(state.step), lambda: self.interrupt_requested)
             state.step += 1
             state.step_in_epoch += 1
             state.nonfinite_streak = state.nonfinite_streak + 1 if result.skipped else 0
             seconds = time.perf_counter() - started
             self._emit("on_step_end", replace(result, seconds=seconds, data_wait=waited / seconds))
             self._stop_if_diverged(result)
+            if result.interrupted:  # the checkpointer has saved this step
+                raise InterruptedRunError(
+                    f"asked to stop: state saved at step {state.step} of {self.total_steps} in "
+                    f"{self.run_dir}; start again with the same arguments to go on from there"
+                )
 
     def _validate(self, data: MapDataset) -> None:
         # Each rank's rows have moved its own batch statistics; all validate with those that are saved.
