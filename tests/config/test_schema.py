@@ -117,7 +117,8 @@ def test_settings_are_frozen() -> None:
 
 
 def test_every_config_is_a_frozen_dataclass_of_keywords() -> None:
-    kinds = [k for k in {**vars(schema), **vars(experiment)}.values() if isinstance(k, type) and k.__name__.endswith("Config")]
+    found = {**vars(schema), **vars(experiment)}.values()
+    kinds = [k for k in found if isinstance(k, type) and k.__name__.endswith("Config")]
     assert len(kinds) > 10
     for kind in kinds:
         assert is_dataclass(kind)
