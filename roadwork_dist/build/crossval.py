@@ -15,7 +15,7 @@ import numpy as np
 from accelerate import Accelerator
 from torch.utils.data import Dataset
 
-from roadwork_dist.build.data import DatasetBuilder
+from roadwork_dist.build.data import DatasetBuilder, training_rows
 from roadwork_dist.build.experiment import (
     ViewsById,
     build_model,
@@ -210,10 +210,11 @@ def fold_trainer(crossval: CrossValidation, fold: int) -> Trainer:
     run_dir = Path(crossval.config.output_dir) / f"fold-{fold}"
     config = replace(crossval.config, output_dir=str(run_dir))
     learnt_from = np.flatnonzero(crossval.fold_of_row != fold).tolist()
+    labels = crossval.train.manifest.labels[learnt_from].tolist()
     return Trainer(
         build_model(config, crossval.backbone, mask_head=crossval.mask_head),
         config,
-        RowsOf(crossval.train, learnt_from),
+        training_rows(RowsOf(crossval.train, learnt_from), labels, config),
         task=build_task(config, mask_head=crossval.mask_head),
         collate=collate,
     )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from roadwork_dist.build.progress import progress_bar
 from roadwork_dist.config.experiment import ExperimentConfig
+from roadwork_dist.data.augment.mix import MixedRows, PhotoRows
 from roadwork_dist.data.augment.policy import augmenter_for
 from roadwork_dist.data.check import check_images, drop_unreadable
 from roadwork_dist.data.content import content_hashes
@@ -68,6 +69,25 @@ def photo_views(config: ExperimentConfig, backbone: Backbone, *, augment: bool) 
     """How photos become views for a backbone."""
     plain = plain_views(config.views, backbone, config.data.max_pixels)
     return replace(plain, augmenter=augmenter_for(config.augment, config.seed)) if augment else plain
+
+
+def training_rows(
+    rows: PhotoRows,
+    labels: Sequence[int],
+    config: ExperimentConfig,
+    weights: Sequence[float] | None = None,
+) -> PhotoRows:
+    """What a Trainer learns from: the rows themselves, or mixed with each other where configured.
+
+    Args:
+        rows: the augmented rows to learn from; nobody else becomes a partner.
+        labels: label of each row.
+        config: the experiment.
+        weights: sampling weight of each row; None = all alike.
+    """
+    if config.augment.mix == "off" or not config.augment.enabled:
+        return rows
+    return MixedRows(rows, labels, config.augment, seed=config.seed, weights=weights)
 
 
 class DatasetBuilder:

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from roadwork_dist.build.data import DatasetBuilder, Manifests, load_manifests
+from roadwork_dist.build.data import DatasetBuilder, Manifests, load_manifests, training_rows
 from roadwork_dist.common.errors import DataError
 from roadwork_dist.common.files import write_atomic
 from roadwork_dist.common.types import UNLABELLED
@@ -74,13 +74,14 @@ def build_experiment(config: ExperimentConfig) -> Experiment:
     }
     model = build_model(config, backbone, mask_head=mask_head)
     task = build_task(config, mask_head=mask_head)
+    weights = _sample_weights(config, train.manifest, manifests, accelerator)
     trainer = Trainer(
         model,
         config,
-        train,
+        training_rows(train, train.manifest.labels.tolist(), config, weights),
         datasets["val"],
         task=task,
-        sample_weights=_sample_weights(config, train.manifest, manifests, accelerator),
+        sample_weights=weights,
         collate=collate,
     )
     return Experiment(config, trainer, task, model, datasets, is_synthetic(config))

@@ -39,6 +39,8 @@ class Batch(TypedDict, total=False):
     features: Tensor  # [B, V, D] bfloat16 or float32
     view_mask: Tensor  # [B, V] bool, False = padding (the photo has fewer views)
     label: Tensor  # [B] int64: 0, 1 or UNLABELLED
+    soft_label: Tensor  # [B] float32, share of class 1 in a mixed photo; only where photos are mixed
+    views_of_two: Tensor  # [B] bool, some views are of another photo; only where photos are mixed
     gps: Tensor  # [B, 2] float32, latitude and longitude in degrees
     gps_known: Tensor  # [B] bool
     weather: Tensor  # [B] int64, len(WEATHER) = null

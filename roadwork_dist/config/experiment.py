@@ -99,10 +99,20 @@ class AugmentConfig:
     copies: int = 4
     """Augmented copies kept in the feature store; epoch e uses copy e mod copies, also online. 0 = \
 fresh draws every epoch, which needs ``features.mode: online``."""
+    mix: Literal["off", "mixup", "cutmix"] = "off"
+    """Mix training photos in pairs, labels too; fresh draws every epoch. Online mixes pixels; cached \
+blends features (``mixup``) or exchanges views (``cutmix``), which is something else: losses differ."""
+    mix_alpha: float | Literal["auto"] = "auto"
+    """Parameter of the Beta distribution of the shares; auto = 0.2 for MixUp, 1.0 for CutMix."""
+    mix_share: float = 1.0
+    """Chance that a photo is mixed."""
 
     def __post_init__(self) -> None:
         check(self.strength >= 0, "augment.strength", self.strength, "a number >= 0")
         check(self.copies >= 0, "augment.copies", self.copies, "an integer >= 0")
+        if self.mix_alpha != "auto":
+            check(self.mix_alpha > 0, "augment.mix_alpha", self.mix_alpha, "'auto' or a number > 0")
+        check(0 <= self.mix_share <= 1, "augment.mix_share", self.mix_share, "a share")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,7 +44,7 @@ class RoadworkLoss:
         labels = batch["label"]
         counts = {
             "focal": int((labels != UNLABELLED).sum()),
-            "consistency": rows_with_agreement(batch["view_mask"]),
+            "consistency": rows_with_agreement(_of_one_photo(batch["view_mask"], batch)),
             "weather": int((batch["weather"] != len(WEATHER)).sum()),
             "dice": int(batch["mask_known"].sum()) if "mask_known" in batch else 0,
             "balance": len(labels),
@@ -63,11 +63,12 @@ class RoadworkLoss:
             "focal": focal_loss_sum(
                 output.logits,
                 batch["label"],
+                batch.get("soft_label"),
                 gamma=config.gamma,
                 alpha=config.alpha,
                 label_smoothing=config.label_smoothing,
             ),
-            "consistency": consistency_loss_sum(output.view_logits, output.view_mask),
+            "consistency": consistency_loss_sum(output.view_logits, _of_one_photo(output.view_mask, batch)),
             "weather": weather_loss_sum(output.weather_logits, batch["weather"]),
         }
         if "dice" in self.weights:
@@ -89,6 +90,11 @@ def part_weights(config: LossConfig, *, with_masks: bool, with_experts: bool) ->
     if with_experts:
         weights["balance"] = config.balance
     return weights
+
+
+def _of_one_photo(view_mask: Tensor, batch: Batch) -> Tensor:
+    """``view_mask`` [B, V] without the rows whose views come from two photos: those need not agree."""
+    return view_mask & ~batch["views_of_two"].unsqueeze(1) if "views_of_two" in batch else view_mask
 
 
 def _dice(output: ModelOutput, batch: Batch) -> Tensor:

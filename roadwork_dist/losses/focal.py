@@ -11,26 +11,34 @@ from roadwork_dist.common.types import UNLABELLED
 
 
 def focal_loss_sum(
-    logits: Tensor, labels: Tensor, *, gamma: float = 2.0, alpha: float = 0.25, label_smoothing: float = 0.0
+    logits: Tensor,
+    labels: Tensor,
+    soft_labels: Tensor | None = None,
+    *,
+    gamma: float = 2.0,
+    alpha: float = 0.25,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     r"""Sum over labelled rows of the focal loss, equation 5 of arXiv 1708.02002.
 
-    FL(p_k) = -alpha_k (1 - p_k)^gamma log p_k, with alpha_1 = alpha and alpha_0 = 1 - alpha. With
-    label smoothing e the row's loss is the expectation of FL over the smoothed label, which has the
-    true class with probability 1 - e/2 and the other with e/2. The naive loop::
+    FL(p_k) = -alpha_k (1 - p_k)^gamma log p_k, with alpha_1 = alpha and alpha_0 = 1 - alpha. The
+    row's loss is the expectation of FL over its label: class 1 with probability ``soft``, which is
+    the label itself unless photos are mixed, and then smoothed: with label smoothing e, a label
+    of 1 is class 1 with probability 1 - e/2. The naive loop::
 
         total = 0.0
-        for row, label in zip(logits, labels):
+        for row, label, soft in zip(logits, labels, soft_labels or labels):
             if label == UNLABELLED:
                 continue
             for k, p in enumerate(softmax(row)):
-                q = (1 - label_smoothing if k == label else 0) + label_smoothing / 2
+                q = (1 - label_smoothing) * (soft if k == 1 else 1 - soft) + label_smoothing / 2
                 alpha_k = alpha if k == 1 else 1 - alpha
                 total += -q * alpha_k * (1 - p) ** gamma * log(p)
 
     Args:
         logits: [B, 2], any floating dtype; computed in float32.
         labels: [B] int64: 0, 1 or UNLABELLED.
+        soft_labels: [B] in [0, 1], share of class 1 in mixed photos; None = nothing is mixed.
         gamma: focusing exponent; 0 = weighted cross-entropy.
         alpha: weight of class 1; class 0 has 1 - alpha.
         label_smoothing: in [0, 1).
@@ -43,7 +51,8 @@ def focal_loss_sum(
     modulation = torch.exp(gamma * log_p.flip(-1))
     class_weight = log_p.new_tensor([1 - alpha, alpha])
     known = labels != UNLABELLED
-    one_hot = F.one_hot(labels.clamp_min(0), num_classes=2).to(log_p.dtype)
-    smoothed = one_hot * (1 - label_smoothing) + label_smoothing / 2
+    positive = (labels.clamp_min(0) if soft_labels is None else soft_labels).to(log_p.dtype)
+    target = torch.stack([1 - positive, positive], dim=-1)  # [B, K]
+    smoothed = target * (1 - label_smoothing) + label_smoothing / 2
     per_row = -(smoothed * class_weight * modulation * log_p).sum(-1)  # [B]
     return torch.where(known, per_row, 0.0).sum()

@@ -52,6 +52,8 @@ from roadwork_dist.config.schema import CheckpointConfig, EmaConfig, OptimConfig
         (ViewsConfig, "scale", 0.5, "views.scale is 0.5"),
         (AugmentConfig, "strength", -1.0, "augment.strength is -1.0"),
         (AugmentConfig, "copies", -1, "augment.copies is -1"),
+        (AugmentConfig, "mix_alpha", 0.0, "augment.mix_alpha is 0.0, expected 'auto' or"),
+        (AugmentConfig, "mix_share", 1.5, "augment.mix_share is 1.5"),
         (GpsConfig, "clusters", 0, "gps.clusters is 0"),
         (GpsConfig, "near_weight", 0.0, "gps.near_weight is 0.0"),
         (GpsConfig, "min_share_100km", 2.0, "gps.min_share_100km is 2.0"),

@@ -6,6 +6,8 @@ import torch
 from roadwork_dist.common.types import MASK_CLASSES, UNLABELLED, WEATHER, Batch, ModelOutput
 from roadwork_dist.config.experiment import LossConfig
 from roadwork_dist.losses.composite import RoadworkLoss
+from roadwork_dist.losses.consistency import consistency_loss_sum
+from roadwork_dist.losses.focal import focal_loss_sum
 
 SIDE = 8
 
@@ -98,6 +100,29 @@ def test_counts_are_rows_with_a_target():
     loss = RoadworkLoss(LossConfig(), with_masks=True, with_experts=True)
     expected = {"focal": 4, "consistency": 3, "weather": 2, "dice": 1, "balance": 5}
     assert loss.count_targets(batch) == expected
+
+
+def test_mixed_photos_have_soft_labels_and_views_that_need_not_agree():
+    output, batch = make(6, seed=0)
+    batch["label"] = torch.tensor([0, 1, UNLABELLED, 1, 0, 1])
+    batch["view_mask"][:] = True
+    loss = RoadworkLoss(LossConfig(), with_masks=True)
+    sums, counts = loss(output, batch), loss.count_targets(batch)
+    soft = torch.tensor([0.0, 1.0, 0.0, 0.6, 0.0, 1.0])
+    of_two = torch.tensor([False, True, False, True, False, False])
+    mixed = Batch(**batch, soft_label=soft, views_of_two=of_two)
+    mixed_sums = loss(output, mixed)
+    assert loss.count_targets(mixed) == {**counts, "consistency": 4}
+    one_photo = ~of_two
+    expected = consistency_loss_sum(output.view_logits[one_photo], batch["view_mask"][one_photo])
+    torch.testing.assert_close(mixed_sums["consistency"], expected)
+    (gradient,) = torch.autograd.grad(mixed_sums["consistency"], output.view_logits)
+    assert gradient[of_two].abs().sum() == 0
+    softened = focal_loss_sum(output.logits, batch["label"], soft, label_smoothing=0.1)
+    assert torch.equal(mixed_sums["focal"], softened)
+    assert not torch.equal(mixed_sums["focal"], sums["focal"])
+    for part in ("weather", "dice"):
+        assert torch.equal(mixed_sums[part], sums[part])
 
 
 def test_sums_of_shards_make_the_mean_over_all_rows():

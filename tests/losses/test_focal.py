@@ -9,13 +9,14 @@ from roadwork_dist.common.types import UNLABELLED
 from roadwork_dist.losses.focal import focal_loss_sum
 
 
-def naive(logits, labels, gamma, alpha, smoothing):
+def naive(logits, labels, gamma, alpha, smoothing, soft_labels=None):
     total = 0.0
-    for row, label in zip(logits.double(), labels.tolist(), strict=True):
+    soft_labels = labels if soft_labels is None else soft_labels
+    for row, label, soft in zip(logits.double(), labels.tolist(), soft_labels.tolist(), strict=True):
         if label == UNLABELLED:
             continue
         for k, p in enumerate(torch.softmax(row, 0).tolist()):
-            q = (1 - smoothing if k == label else 0) + smoothing / 2
+            q = (1 - smoothing) * (soft if k == 1 else 1 - soft) + smoothing / 2
             total += -q * (alpha if k == 1 else 1 - alpha) * (1 - p) ** gamma * math.log(p)
     return total
 
@@ -33,6 +34,17 @@ def test_equals_the_naive_loop(labels, gamma, alpha, smoothing, seed):
     labels = torch.tensor(labels, dtype=torch.int64)
     fast = focal_loss_sum(logits, labels, gamma=gamma, alpha=alpha, label_smoothing=smoothing)
     assert fast.item() == pytest.approx(naive(logits, labels, gamma, alpha, smoothing), rel=1e-5, abs=1e-6)
+    soft = torch.rand(len(labels), generator=torch.Generator().manual_seed(seed))
+    fast = focal_loss_sum(logits, labels, soft, gamma=gamma, alpha=alpha, label_smoothing=smoothing)
+    expected = naive(logits, labels, gamma, alpha, smoothing, soft)
+    assert fast.item() == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+def test_a_soft_label_of_0_or_1_is_the_label_to_the_bit():
+    logits, labels = torch.randn(9, 2), torch.tensor([0, 1, UNLABELLED] * 3)
+    soft = labels.clamp_min(0).float()
+    expected = focal_loss_sum(logits, labels, label_smoothing=0.1)
+    assert torch.equal(focal_loss_sum(logits, labels, soft, label_smoothing=0.1), expected)
 
 
 def test_without_smoothing_it_is_the_sigmoid_focal_loss_of_torchvision():

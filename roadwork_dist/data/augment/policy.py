@@ -99,10 +99,12 @@ class Augmenter:
     def identity(self) -> dict[str, object]:
         """All that decides the draws of a given copy, for keys of stored features.
 
-        The number of copies is not part of it: copy 1 of 2 is copy 1 of 4.
+        The number of copies is not part of it: copy 1 of 2 is copy 1 of 4. Nor is mixing, which
+        comes after features are read.
         """
         settings = asdict(self.config)
-        del settings["enabled"], settings["copies"]
+        for name in ("enabled", "copies", "mix", "mix_alpha", "mix_share"):
+            del settings[name]
         return {**settings, "seed": self.seed, "version": VERSION}
 
     def _roadwork(self, view: Tensor, names: tuple[int | str, ...]) -> Tensor:
