@@ -15,7 +15,6 @@ chip's dense bf16 peak.
 
 import argparse
 import platform
-import re
 import shlex
 import statistics
 import sys
@@ -25,22 +24,14 @@ from datetime import date
 from importlib.metadata import version
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from roadwork_dist.common.errors import RoadworkError
 from roadwork_dist.models.backbone import Backbone, build_random
+from roadwork_dist.planning.chips import bf16_peak
 
 VIEWS_OF_A_PHOTO = 12
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
-BF16_PEAKS = (
-    (r"\bH200\b(?! NVL)", 989e12),
-    (r"\bH100 PCIe\b", 756e12),
-    (r"\bH100 (80GB HBM3|SXM)", 989e12),
-    (r"\bA100\b", 312e12),
-)
-"""Device name → dense bf16 operations a second (NVIDIA's data sheets, without sparsity)."""
 
 
 @dataclass(frozen=True)
@@ -57,21 +48,10 @@ class Result:
         return self.batch / statistics.median(self.seconds)
 
 
-def bf16_peak(device_name: str) -> float | None:
-    """Dense bf16 peak in operations a second; None for a chip that is not listed, or a part of one."""
-    if "MIG" in device_name:
-        return None
-    return next((peak for pattern, peak in BF16_PEAKS if re.search(pattern, device_name)), None)
-
-
 def operations_per_view(name: str, size: int) -> int:
     """Counted floating-point operations of one view [1, 3, S, S], without allocating the network."""
-    meta = torch.device("meta")
-    network = build_random(name, device=meta, dtype=torch.bfloat16, attention="sdpa")
-    images = torch.empty(1, 3, size, size, dtype=network.dtype, device=meta)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        network._extract(images)  # behind the normalisation, which autocast keeps off the meta device
-    return counter.get_total_flops()
+    network = build_random(name, device=torch.device("meta"), dtype=torch.bfloat16, attention="sdpa")
+    return network.forward_operations(size)
 
 
 def attention_of(backbone: Backbone, size: int) -> str:

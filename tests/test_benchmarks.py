@@ -72,21 +72,3 @@ def test_backbone_reports_rates_and_shares(backbone: ModuleType) -> None:
     assert text[2] == "| 24 | 200.00 | 100.00 to 500.00 | 120.0 | 10.00 | 120.00 | 12.0% | 2.0 |"
     assert text[3].startswith("| 48 | out of memory |")
     assert {line.count("|") for line in text} == {9}
-
-
-@pytest.mark.parametrize(
-    ("name", "tera"),
-    [
-        ("NVIDIA H200", 989),
-        ("NVIDIA H100 80GB HBM3", 989),
-        ("NVIDIA H100 PCIe", 756),
-        ("NVIDIA A100-SXM4-80GB", 312),
-        ("NVIDIA A100 80GB PCIe", 312),
-        ("NVIDIA GH200 480GB", None),
-        ("NVIDIA H200 NVL", None),
-        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
-        ("NVIDIA GeForce RTX 4090", None),
-    ],
-)
-def test_peaks_are_of_whole_listed_chips(backbone: ModuleType, name: str, tera: int | None) -> None:
-    assert backbone.bf16_peak(name) == (None if tera is None else tera * 1e12)

@@ -1,6 +1,7 @@
 """A whole experiment: photos on disk to a trained, evaluated, reported detector."""
 
 import json
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -32,6 +33,8 @@ from roadwork_dist.tracking.run_folder import make_run_folder
 from roadwork_dist.training.detection import RoadworkTask
 from roadwork_dist.training.passes import run_pass
 from roadwork_dist.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,8 @@ def build_experiment(config: ExperimentConfig) -> Experiment:
     }
     model = build_model(config, backbone, mask_head=mask_head)
     task = build_task(config, mask_head=mask_head)
+    if config.features.mode == "online":
+        task.operations_per_view = count_backbone(backbone, backbone.view_size(config.views.size))
     weights = _sample_weights(config, train.manifest, manifests, accelerator)
     trainer = Trainer(
         model,
@@ -93,6 +98,18 @@ def evaluated(manifests: Manifests) -> dict[str, Manifest]:
     if manifests.target is not None and (manifests.target.labels != UNLABELLED).any():
         splits["target"] = manifests.target.labelled()
     return splits
+
+
+def count_backbone(backbone: Backbone, size: int) -> float:
+    """Floating-point operations of the backbone for a training view.
+
+    0, and said, for a network that does not run on the meta device, as some of the hubs' do not.
+    """
+    try:
+        return backbone.training_operations(size)
+    except (RuntimeError, NotImplementedError, TypeError) as error:
+        logger.info("no backbone_mfu, for the operations of %s cannot be counted: %s", backbone.name, error)
+        return 0.0
 
 
 def wants_masks(config: ExperimentConfig, manifest: Manifest) -> bool:

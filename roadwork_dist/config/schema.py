@@ -114,8 +114,13 @@ class TrackingConfig:
     """Write TensorBoard events below the run folder."""
     progress: bool = True
     """Show progress: a live bar on a terminal, plain lines elsewhere."""
+    health_every: int = 50
+    """Tell throughput, step times, memory and the slowest rank every so many steps, and per epoch."""
     wandb: WandbConfig = field(default_factory=WandbConfig)
     """Weights & Biases."""
+
+    def __post_init__(self) -> None:
+        check(self.health_every >= 0, "tracking.health_every", self.health_every, "an integer >= 0")
 
 
 @dataclass(frozen=True, kw_only=True)

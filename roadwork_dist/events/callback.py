@@ -48,6 +48,9 @@ class Run(Protocol):
     def sample_ids(self, rows: Sequence[int]) -> list[str]:
         """Ids of rows of the training data: its ``sample_id(row)`` where it has one, else the row."""
 
+    def tell(self, kind: str, figures: dict[str, Any]) -> None:
+        """Hand figures to every observer (:meth:`Callback.on_figures`); every rank does, or one alone."""
+
     def state_dict(self) -> dict[str, Any]:
         """Loop state and the state of every observer, JSON-able."""
 
@@ -65,7 +68,7 @@ class Callback:
     """An observer of the loop; override what is needed.
 
     Every method is called on every rank at the same point, so collectives are allowed in all of
-    them but :meth:`on_exception`.
+    them but :meth:`on_exception` and :meth:`on_figures`.
     """
 
     def on_fit_start(self, run: Run) -> None:
@@ -79,6 +82,9 @@ class Callback:
 
     def on_validation_end(self, run: Run, metrics: dict[str, float], improved: bool) -> None:
         """The validation set was seen once; ``improved`` = its figure is the best so far."""
+
+    def on_figures(self, run: Run, kind: str, figures: dict[str, Any]) -> None:
+        """Another observer has figures of its own to tell, of this kind. No collectives."""
 
     def on_epoch_end(self, run: Run) -> None:
         """The epoch counts as complete."""

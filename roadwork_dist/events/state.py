@@ -64,6 +64,9 @@ class StepResult:
         rows: rows of the step over all ranks.
         seconds: wall time of the step, waiting for data included (this rank).
         data_wait: share of ``seconds`` spent waiting for data (this rank).
+        work_s: seconds from the start of the forward passes until this rank's own last gradient was ready,
+            which is before it waits for the others; 0 = not known.
+        operations: floating-point operations of the backbone in the step (this rank); 0 = not known.
         skipped: the loss or the gradient was not finite, so the weights did not move.
         bad_rows: rows of the data set in the micro-batches whose loss was not finite, of all ranks.
         interrupted: some rank was asked to stop; the same on all ranks.
@@ -76,6 +79,8 @@ class StepResult:
     rows: int
     seconds: float = 0.0
     data_wait: float = 0.0
+    work_s: float = 0.0
+    operations: float = 0.0
     skipped: bool = False
     bad_rows: list[int] = field(default_factory=list)
     interrupted: bool = False

@@ -1,6 +1,8 @@
 """Progress: a live bar on a terminal, plain lines elsewhere."""
 
 import time
+from collections.abc import Mapping
+from typing import Any
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -18,6 +20,7 @@ class Console(Callback):
         self._console = RichConsole(highlight=False, markup=False, soft_wrap=True)
         self._progress: Progress | None = None
         self._last_line = 0.0
+        self._last_health = 0.0
 
     def on_fit_start(self, run: Run) -> None:
         """Start the bar."""
@@ -35,10 +38,11 @@ class Console(Callback):
                 MofNCompleteColumn(),
                 TextColumn("loss {task.fields[loss]} · wait {task.fields[wait]} · left"),
                 TimeRemainingColumn(),
+                TextColumn("{task.fields[health]}"),
                 console=self._console,
                 refresh_per_second=4,
             )
-            self._progress.add_task("", total=run.total_steps, epoch=0, loss="-", wait="-")
+            self._progress.add_task("", total=run.total_steps, epoch=0, loss="-", wait="-", health="")
             self._progress.start()
 
     def on_step_end(self, run: Run, result: StepResult) -> None:
@@ -58,6 +62,19 @@ class Console(Callback):
             self._console.print(
                 f"epoch {run.state.epoch + 1} step {run.state.step}/{run.total_steps} loss {result.loss:.4f} "
                 f"lr {result.lr:.2e} {result.rows / result.seconds:.0f} samples/s wait {result.data_wait:.0%}"
+            )
+
+    def on_figures(self, run: Run, kind: str, figures: dict[str, Any]) -> None:
+        """Show the health of the run: in the bar, or as a line every ten seconds at most."""
+        if not run.accelerator.is_main_process or kind != "health":
+            return
+        if self._progress is not None:
+            self._progress.update(self._progress.task_ids[0], health=health_text(figures))
+        elif time.monotonic() - self._last_health > _LINE_EVERY_S:
+            self._last_health = time.monotonic()
+            self._console.print(
+                f"epoch {run.state.epoch + 1} step {run.state.step}/{run.total_steps} "
+                f"wait {figures['data_wait']:.0%} {health_text(figures)}"
             )
 
     def on_validation_end(self, run: Run, metrics: dict[str, float], improved: bool) -> None:
@@ -82,3 +99,21 @@ class Console(Callback):
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+
+
+def health_text(figures: Mapping[str, Any]) -> str:
+    """Figures of kind ``health`` for a person, in one line."""
+    parts = [
+        f"{figures['samples_per_s']:.0f} samples/s ({figures['samples_per_s_per_rank']:.0f} a rank)",
+        f"step {figures['step_s_p50'] * 1000:.0f} ms, p95 {figures['step_s_p95'] * 1000:.0f}",
+        f"memory {figures['memory_peak_mb'] / 1024:.1f} GiB",
+    ]
+    if "backbone_mfu" in figures:
+        parts.append(f"backbone MFU {figures['backbone_mfu']:.0%}")
+    # Ranks are never quite even; below this it is noise.
+    if figures.get("slowest_share", 0.0) >= 0.1:
+        parts.append(
+            f"others wait {figures['slowest_share']:.0%} for rank {figures['slowest_rank']} on "
+            f"{figures['slowest_host']} ({figures['slowest_cause']})"
+        )
+    return " · ".join(parts)

@@ -3,6 +3,7 @@
 import resource
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -48,3 +49,8 @@ def step_figures(run: Run, result: StepResult) -> dict[str, Any]:
         "data_wait": round(result.data_wait, 4),
         "memory_mb": round(_gauge.peak_mb(run), 1),
     }
+
+
+def numbers(figures: Mapping[str, Any]) -> dict[str, float]:
+    """The figures that can be drawn over steps; without texts."""
+    return {name: value for name, value in figures.items() if isinstance(value, int | float)}

@@ -43,6 +43,10 @@ class JsonLines(Callback):
         """A line of kind ``val``."""
         self._write(run, {"kind": "val", "step": run.state.step, "epoch": run.state.epoch, **metrics})
 
+    def on_figures(self, run: Run, kind: str, figures: dict[str, Any]) -> None:
+        """A line of that kind."""
+        self._write(run, {"kind": kind, "step": run.state.step, "epoch": run.state.epoch, **figures})
+
     def on_epoch_end(self, run: Run) -> None:
         """Let readers see the epoch."""
         if self._file is not None:

@@ -1,11 +1,11 @@
 """TensorBoard events."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from roadwork_dist.common.optional import require
 from roadwork_dist.events.callback import Callback, Run
 from roadwork_dist.events.state import StepResult
-from roadwork_dist.tracking.figures import step_figures
+from roadwork_dist.tracking.figures import numbers, step_figures
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -29,6 +29,10 @@ class TensorBoard(Callback):
     def on_validation_end(self, run: Run, metrics: dict[str, float], improved: bool) -> None:
         """Scalars ``val/…``."""
         self._add(run, "val", metrics)
+
+    def on_figures(self, run: Run, kind: str, figures: dict[str, Any]) -> None:
+        """Scalars ``<kind>/…`` of what is a number."""
+        self._add(run, kind, numbers(figures))
 
     def on_fit_end(self, run: Run) -> None:
         """Close the file."""

@@ -8,7 +8,7 @@ from roadwork_dist.common.optional import require
 from roadwork_dist.config.schema import WandbConfig
 from roadwork_dist.events.callback import Callback, Run
 from roadwork_dist.events.state import StepResult
-from roadwork_dist.tracking.figures import step_figures
+from roadwork_dist.tracking.figures import numbers, step_figures
 
 
 class WeightsAndBiases(Callback):
@@ -45,6 +45,10 @@ class WeightsAndBiases(Callback):
     def on_validation_end(self, run: Run, metrics: dict[str, float], improved: bool) -> None:
         """Figures ``val/…``."""
         self._log(run, "val", metrics)
+
+    def on_figures(self, run: Run, kind: str, figures: dict[str, Any]) -> None:
+        """Figures ``<kind>/…`` that are numbers."""
+        self._log(run, kind, numbers(figures))
 
     def on_fit_end(self, run: Run) -> None:
         """Close the run."""

@@ -7,6 +7,7 @@ from roadwork_dist.checkpoint.callback import Checkpointer
 from roadwork_dist.config.schema import TrainConfig
 from roadwork_dist.events.callback import Callback
 from roadwork_dist.tracking.console import Console
+from roadwork_dist.tracking.health import Health
 from roadwork_dist.tracking.jsonl import JsonLines
 from roadwork_dist.tracking.run_folder import ResolvedConfig, RunFolder
 from roadwork_dist.training.averaging import EmaCallback
@@ -34,4 +35,6 @@ def all_callbacks(config: TrainConfig, own: Sequence[Callback] = ()) -> list[Cal
         callbacks.append(WeightsAndBiases(config.tracking.wandb))
     if config.tracking.progress:
         callbacks.append(Console())
+    # Behind those it tells, so that a window's figures stand behind its last step.
+    callbacks.append(Health(config.tracking.health_every))
     return [*callbacks, BestWeights(), *own, Checkpointer(config.checkpoint), ResolvedConfig()]

@@ -16,17 +16,26 @@ class RoadworkTask:
 
     Args:
         loss: the composite loss.
+        operations_per_view: floating-point operations of the backbone for a training view, forward and
+            backward; 0 = not known.
     """
 
     figures = ("mcc", "accuracy")
 
-    def __init__(self, loss: RoadworkLoss) -> None:
+    def __init__(self, loss: RoadworkLoss, operations_per_view: float = 0.0) -> None:
         self.loss = loss
+        self.operations_per_view = operations_per_view
         self.weights: Mapping[str, float] = loss.weights
 
     def count(self, batch: Batch) -> dict[str, int]:
         """Rows with a target, per part."""
         return self.loss.count_targets(batch)
+
+    def operations(self, batch: Batch) -> float:
+        """Of the backbone, for the real views of a batch; 0 where the batch brings features."""
+        if not self.operations_per_view or "views" not in batch:
+            return 0.0
+        return self.operations_per_view * int(batch["view_mask"].sum())
 
     def __call__(self, model: nn.Module, batch: Batch) -> TaskOutput:
         """Sums of the parts; rows hold ``index``, ``label``, ``logits`` [B, K] and ``view_gates`` [B, V]."""

@@ -1,6 +1,6 @@
 """What is learned: from a batch to sums of losses, and from predictions to figures."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -47,6 +47,15 @@ class Task(Protocol):
 
     def metrics(self, rows: Mapping[str, Tensor]) -> dict[str, float]:
         """Validation figures from every row of the data set, each once."""
+
+
+def operations_of(task: Task, batch: Any) -> float:
+    """Floating-point operations of the backbone for a batch, forward and backward.
+
+    A task that knows them says so with a method ``operations(batch) -> float``; else 0 = not known.
+    """
+    operations: Callable[[Any], float] | None = getattr(task, "operations", None)
+    return 0.0 if operations is None else operations(batch)
 
 
 class ClassificationTask:

@@ -34,7 +34,7 @@ from roadwork_dist.training.averaging import EmaCallback
 from roadwork_dist.training.defaults import all_callbacks
 from roadwork_dist.training.passes import run_pass
 from roadwork_dist.training.step import LoadedBatch, OptimizerStep, moving_buffers
-from roadwork_dist.training.task import ClassificationTask, Task
+from roadwork_dist.training.task import ClassificationTask, Task, operations_of
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +172,13 @@ class Trainer:
             state.step_in_epoch += 1
             state.nonfinite_streak = state.nonfinite_streak + 1 if result.skipped else 0
             seconds = time.perf_counter() - started
-            self._emit("on_step_end", replace(result, seconds=seconds, data_wait=waited / seconds))
+            result = replace(
+                result,
+                seconds=seconds,
+                data_wait=waited / seconds,
+                operations=sum(operations_of(self.task, each.batch) for each in loaded if not each.is_filler),
+            )
+            self._emit("on_step_end", result)
             self._stop_if_diverged(result)
             if result.interrupted:  # the checkpointer has saved this step
                 raise InterruptedRunError(
@@ -244,6 +250,10 @@ class Trainer:
     def _emit(self, event: str, *arguments: Any) -> None:
         for callback in self.callbacks:
             getattr(callback, event)(self, *arguments)
+
+    def tell(self, kind: str, figures: dict[str, Any]) -> None:
+        """Hand figures to every observer."""
+        self._emit("on_figures", kind, figures)
 
     def sample_ids(self, rows: Sequence[int]) -> list[str]:
         """Ids of rows of the training data: its ``sample_id(row)`` where it has one, else the row."""

@@ -26,7 +26,7 @@ optim optim.name optim.lr optim.betas optim.eps optim.weight_decay optim.clip
 schedule schedule.name schedule.warmup_steps schedule.final_ratio schedule.decay_share
 ema ema.enabled ema.decay ema.warmup
 checkpoint checkpoint.every_steps checkpoint.keep
-tracking tracking.tensorboard tracking.progress
+tracking tracking.tensorboard tracking.progress tracking.health_every
 tracking.wandb tracking.wandb.mode tracking.wandb.project tracking.wandb.entity
 data data.train data.val data.target data.val_share data.folds data.image_root
 data.max_unreadable_share data.max_pixels data.text_encoder
@@ -34,7 +34,8 @@ data.columns data.columns.id data.columns.image data.columns.label data.columns.
 data.columns.longitude data.columns.weather data.columns.daytime data.columns.scene
 data.columns.description data.columns.mask data.columns.group
 views views.size views.policy views.grid views.scale
-augment augment.enabled augment.strength augment.policy augment.copies
+augment augment.enabled augment.strength augment.policy augment.copies augment.mix
+augment.mix_alpha augment.mix_share
 gps gps.enabled gps.clusters gps.near_weight gps.min_share_100km gps.on_shortfall
 backbone backbone.name backbone.trainable backbone.last_n backbone.dtype backbone.attention
 backbone.gradient_checkpointing

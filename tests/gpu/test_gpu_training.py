@@ -130,7 +130,10 @@ def test_peak_memory_is_that_of_the_device(tmp_path: Path, monkeypatch: pytest.M
     peak = torch.cuda.max_memory_allocated() / 2**20
     assert peak >= 64
     assert peak_memory_mb(trainer) == peak
-    told = [json.loads(line)["memory_mb"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    told = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert told[-1]["kind"] == "health"
+    assert told[-1]["memory_reserved_mb"] >= told[-1]["memory_allocated_mb"]
+    told = [line["memory_mb"] for line in told if line["kind"] == "train"]
     assert all(64 <= value <= math.ceil(peak * 10) / 10 for value in told)
 
 

@@ -14,7 +14,12 @@ from roadwork_dist.config.schema import CheckpointConfig, EmaConfig, OptimConfig
 from roadwork_dist.events.callback import Callback
 from roadwork_dist.training.trainer import Trainer
 
-TIMINGS = ("samples_per_s", "data_wait", "memory_mb")
+TIMINGS = (
+    *("samples_per_s", "samples_per_s_per_rank", "data_wait", "steps", "step_s_p50", "step_s_p95"),
+    *("memory_mb", "memory_allocated_mb", "memory_reserved_mb", "memory_peak_mb"),
+    *("backbone_tflops", "backbone_mfu", "slowest_rank", "slowest_host", "slowest_share", "slowest_cause"),
+)
+"""Figures of ``metrics.jsonl`` that depend on the clock, or on where a run was interrupted."""
 
 
 def toy_model(dropout: float = 0.0) -> nn.Module:

@@ -9,10 +9,12 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from roadwork_dist.common.errors import ConfigError
 from roadwork_dist.config.experiment import BackboneConfig
+from roadwork_dist.planning.flops import count_operations, training_operations
 
 LARGEST_VIEW = 518
 """``auto`` takes the largest multiple of the patch that is not above this many px."""
@@ -151,6 +153,29 @@ class Backbone(nn.Module, ABC):
             _train_learning_parts(self.network)
         return self
 
+    def forward_operations(self, size: int) -> int:
+        """Floating-point operations of the forward pass of one view of ``size`` px.
+
+        Counted on the meta device: see :func:`roadwork_dist.planning.flops.count_operations`.
+        """
+        weights = {
+            name: tensor.to("meta") for name, tensor in (*self.named_parameters(), *self.named_buffers())
+        }
+        images = torch.empty(1, 3, size, size, dtype=self.dtype, device="meta")
+        extract = _Extract(self)
+        with torch.no_grad():
+            return count_operations(
+                lambda: functional_call(extract, {f"backbone.{n}": t for n, t in weights.items()}, (images,))
+            )
+
+    def training_operations(self, size: int) -> float:
+        """Those of forward and backward pass of one training view, as far as the network learns."""
+        learning = {n for n, p in self.network.named_parameters() if p.requires_grad}
+        blocks = self._blocks() if learning else []
+        first = next((i for i, block in enumerate(blocks) if learning & set(block)), len(blocks))
+        share = (len(blocks) - first) / len(blocks) if blocks else 0.0
+        return training_operations(self.forward_operations(size), share)
+
     def settle(self, config: BackboneConfig, device: torch.device) -> "Backbone":
         """Freeze or unfreeze, cast and move, as configured.
 
@@ -209,6 +234,20 @@ class Backbone(nn.Module, ABC):
                 if buffer.is_floating_point():
                     setattr(module, name, buffer.to(dtype))
         self.dtype = dtype
+
+
+class _Extract(nn.Module):
+    """A network's :meth:`Backbone._extract` as a forward pass.
+
+    Behind the normalisation, which autocast keeps off the meta device.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.backbone._extract(images)
 
 
 def _channels(values: Triple) -> Tensor:

@@ -36,6 +36,15 @@ class TransformersBackbone(Backbone):
         # Learned position embeddings are resampled only where this is asked for.
         self._options = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in accepts else {}
 
+    def forward_operations(self, size: int) -> int:
+        """As for any backbone; attention is counted as torch's own, for the counter knows no other."""
+        config: Any = self.network.config
+        chosen, config._attn_implementation = config._attn_implementation, "sdpa"
+        try:
+            return super().forward_operations(size)
+        finally:
+            config._attn_implementation = chosen
+
     def _extract(self, images: Tensor) -> Tensor:
         output = self.network(pixel_values=images, **self._options)
         if self._class_token:

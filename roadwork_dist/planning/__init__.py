@@ -1,0 +1,1 @@
+"""Floor 2: what training costs, worked out on paper."""
