@@ -15,6 +15,7 @@ from roadwork_dist.engine.base import Engine
 from roadwork_dist.engine.collectives import gather_objects, sum_over_ranks
 from roadwork_dist.events.state import StepResult
 from roadwork_dist.training.task import Task
+from roadwork_dist.training.work_clock import WorkClock
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class OptimizerStep:
 
     def __init__(self, engine: Engine, task: Task) -> None:
         self.engine, self.task, self.device = engine, task, engine.device
+        self._clock = WorkClock(engine.model.parameters(), self.device)
         self._buffers: list[Tensor] | None = None
 
     def __call__(
@@ -76,6 +78,7 @@ class OptimizerStep:
         # Decided by sums over ranks, so alike on all of them. Gradients of a refused step are made NaN,
         # which no engine steps on: DeepSpeed has no other way to drop gradients that it has reduced.
         trust = 1.0 if math.isfinite(loss) else math.nan
+        self._clock.start()
         self._backward(micro_batches[-1], last_roots, scales, trust, is_last=True)
         grad_norm = self.engine.step(lr)
         skipped = not math.isfinite(grad_norm)
@@ -92,7 +95,7 @@ class OptimizerStep:
             grad_norm,
             lr,
             rows,
-            work_s=work_s,
+            work_s=work_s + self._clock.seconds(),
             skipped=skipped,
             bad_rows=bad_rows,
             interrupted=asked > 0,

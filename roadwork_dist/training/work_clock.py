@@ -1,9 +1,9 @@
 """What a rank works in a step before it has to wait for the others.
 
 With synchronous gradients every rank's step takes the same time, so step times cannot tell which rank
-is slow. What can: the time from the start of the step's forward passes, which all ranks start together
-(a collective comes before), until this rank has computed its own last gradient. What follows is waiting
-for the others and the reduction.
+is slow. What can: the time between two collectives, which all ranks leave together. For the last backward
+pass of a step, in which gradients are reduced while others are still computed, it is the time until this
+rank has its own last gradient; what follows is waiting for the others.
 """
 
 import math
@@ -34,11 +34,11 @@ class _LastGradient:
 
 
 class WorkClock:
-    """Times this rank's own forward and backward passes of an optimizer step.
+    """Times this rank's own part of the backward pass that reduces gradients.
 
-    During the first step it watches every gradient, afterwards the one that came last. Engines whose
-    forward pass contains collectives (parameters sharded over ranks) make ranks wait inside it, so
-    there the figure tells less.
+    During the first step it watches every gradient, afterwards the one that came last. Where parameters
+    are sharded over ranks, every layer has a collective in which ranks wait for each other, so there the
+    figure tells less.
 
     Args:
         parameters: of the model; those that require no gradient are left out.
@@ -55,7 +55,7 @@ class WorkClock:
         weakref.finalize(self, _remove, self._handles)
 
     def start(self) -> None:
-        """The forward passes of a step begin, behind a collective."""
+        """The backward pass begins, behind a collective."""
         self._mark.parameter = None
         if self._begin_event is None:
             self._began = time.perf_counter()
