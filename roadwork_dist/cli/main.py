@@ -4,12 +4,13 @@ Commands are imported when they run, so that ``--help`` costs nothing.
 """
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
 from roadwork_dist import __version__
-from roadwork_dist.common.errors import ConfigError, RoadworkError
+from roadwork_dist.common.errors import ConfigError, InterruptedRunError, RoadworkError
 from roadwork_dist.common.registry import nearest
 
 COMMANDS = {
@@ -25,6 +26,8 @@ COMMANDS = {
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+EXIT_ASKED_TO_STOP = 75
+"""EX_TEMPFAIL of sysexits.h, "try again later": state is saved, started again the run goes on."""
 
 
 def usage() -> str:
@@ -41,8 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        0, or 2 after an error that the user can mend, 3 if some photos could not be predicted, 130
-        after Ctrl-C.
+        0, or 2 after an error that the user can mend, 3 if some photos could not be predicted, 75 if a
+        run was asked to stop (SIGTERM, SIGUSR1) and has saved its state, 130 after Ctrl-C.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
@@ -55,6 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         return _run(words[0], words[1:])
+    except InterruptedRunError as error:
+        _leave_in_peace()
+        print(str(error), file=sys.stderr)
+        return EXIT_ASKED_TO_STOP
     except RoadworkError as error:
         if debug:
             raise
@@ -73,6 +80,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+def _leave_in_peace() -> None:
+    """Ignore further requests to stop: launchers repeat them, and one would take the exit code away."""
+    for name in ("SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def _one_line(error: RoadworkError) -> str:

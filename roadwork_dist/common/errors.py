@@ -32,5 +32,17 @@ class InterruptedRunError(RoadworkError):
     """The run was asked to stop and has saved its state; started again it goes on."""
 
 
+class RunLockedError(RoadworkError):
+    """Another run uses the run folder."""
+
+
+class LoaderWorkerError(RoadworkError):
+    """A loader process was killed."""
+
+
+class LostPeerError(RoadworkError):
+    """Another rank has ended, so this one cannot go on."""
+
+
 class MissingDependencyError(RoadworkError, ImportError):
     """An optional package is not installed."""

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset, default_collate
 
 from roadwork_dist.common.random import derive_seed, isolated_rng, torch_generator_for
+from roadwork_dist.data.worker import shield_worker
 
 
 class MapDataset(Sized, Protocol):
@@ -112,6 +113,7 @@ def load_batches(
         _SeededBatches(dataset, collate, seed, epoch),  # type: ignore[arg-type]
         batch_sampler=batches,  # read once, in order
         num_workers=workers,
+        worker_init_fn=shield_worker,
         collate_fn=_as_it_is,
         pin_memory=pin_memory,
         # Its own generator, or making the iterator would draw from the global one that dropout uses.

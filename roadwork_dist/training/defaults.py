@@ -6,6 +6,8 @@ from roadwork_dist.checkpoint.best import BestWeights
 from roadwork_dist.checkpoint.callback import Checkpointer
 from roadwork_dist.config.schema import TrainConfig
 from roadwork_dist.events.callback import Callback
+from roadwork_dist.guards.lock import RunLock
+from roadwork_dist.guards.preemption import Preemption
 from roadwork_dist.tracking.console import Console
 from roadwork_dist.tracking.health import Health
 from roadwork_dist.tracking.jsonl import JsonLines
@@ -19,9 +21,10 @@ def all_callbacks(config: TrainConfig, own: Sequence[Callback] = ()) -> list[Cal
     The average comes first, so that what follows sees the weights that the next step starts from.
     Own ones see the validated (averaged) weights.
     The checkpointer comes behind them, so that a checkpoint holds what all others did at its step; only
-    the configuration is written later, when the checkpointer has accepted it.
+    the configuration is written later, when the checkpointer has accepted it. A request to stop is
+    answered last, when all is saved.
     """
-    callbacks: list[Callback] = [RunFolder()]
+    callbacks: list[Callback] = [RunFolder(), RunLock()]
     if config.ema.enabled:
         callbacks.append(EmaCallback(config.ema))
     callbacks.append(JsonLines())
@@ -37,4 +40,4 @@ def all_callbacks(config: TrainConfig, own: Sequence[Callback] = ()) -> list[Cal
         callbacks.append(Console())
     # Behind those it tells, so that a window's figures stand behind its last step.
     callbacks.append(Health(config.tracking.health_every))
-    return [*callbacks, BestWeights(), *own, Checkpointer(config.checkpoint), ResolvedConfig()]
+    return [*callbacks, BestWeights(), *own, Checkpointer(config.checkpoint), ResolvedConfig(), Preemption()]

@@ -19,7 +19,7 @@ from typing import Any, Self
 import numpy as np
 from torch import Tensor, nn
 
-from roadwork_dist.common.errors import CheckpointError, ConfigError, InterruptedRunError, NonFiniteLossError
+from roadwork_dist.common.errors import CheckpointError, ConfigError, NonFiniteLossError
 from roadwork_dist.common.random import seed_everything
 from roadwork_dist.config.schema import TrainConfig
 from roadwork_dist.data.loader import MapDataset, load_batches, sample_id
@@ -180,11 +180,6 @@ class Trainer:
             )
             self._emit("on_step_end", result)
             self._stop_if_diverged(result)
-            if result.interrupted:  # the checkpointer has saved this step
-                raise InterruptedRunError(
-                    f"asked to stop: state saved at step {state.step} of {self.total_steps} in "
-                    f"{self.run_dir}; start again with the same arguments to go on from there"
-                )
 
     def _validate(self, data: MapDataset) -> None:
         # Each rank's rows have moved its own batch statistics; all validate with those that are saved.

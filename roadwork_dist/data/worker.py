@@ -1,0 +1,47 @@
+"""What a loader process does about signals that are meant for the process that trains."""
+
+import os
+import signal
+import sys
+import threading
+
+# Sent to all processes of a job at once by schedulers; the trainer answers them behind its step, and
+# needs its loader processes until then.
+_FOR_THE_TRAINER = ("SIGTERM", "SIGUSR1")
+
+
+def shield_worker(number: int) -> None:
+    """Let a loader process outlive a request to stop, but not the process that it reads for.
+
+    Linux only; elsewhere loader processes keep torch's behaviour and end at SIGTERM.
+
+    Args:
+        number: of the worker; torch hands it to a ``worker_init_fn``.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    numbers = {getattr(signal, name) for name in _FOR_THE_TRAINER}
+    parent = os.getppid()
+    _end_with_parent()
+    # Blocked rather than ignored: a waiting thread learns who has sent a signal, and the trainer's own
+    # SIGTERM (multiprocessing ends its children with it) must still work. Threads inherit the mask.
+    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    threading.Thread(target=_obey, args=(numbers, parent), daemon=True, name="signals").start()
+
+
+def _obey(numbers: set[int], parent: int) -> None:
+    while True:
+        received = signal.sigwaitinfo(numbers)
+        if received.si_signo == signal.SIGTERM and received.si_pid == parent:
+            os._exit(0)
+
+
+def _end_with_parent() -> None:
+    """SIGKILL when the parent dies: torch looks for that every 5 s, and only between rows."""
+    import ctypes
+
+    parent = os.getppid()
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG, prctl(2)
+    ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, int(signal.SIGKILL), 0, 0, 0)
+    if os.getppid() != parent:  # died in between
+        os._exit(1)
