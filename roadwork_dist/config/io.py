@@ -52,7 +52,7 @@ def build_parser(prog: str) -> ArgumentParser:
         exit_on_error=False,
         allow_abbrev=False,  # --epoch is a typing error, not --epochs
         description="Settings come from the preset or file given with --config "
-        f"(without one: {DEFAULT_PRESET}), then from the options, left to right.",
+        f"(without one: {DEFAULT_PRESET}), then from the options, left to right, wherever --config stands.",
     )
     parser.add_argument("--config", action="config", help=f"YAML file or preset: {', '.join(presets())}")
     parser.add_class_arguments(ExperimentConfig, None, fail_untyped=True)
@@ -91,19 +91,22 @@ def to_yaml(config: TrainConfig) -> str:
 
 
 def _with_config_files(arguments: Sequence[str]) -> list[str]:
-    """Replace preset names by their files; start from the default preset if no config is named."""
-    resolved: list[str] = []
+    """The files of all configs, in their order, then the other words; the default preset if there is none.
+
+    A config behind an option must not undo that option.
+    """
+    names: list[str] = []
+    others: list[str] = []
     words = iter(arguments)
     for word in words:
         if word == "--config":
-            resolved += [word, _readable(resolve_config(next(words, "")))]
+            names.append(next(words, ""))
         elif word.startswith("--config="):
-            resolved.append(f"--config={_readable(resolve_config(word.removeprefix('--config=')))}")
+            names.append(word.removeprefix("--config="))
         else:
-            resolved.append(word)
-    if not any(word.split("=")[0] == "--config" for word in resolved):
-        resolved = ["--config", str(presets()[DEFAULT_PRESET]), *resolved]
-    return resolved
+            others.append(word)
+    chosen = [f"--config={_readable(resolve_config(name))}" for name in names or [DEFAULT_PRESET]]
+    return [*chosen, *others]
 
 
 def _readable(path: Path) -> str:
@@ -114,18 +117,41 @@ def _readable(path: Path) -> str:
         raise ConfigError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
         raise ConfigError(f"{path} holds no settings: expected lines like `epochs: 3`, got {settings!r}")
+    _check_groups(path, settings, ExperimentConfig)
     return str(path)
+
+
+def _check_groups(path: Path, settings: dict[str, Any], schema: type, prefix: str = "") -> None:
+    """Refuse a group of settings that is given as one value; unknown keys are the parser's to tell."""
+    for name, group in _groups(schema).items():
+        value = settings.get(name, {})
+        if not isinstance(value, dict):
+            example = fields(group)[0].name
+            raise ConfigError(
+                f"{path}: {prefix}{name} is {value!r}, expected settings below it, such as "
+                f"`{name}: {{{example}: …}}`"
+            )
+        _check_groups(path, value, group, f"{prefix}{name}.")
 
 
 def setting_names(schema: type = ExperimentConfig, prefix: str = "") -> list[str]:
     """Dotted names of all settings of a schema."""
     names: list[str] = []
+    groups = _groups(schema)
     for item in fields(schema):
         names.append(prefix + item.name)
-        default = item.default_factory() if callable(item.default_factory) else item.default
-        if is_dataclass(default):
-            names += setting_names(type(default), f"{prefix}{item.name}.")
+        if item.name in groups:
+            names += setting_names(groups[item.name], f"{prefix}{item.name}.")
     return names
+
+
+def _groups(schema: type) -> dict[str, type]:
+    """The settings of a schema that hold settings themselves, with their schemas."""
+    defaults = {
+        item.name: item.default_factory() if callable(item.default_factory) else item.default
+        for item in fields(schema)
+    }
+    return {name: type(default) for name, default in defaults.items() if is_dataclass(default)}
 
 
 # What jsonargparse says of a value of the wrong type, and of a key that does not exist.
@@ -148,6 +174,7 @@ def _explain(error: Exception) -> str:
     for pattern in _WRONG_TYPE:
         if match := pattern.search(text):
             kinds = re.sub(r"<class '(\w+)'>|typing\.", r"\1", match["expected"]).replace("NoneType", "null")
+            kinds = re.sub(r"Literal\[([^\]]*)\]", r"\1", kinds)
             return f"{match['name']} is {match['got']!r}, expected {kinds}; see --help for every setting"
     for pattern in _UNKNOWN_KEY:
         if match := pattern.search(text):

@@ -112,6 +112,15 @@ def test_dotted_overrides_are_typed_and_the_last_one_wins() -> None:
     assert config.schedule == parse_experiment([]).schedule
 
 
+def test_a_config_behind_an_option_does_not_undo_it(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        (tmp_path / f"{name}.yaml").write_text(f"epochs: 9\noutput_dir: {name}\n")
+    configs = [f"--config={tmp_path / 'first.yaml'}", "--config", str(tmp_path / "second.yaml")]
+    for words in ([configs[0], "--epochs=2", *configs[1:]], ["--epochs=2", *configs]):
+        config = parse_experiment(words)
+        assert (config.epochs, config.output_dir) == (2, "second")
+
+
 @pytest.mark.parametrize(
     ("words", "name", "nearest"),
     [
@@ -153,9 +162,9 @@ def test_unknown_keys_of_a_file_are_fatal_with_the_nearest_name(
         ("--optim.lr fast", "optim.lr is 'fast', expected float"),
         ("--epochs 1.5", "epochs is '1.5', expected int"),
         ("--optim.betas [0.9]", "optim.betas is '[0.9]', expected tuple with 2 elements"),
-        ("--views.size big", "views.size is 'big', expected int, Literal['auto']"),
+        ("--views.size big", "views.size is 'big', expected int, 'auto'"),
         ("--model.kv_heads x", "model.kv_heads is 'x', expected int, null"),
-        ("--resume maybe", "resume is 'maybe', expected Literal['auto', 'never']"),
+        ("--resume maybe", "resume is 'maybe', expected 'auto', 'never'"),
         ("--tracking.progress 2", "tracking.progress is '2', expected bool"),
         ("--optim.lr -1", "optim.lr is -1.0, expected a number > 0"),
         ("--backbone.trainable all", "set features.mode to online"),
@@ -177,6 +186,9 @@ def test_wrong_values_are_one_line_with_what_was_expected(words: str, told: str)
         (b"", "own.yaml holds no settings"),
         (b"- 1", r"own.yaml holds no settings: expected lines like `epochs: 3`, got \[1\]"),
         (b"epochs: many", "epochs is 'many', expected int"),
+        (b"optim: 4", "own.yaml: optim is 4, expected settings below it, such as `optim: {name: …}`"),
+        (b"tracking: {wandb: offline}", "tracking.wandb is 'offline', expected settings below it"),
+        (b"data:", "data is None, expected settings below it"),
     ],
 )
 def test_a_broken_file_is_named(content: bytes, told: str, tmp_path: Path) -> None:
