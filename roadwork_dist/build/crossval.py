@@ -21,7 +21,6 @@ from roadwork_dist.build.experiment import (
     build_model,
     build_task,
     is_synthetic,
-    predict,
     prediction_rows,
     wants_masks,
     write_evaluation,
@@ -129,7 +128,7 @@ def build_crossval(config: ExperimentConfig) -> CrossValidation:
         BackboneError: the backbone or the text encoder cannot be loaded.
     """
     _check_settings(config)
-    accelerator = build_accelerator(precision=config.precision, device=config.device)
+    accelerator = build_accelerator(device=config.device)
     run_dir = Path(config.output_dir)
     if accelerator.is_main_process:
         make_run_folder(run_dir)
@@ -195,9 +194,8 @@ def run_fold(crossval: CrossValidation, fold: int) -> list[dict[str, Any]]:
     trainer.fit()
     held_out = np.flatnonzero(crossval.fold_of_row == fold).tolist()
     with trainer.averaged():
-        answers = predict(trainer, RowsOf(crossval.plain, held_out))
-        if crossval.accelerator.is_main_process:
-            export_model(trainer.model, trainer.run_dir / LAST)
+        answers = trainer.evaluate(RowsOf(crossval.plain, held_out)).rows
+        export_model(trainer.model, trainer.engine, trainer.run_dir / LAST)
     if crossval.accelerator.is_main_process:
         figures = "  ".join(f"{name} {value:.4f}" for name, value in trainer.task.metrics(answers).items())
         print(f"fold {fold}: {len(held_out)} photos held out  {figures}", flush=True)

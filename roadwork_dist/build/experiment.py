@@ -19,9 +19,7 @@ from roadwork_dist.config.experiment import ExperimentConfig
 from roadwork_dist.data.dataset import RoadworkDataset, collate
 from roadwork_dist.data.gps import gps_weights
 from roadwork_dist.data.images import photo_size
-from roadwork_dist.data.loader import MapDataset, load_batches
 from roadwork_dist.data.manifest import Manifest, Sample
-from roadwork_dist.data.sampler import evaluation_batches
 from roadwork_dist.engine.accelerator import build_accelerator, share_cores
 from roadwork_dist.evaluation.evaluator import evaluate_predictions, summary_lines
 from roadwork_dist.evaluation.predictions import read_predictions, write_predictions
@@ -29,9 +27,9 @@ from roadwork_dist.evaluation.report import report_from_run, splits_of
 from roadwork_dist.losses.composite import RoadworkLoss
 from roadwork_dist.models.backbone import Backbone, load_backbone
 from roadwork_dist.models.detector import RoadworkHead, RoadworkModel
+from roadwork_dist.models.pretrained import read_weights
 from roadwork_dist.tracking.run_folder import make_run_folder
 from roadwork_dist.training.detection import RoadworkTask
-from roadwork_dist.training.passes import run_pass
 from roadwork_dist.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -64,7 +62,7 @@ def build_experiment(config: ExperimentConfig) -> Experiment:
         BackboneError: the backbone or the text encoder cannot be loaded.
     """
     share_cores(config.workers)
-    accelerator = build_accelerator(precision=config.precision, device=config.device)
+    accelerator = build_accelerator(device=config.device)
     if accelerator.is_main_process:
         make_run_folder(Path(config.output_dir))
     manifests = load_manifests(config)
@@ -195,25 +193,11 @@ def predict_all(experiment: Experiment) -> list[dict[str, Any]]:
 
     A collective: every rank takes a share of each split.
     """
-    experiment.model.restore(experiment.trainer.run_dir / "best")
+    experiment.trainer.load_weights(read_weights(experiment.trainer.run_dir / "best"))
     rows: list[dict[str, Any]] = []
     for split, dataset in experiment.datasets.items():
-        rows += prediction_rows(dataset.manifest, predict(experiment.trainer, dataset), split)
+        rows += prediction_rows(dataset.manifest, experiment.trainer.evaluate(dataset).rows, split)
     return rows
-
-
-def predict(trainer: Trainer, dataset: MapDataset) -> dict[str, Tensor]:
-    """The task's per-row tensors for every row of a data set, by the model as it is, in eval mode.
-
-    A collective: every rank takes a share of the rows and gets all.
-    """
-    accelerator, config = trainer.accelerator, trainer.config
-    share = evaluation_batches(
-        len(dataset), config.batch_size, accelerator.process_index, accelerator.num_processes
-    )
-    batches = load_batches(dataset, share, workers=config.workers, collate=collate)
-    trainer.model.eval()
-    return run_pass(trainer.model, trainer.task, batches, accelerator.device).rows
 
 
 def prediction_rows(manifest: Manifest, rows: Mapping[str, Tensor], split: str) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from roadwork_dist.checkpoint.weights import frozen_identity, load_trained_tenso
 from roadwork_dist.common.errors import CheckpointError, ConfigError
 from roadwork_dist.common.random import capture_rng, restore_rng
 from roadwork_dist.config.schema import CheckpointConfig
+from roadwork_dist.engine.base import WholeTensors
 from roadwork_dist.engine.collectives import broadcast_object, gather_objects
 from roadwork_dist.events.callback import Callback, Run
 from roadwork_dist.events.state import StepResult
@@ -36,6 +37,11 @@ class Checkpointer(Callback):
         """The run's checkpoints."""
         return CheckpointStore(run.run_dir / "checkpoints", self.config.keep)
 
+    def on_setup(self, run: Run) -> None:
+        """Tell who the frozen weights are, while they are whole."""
+        run.model.train()
+        self._frozen = frozen_identity(run.model)
+
     def on_fit_start(self, run: Run) -> None:
         """Go on from the newest whole checkpoint.
 
@@ -52,8 +58,6 @@ class Checkpointer(Callback):
                 f"resume is 'never' but {run.run_dir} holds the checkpoint {store.path(steps[-1]).name}: "
                 "choose another output_dir, delete the folder, or leave resume at 'auto'"
             )
-        run.model.train()
-        self._frozen = frozen_identity(run.model)
         if found is not None:
             self._load(run, found)
             logger.info("going on from %s", found)
@@ -101,7 +105,7 @@ class Checkpointer(Callback):
             )
         run.load_state_dict(state)
         load_trained_tensors(run.model, safetensors.torch.load_file(folder / "model.safetensors"))
-        run.load_tensors(safetensors.torch.load_file(folder / "callbacks.safetensors"))
+        run.load_tensors(WholeTensors(safetensors.torch.load_file(folder / "callbacks.safetensors")))
         # The optimizer moves its state to the device of its parameters.
         moments = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
         run.optimizer.load_state_dict(moments)

@@ -145,12 +145,16 @@ class TrainConfig:
     """bf16 = autocast of the forward pass; weights stay in fp32."""
     compile: Literal["off", "default", "max-autotune"] = "off"
     """torch.compile mode of the trained model."""
+    compile_regions: bool = True
+    """Compile each repeated block (they share one compiled code) instead of the whole model."""
     monitor: str = "mcc"
     """Validation figure that chooses the best weights, higher is better; ``-loss`` for the loss."""
     patience: int = 5
     """Stop after so many validations without a better figure; 0 = never."""
     max_nonfinite_steps: int = 5
     """Stop after so many skipped (non-finite) steps in a row."""
+    hang_timeout: float = 900.0
+    """End a run that has not moved for so many seconds, naming the rank that hangs; 0 = wait for ever."""
     device: Literal["auto", "cpu"] = "auto"
     """``cpu`` ignores GPUs."""
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -166,3 +170,4 @@ class TrainConfig:
         for name in ("workers", "patience", "seed"):
             value = getattr(self, name)
             check(value >= 0, name, value, "an integer >= 0")
+        check(self.hang_timeout >= 0, "hang_timeout", self.hang_timeout, "seconds >= 0 (0 = off)")

@@ -1,4 +1,4 @@
-"""The only place that builds an ``Accelerator`` and hands a model to it."""
+"""The only place that builds an ``Accelerator``."""
 
 import atexit
 import os
@@ -7,39 +7,71 @@ from typing import Literal
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from torch import nn
-from torch.optim import Optimizer
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
-_PRECISIONS = {"fp32": "no", "bf16": "bf16"}
+from roadwork_dist.common.errors import ConfigError
+from roadwork_dist.common.optional import require
 
 
-def build_accelerator(
-    *, precision: Literal["fp32", "bf16"] = "fp32", device: Literal["auto", "cpu"] = "auto"
-) -> Accelerator:
-    """An Accelerator for one process, or for data parallel as the launcher's environment says.
+def build_accelerator(*, device: Literal["auto", "cpu"] = "auto") -> Accelerator:
+    """An Accelerator for the processes and the engine that the launcher's environment names.
 
-    Started by ``torchrun`` or ``accelerate launch``, processes talk over NCCL on GPUs and over
-    gloo on CPUs.
+    Started by ``torchrun`` or ``accelerate launch``, processes talk over NCCL on GPUs and over gloo on
+    CPUs. ``accelerate launch --config_file`` says which engine: none (one process, data parallel), FSDP2
+    or DeepSpeed. bf16 is the engine's autocast, not Accelerate's.
 
     Args:
-        precision: ``bf16`` runs forward passes under autocast; weights stay in fp32.
         device: ``cpu`` ignores GPUs.
+
+    Raises:
+        ConfigError: FSDP version 1 is asked for.
+        MissingDependencyError: DeepSpeed is asked for and not installed.
     """
     use_cpu = device == "cpu" or not torch.cuda.is_available()
     was = PartialState._shared_state.get("device")
     if was is not None and (was.type == "cpu") != use_cpu and not torch.distributed.is_initialized():
         # Accelerate keeps the first device too: asked for a CPU later it raises, for a GPU it stays put.
         AcceleratorState._reset_state(reset_partial_state=True)
-    known = AcceleratorState._shared_state
-    if known and known.get("_mixed_precision") != _PRECISIONS[precision]:
-        # Accelerate keeps the first precision for the whole process and refuses another; a notebook
-        # that trains twice means the second one. Processes and device stay.
-        AcceleratorState._reset_state()
-    # Accumulation is the Trainer's: Accelerate would divide each loss by a fixed number, while a
-    # mean over rows needs the rows of the whole optimizer step.
     atexit.unregister(_leave)
     atexit.register(_leave)
-    return Accelerator(mixed_precision=_PRECISIONS[precision], cpu=use_cpu)
+    kind = requested_engine()
+    if kind == "replicated" or AcceleratorState._shared_state:
+        return Accelerator(mixed_precision="no", cpu=use_cpu and kind == "replicated")
+    return _sharded_accelerator(kind, use_cpu)
+
+
+def requested_engine() -> Literal["replicated", "fsdp2", "zero"]:
+    """The engine that the launcher's environment names; a single process needs none of the sharded ones."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return "replicated"
+    if _is_on("ACCELERATE_USE_DEEPSPEED"):
+        return "zero"
+    return "fsdp2" if _is_on("ACCELERATE_USE_FSDP") else "replicated"
+
+
+def _is_on(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() == "true"
+
+
+def _sharded_accelerator(kind: Literal["fsdp2", "zero"], use_cpu: bool) -> Accelerator:
+    if kind == "zero":
+        require("deepspeed", extra="deepspeed", purpose="DeepSpeed ZeRO")
+        if use_cpu:
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if use_cpu:
+        # Accelerator(cpu=True) would drop both plugins. The processes' state alone has to know of the CPU;
+        # FSDP is taken up only beside what Accelerate calls MULTI_GPU.
+        PartialState(cpu=True)
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    if kind == "fsdp2":
+        plugin = FullyShardedDataParallelPlugin()
+        if plugin.fsdp_version != 2:
+            raise ConfigError(
+                f"the launcher's configuration asks for FSDP version {plugin.fsdp_version}, expected 2: set "
+                "fsdp_version: 2 in its fsdp_config"
+            )
+        return Accelerator(mixed_precision="no", fsdp_plugin=plugin)
+    return Accelerator(mixed_precision="no")
 
 
 def share_cores(workers: int) -> None:
@@ -61,20 +93,3 @@ def _leave() -> None:
     """Leave the process group at exit; gloo's threads otherwise abort some processes that are done."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-
-
-def prepare(
-    accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, *, compile_mode: str = "off"
-) -> tuple[nn.Module, Optimizer]:
-    """Move a model to its device, compile it and make it data parallel where there are peers.
-
-    The optimizer is left as it is: in fp32 and bf16 without a loss scaler Accelerate's wrapper
-    changes nothing but the time of a step.
-
-    Args:
-        compile_mode: ``off``, or a mode of ``torch.compile``. The module is compiled in place, so
-            names in its state dict keep no ``_orig_mod.`` prefix.
-    """
-    if compile_mode != "off":
-        model.compile(mode=None if compile_mode == "default" else compile_mode)
-    return accelerator.prepare_model(model), optimizer

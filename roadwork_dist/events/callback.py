@@ -1,6 +1,6 @@
 """The events of the training loop, in the order in which they happen.
 
-on_fit_start → per epoch: (on_step_end)* → on_validation_start → on_validation_end → on_epoch_end
+on_setup → on_fit_start → per epoch: (on_step_end)* → on_validation_start → on_validation_end → on_epoch_end
 → on_fit_end. If anything is raised, on_exception comes instead of what is left.
 
 Observers are called in the order they were given, and in the reverse order on_validation_end, so
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from roadwork_dist.config.schema import TrainConfig
+from roadwork_dist.engine.base import Engine, TensorSource
 from roadwork_dist.events.state import StepResult, TrainState
 
 
@@ -27,12 +28,18 @@ class Run(Protocol):
     config: TrainConfig
     state: TrainState
     accelerator: Accelerator
-    model: nn.Module  # as given, not wrapped
+    model: nn.Module  # as given, not wrapped; its parameters may hold shards
     optimizer: Optimizer
     run_dir: Path
     # Set on any rank, at any time (by a signal's handler, say): all ranks leave the loop behind the
     # step that is under way, with a checkpoint.
     interrupt_requested: bool
+    # Counts every batch that is read, in training and validation: what changes as long as the run moves.
+    batches_read: int
+
+    @property
+    def engine(self) -> Engine:
+        """The model on its processes."""
 
     @property
     def total_steps(self) -> int:
@@ -60,7 +67,7 @@ class Run(Protocol):
     def tensors(self) -> dict[str, Tensor]:
         """Tensors of every observer, by ``observer/name``."""
 
-    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+    def load_tensors(self, source: TensorSource) -> None:
         """Take :meth:`tensors` over."""
 
 
@@ -71,8 +78,11 @@ class Callback:
     them but :meth:`on_exception` and :meth:`on_figures`.
     """
 
+    def on_setup(self, run: Run) -> None:
+        """The model is as it was given: whole, not yet on its device."""
+
     def on_fit_start(self, run: Run) -> None:
-        """The model is on its device; nothing is trained yet."""
+        """The model is on its device, spread over the ranks; nothing is trained yet."""
 
     def on_step_end(self, run: Run, result: StepResult) -> None:
         """An optimizer step was taken or skipped; ``run.state.step`` counts it."""
@@ -103,8 +113,8 @@ class Callback:
         """Take a :meth:`state_dict` over."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """Tensors for checkpoints, the same on all ranks."""
+        """Tensors for checkpoints: the same on all ranks, or in the engine's stored form."""
         return {}
 
-    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Take :meth:`tensors` over."""
+    def load_tensors(self, source: TensorSource) -> None:
+        """Take :meth:`tensors` over. All ranks read the same names in the same order, if any."""

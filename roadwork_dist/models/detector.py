@@ -226,6 +226,7 @@ class RoadworkModel(nn.Module):
         *,
         backbone_identity: dict[str, Any] | None = None,
         extra: dict[str, Any] | None = None,
+        state: dict[str, Tensor] | None = None,
     ) -> None:
         """Write what was trained to a folder, see :mod:`roadwork_dist.models.pretrained`.
 
@@ -234,13 +235,14 @@ class RoadworkModel(nn.Module):
             backbone_identity: what tells which backbone to load (name, hash), for ``config.json``;
                 null = the attribute.
             extra: anything else worth knowing, for ``config.json`` (must be JSON); null = the attribute.
+            state: the tensors of :meth:`saved_names`, where the model's own are shards; null = its own.
 
         Raises:
             CheckpointError: the folder cannot be written.
         """
-        weights = {f"head.{name}": tensor for name, tensor in self.head.state_dict().items()}
-        if self.backbone is not None and not self.backbone_is_frozen:
-            weights |= {f"backbone.{name}": tensor for name, tensor in _learned(self.backbone).items()}
+        names = self.saved_names()
+        source = self.state_dict() if state is None else state
+        weights = {name: tensor for name, tensor in source.items() if name in names}
         config = PretrainedConfig(
             d_backbone=self.head.d_backbone,
             mask_head=self.head.mask_head is not None,
@@ -270,6 +272,13 @@ class RoadworkModel(nn.Module):
         model.restore(folder)
         return model.eval()
 
+    def saved_names(self) -> set[str]:
+        """Names in the state dict of what was trained: the head, and what changes in the backbone."""
+        names = {f"head.{name}" for name in self.head.state_dict()}
+        if self.backbone is not None and not self.backbone_is_frozen:
+            names |= {f"backbone.{name}" for name in _learned(self.backbone)}
+        return names
+
     def restore(self, folder: Path) -> None:
         """Take over all that :meth:`save_pretrained` wrote to a folder, in place.
 
@@ -288,11 +297,11 @@ class RoadworkModel(nn.Module):
             load_into(self.backbone, learned, folder, strict=False)
 
 
-def _learned(backbone: nn.Module) -> dict[str, Tensor]:
-    """What training changes in a backbone: parameters that learn, and buffers (batch statistics)."""
+def _learned(backbone: nn.Module) -> set[str]:
+    """Names of what training changes in a backbone: parameters that learn, and buffers (batch statistics)."""
     learned = {name for name, parameter in backbone.named_parameters() if parameter.requires_grad}
     learned |= {name for name, _ in backbone.named_buffers()}
-    return {name: tensor for name, tensor in backbone.state_dict().items() if name in learned}
+    return learned & backbone.state_dict().keys()
 
 
 def _below(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:

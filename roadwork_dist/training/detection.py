@@ -1,7 +1,8 @@
 """The roadwork detector's task: detector + composite loss on batches of photos."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -37,9 +38,9 @@ class RoadworkTask:
             return 0.0
         return self.operations_per_view * int(batch["view_mask"].sum())
 
-    def __call__(self, model: nn.Module, batch: Batch) -> TaskOutput:
+    def __call__(self, forward: Callable[..., Any], batch: Batch) -> TaskOutput:
         """Sums of the parts; rows hold ``index``, ``label``, ``logits`` [B, K] and ``view_gates`` [B, V]."""
-        output: ModelOutput = model(batch)
+        output: ModelOutput = forward(batch)
         rows = {
             "index": batch["index"],
             "label": batch["label"],

@@ -2,13 +2,13 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
-from torch import Tensor, nn
+from torch import Tensor
 
 from roadwork_dist.engine.collectives import gather_rows, sum_over_ranks
 from roadwork_dist.training.task import Task
@@ -28,24 +28,36 @@ class PassResult:
 
 
 @torch.no_grad()
-def run_pass(model: nn.Module, task: Task, batches: Iterable[Any], device: torch.device) -> PassResult:
+def run_pass(
+    forward: Callable[..., Any],
+    task: Task,
+    batches: Iterable[Any],
+    device: torch.device,
+    *,
+    counted: int | None = None,
+) -> PassResult:
     """Loss and figures over the rows of all ranks' batches.
 
     Collectives: two at the end, which every rank reaches, also one without batches.
 
     Args:
-        model: in eval mode, not wrapped for data parallel.
+        forward: of a model in eval mode.
         task: loss and figures.
         batches: this rank's batches, on the CPU; no row twice, also not on two ranks.
         device: where the model is.
+        counted: batches that count; those behind them are run only because other ranks wait for this
+            one in every forward pass. None = all.
     """
     sums = dict.fromkeys(task.weights, 0.0)
     counts = dict.fromkeys(task.weights, 0)
     rows: dict[str, list[Tensor]] = defaultdict(list)
-    for batch in batches:
+    for number, batch in enumerate(batches):
+        on_device = send_to_device(batch, device, non_blocking=True)
+        output = task(forward, on_device)
+        if counted is not None and number >= counted:
+            continue
         for part, count in task.count(batch).items():
             counts[part] += count
-        output = task(model, send_to_device(batch, device, non_blocking=True))
         for part in sums:
             sums[part] += float(output.sums[part])
         for name, tensor in output.rows.items():

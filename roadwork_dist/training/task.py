@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from roadwork_dist.metrics.classification import mcc_accuracy
@@ -42,8 +42,8 @@ class Task(Protocol):
     def count(self, batch: Any) -> Mapping[str, int]:
         """Rows that have a target, per part, from the batch alone (it is on the CPU)."""
 
-    def __call__(self, model: nn.Module, batch: Any) -> TaskOutput:
-        """Run the model on a batch that lies on its device."""
+    def __call__(self, forward: Callable[..., Any], batch: Any) -> TaskOutput:
+        """Run the model's forward pass on a batch that lies on its device."""
 
     def metrics(self, rows: Mapping[str, Tensor]) -> dict[str, float]:
         """Validation figures from every row of the data set, each once."""
@@ -61,7 +61,7 @@ def operations_of(task: Task, batch: Any) -> float:
 class ClassificationTask:
     """Cross-entropy over ``(inputs, labels)`` batches; figures are MCC and accuracy.
 
-    Inputs are [B, …], whatever ``model(inputs)`` turns into logits [B, K]; labels are [B] int64.
+    Inputs are [B, …], whatever the model turns into logits [B, K]; labels are [B] int64.
     """
 
     weights: Mapping[str, float] = {"cross_entropy": 1.0}
@@ -71,10 +71,10 @@ class ClassificationTask:
         """Rows of the batch."""
         return {"cross_entropy": len(batch[1])}
 
-    def __call__(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> TaskOutput:
+    def __call__(self, forward: Callable[..., Any], batch: tuple[Tensor, Tensor]) -> TaskOutput:
         """Logits and their summed cross-entropy."""
         inputs, labels = batch
-        logits = model(inputs).float()
+        logits = forward(inputs).float()
         loss = F.cross_entropy(logits, labels, reduction="sum")
         return TaskOutput({"cross_entropy": loss}, {"logits": logits, "label": labels})
 

@@ -9,7 +9,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import tee
@@ -24,15 +24,19 @@ from roadwork_dist.common.random import seed_everything
 from roadwork_dist.config.schema import TrainConfig
 from roadwork_dist.data.loader import MapDataset, load_batches, sample_id
 from roadwork_dist.data.sampler import Sampler, evaluation_batches
-from roadwork_dist.engine.accelerator import build_accelerator, prepare
+from roadwork_dist.engine.accelerator import build_accelerator
+from roadwork_dist.engine.agreement import check_agreement
+from roadwork_dist.engine.base import Below, Engine, TensorSource, WholeTensors
+from roadwork_dist.engine.build import build_engine
 from roadwork_dist.engine.collectives import broadcast_tensors
 from roadwork_dist.events.callback import Callback
 from roadwork_dist.events.state import StepResult, TrainState
+from roadwork_dist.guards.explain import explained
 from roadwork_dist.optim.optimizers import build_optimizer
 from roadwork_dist.optim.schedules import Schedule
 from roadwork_dist.training.averaging import EmaCallback
 from roadwork_dist.training.defaults import all_callbacks
-from roadwork_dist.training.passes import run_pass
+from roadwork_dist.training.passes import PassResult, run_pass
 from roadwork_dist.training.step import LoadedBatch, OptimizerStep, moving_buffers
 from roadwork_dist.training.task import ClassificationTask, Task, operations_of
 
@@ -76,7 +80,10 @@ class Trainer:
         self.run_dir = Path(config.output_dir)
         self.state = TrainState()
         self.interrupt_requested = False
-        self.accelerator = build_accelerator(precision=config.precision, device=config.device)
+        self.batches_read = 0
+        self.accelerator = build_accelerator(device=config.device)
+        check_agreement(config, self.accelerator)
+        self._engine: Engine | None = None
         self.sampler = Sampler(
             len(train_data),
             config.batch_size,
@@ -102,6 +109,13 @@ class Trainer:
             )
 
     @property
+    def engine(self) -> Engine:
+        """The model on its processes, made when it is first asked for; every rank has to ask."""
+        if self._engine is None:
+            self._engine = build_engine(self.accelerator, self.model, self.optimizer, self.config)
+        return self._engine
+
+    @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps of an epoch."""
         return self.sampler.steps_per_epoch
@@ -121,14 +135,15 @@ class Trainer:
             NonFiniteLossError: too many steps in a row had a loss that is not finite.
             InterruptedRunError: some rank was asked to stop; its state is saved.
             CheckpointError: training state cannot be written.
+            RunLockedError: another run uses the run folder.
+            LoaderWorkerError: a loader process was killed.
+            LostPeerError: another rank has ended.
         """
         # Ranks draw different dropout masks; what is shared (order, augmentation) has its own seeds.
         seed_everything(self.config.seed + self.accelerator.process_index)
-        prepared, self.optimizer = prepare(
-            self.accelerator, self.model, self.optimizer, compile_mode=self.config.compile
-        )
-        step = OptimizerStep(self.accelerator, prepared, self.optimizer, self.task, self.config.optim.clip)
         try:
+            self._emit("on_setup")
+            step = OptimizerStep(self.engine, self.task)
             self._emit("on_fit_start")
             while self.state.epoch < self.config.epochs and not self.state.should_stop:
                 self._train_epoch(step)
@@ -139,8 +154,11 @@ class Trainer:
                 self._emit("on_epoch_end")
             self._emit("on_fit_end")
         except BaseException as error:
-            self._tell_exception(error)
-            raise
+            told = explained(error)
+            self._tell_exception(told)
+            if told is error:
+                raise
+            raise told from error
         return self
 
     def _tell_exception(self, error: BaseException) -> None:
@@ -153,8 +171,8 @@ class Trainer:
     def averaged(self) -> AbstractContextManager[None]:
         """Run a block with the averaged weights in ``model``; with its own where no average is kept."""
         for callback in self.callbacks:
-            if isinstance(callback, EmaCallback) and callback.average is not None:
-                return callback.average.swapped_in()
+            if isinstance(callback, EmaCallback):
+                return callback.swapped_in()
         return nullcontext()
 
     def _train_epoch(self, step: OptimizerStep) -> None:
@@ -184,15 +202,8 @@ class Trainer:
     def _validate(self, data: MapDataset) -> None:
         # Each rank's rows have moved its own batch statistics; all validate with those that are saved.
         broadcast_tensors(moving_buffers(self.model))
-        self.model.eval()
         self._emit("on_validation_start")
-        accelerator = self.accelerator
-        batches = evaluation_batches(
-            len(data), self.config.batch_size, accelerator.process_index, accelerator.num_processes
-        )
-        # The bare model: ranks may have different numbers of batches, so its forward pass must not
-        # contain a collective, as the data parallel wrapper's may (buffers).
-        outcome = run_pass(self.model, self.task, self._load(data, batches), accelerator.device)
+        outcome = self.evaluate(data)
         figure = self._monitored(outcome.metrics)
         if math.isnan(figure):
             logger.warning(
@@ -206,11 +217,38 @@ class Trainer:
         self.state.should_stop = self._is_stale()
         self.model.train()
 
+    def evaluate(self, data: MapDataset) -> PassResult:
+        """Loss, figures and per-row tensors of a data set by the weights as they are, in eval mode.
+
+        A collective: every rank takes a share of the rows and gets all results.
+        """
+        self.model.eval()
+        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        shares = [evaluation_batches(len(data), self.config.batch_size, each, ranks) for each in range(ranks)]
+        batches, counted = shares[rank], len(shares[rank])
+        if self.engine.lockstep:  # a rank with fewer batches runs fillers, which count for nothing
+            batches = batches + [[0]] * (max(map(len, shares)) - counted)
+        loaded = self._load(data, batches)
+        return run_pass(self.engine.evaluate, self.task, loaded, self.accelerator.device, counted=counted)
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Take over whole tensors by name: all trained parameters, and buffers that are among them.
+
+        A collective: every rank gives the same tensors.
+
+        Raises:
+            CheckpointError: a trained parameter is missing or has another shape.
+        """
+        source = WholeTensors(weights)
+        self.engine.fill(self.engine.weights(), source, "")
+        self.engine.weights_changed()
+        source.read({name: b for name, b in self.model.named_buffers() if name in weights})
+
     def _is_stale(self) -> bool:
         return 0 < self.config.patience <= self.state.stale_validations
 
-    def _load(self, data: MapDataset, batches: Iterable[list[int]], epoch: int = 0) -> Iterable[Any]:
-        return load_batches(
+    def _load(self, data: MapDataset, batches: Iterable[list[int]], epoch: int = 0) -> Iterator[Any]:
+        loaded = load_batches(
             data,
             batches,
             seed=self.config.seed,
@@ -219,6 +257,9 @@ class Trainer:
             collate=self.collate,
             pin_memory=self.accelerator.device.type == "cuda",
         )
+        for batch in loaded:
+            self.batches_read += 1
+            yield batch
 
     def _monitored(self, metrics: dict[str, float]) -> float:
         name = self.config.monitor
@@ -290,13 +331,10 @@ class Trainer:
             for name, tensor in callback.tensors().items()
         }
 
-    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+    def load_tensors(self, source: TensorSource) -> None:
         """Take :meth:`tensors` over."""
         for owner, callback in self._named_callbacks():
-            prefix = f"{owner}/"
-            own = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
-            if own:
-                callback.load_tensors(own)
+            callback.load_tensors(Below(f"{owner}/", source))
 
     def _named_callbacks(self) -> Iterator[tuple[str, Callback]]:
         """Observers by class, the second of a class as ``Class#2``."""

@@ -20,8 +20,9 @@ from roadwork_dist.config.io import (
 # The surface of the command line. Renaming or removing a line breaks the files and scripts of users:
 # change this list on purpose, and say so in the CHANGELOG.
 SETTINGS = """
-output_dir resume seed epochs batch_size accumulation workers precision compile monitor patience
-max_nonfinite_steps device
+output_dir resume seed epochs batch_size accumulation workers precision compile compile_regions monitor
+patience
+max_nonfinite_steps hang_timeout device
 optim optim.name optim.lr optim.betas optim.eps optim.weight_decay optim.clip
 schedule schedule.name schedule.warmup_steps schedule.final_ratio schedule.decay_share
 ema ema.enabled ema.decay ema.warmup

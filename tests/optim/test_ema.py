@@ -9,6 +9,7 @@ from support.toy import toy_config, toy_data, toy_model
 from torch import nn
 
 from roadwork_dist.config.schema import EmaConfig
+from roadwork_dist.engine.base import trained_parameters
 from roadwork_dist.events.callback import Callback
 from roadwork_dist.events.state import StepResult
 from roadwork_dist.optim.ema import ExponentialMovingAverage
@@ -17,7 +18,7 @@ from roadwork_dist.training.trainer import Trainer
 
 
 def shadow_of(average: ExponentialMovingAverage) -> dict[str, torch.Tensor]:
-    return {name: t.clone() for name, t in average.state_dict().items() if not name.startswith("__")}
+    return {name: t.clone() for name, t in average.shadow().items()}
 
 
 def disturb(model: nn.Module, seed: int) -> None:
@@ -30,7 +31,7 @@ def disturb(model: nn.Module, seed: int) -> None:
 @pytest.mark.parametrize("warmup", [True, False])
 def test_the_formula_in_float64(warmup: bool) -> None:
     model = toy_model()
-    average = ExponentialMovingAverage(model, EmaConfig(decay=0.9, warmup=warmup))
+    average = ExponentialMovingAverage(trained_parameters(model), EmaConfig(decay=0.9, warmup=warmup))
     expected = {name: p.detach().double().clone() for name, p in model.named_parameters()}
     for update in range(100):
         disturb(model, update)
@@ -43,15 +44,20 @@ def test_the_formula_in_float64(warmup: bool) -> None:
 
 
 def test_the_decay_warms_up() -> None:
-    average = ExponentialMovingAverage(toy_model(), EmaConfig(decay=0.9999))
+    average = ExponentialMovingAverage(trained_parameters(toy_model()), EmaConfig(decay=0.9999))
     assert [average.decay_at(n) for n in (0, 1, 90)] == [0.1, 2 / 11, 0.91]
     assert average.decay_at(89_989) < 0.9999 == average.decay_at(89_991) == average.decay_at(10**7)
-    assert ExponentialMovingAverage(toy_model(), EmaConfig(decay=0.5, warmup=False)).decay_at(0) == 0.5
+    assert (
+        ExponentialMovingAverage(
+            trained_parameters(toy_model()), EmaConfig(decay=0.5, warmup=False)
+        ).decay_at(0)
+        == 0.5
+    )
 
 
 def test_bf16_weights_have_an_fp32_shadow_that_still_moves_at_09999() -> None:
     model = nn.Linear(4, 4).to(torch.bfloat16)
-    average = ExponentialMovingAverage(model, EmaConfig(decay=0.9999, warmup=False))
+    average = ExponentialMovingAverage(trained_parameters(model), EmaConfig(decay=0.9999, warmup=False))
     before = shadow_of(average)
     disturb(model, 0)
     for _ in range(10):
@@ -68,7 +74,7 @@ def test_bf16_weights_have_an_fp32_shadow_that_still_moves_at_09999() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_swapping_restores_weights_and_average_to_the_bit(dtype: torch.dtype) -> None:
     model = toy_model().to(dtype)
-    average = ExponentialMovingAverage(model, EmaConfig(decay=0.9))
+    average = ExponentialMovingAverage(trained_parameters(model), EmaConfig(decay=0.9))
     disturb(model, 1)
     average.update()
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -83,7 +89,7 @@ def test_swapping_restores_weights_and_average_to_the_bit(dtype: torch.dtype) ->
 
 def test_swapping_restores_after_an_error() -> None:
     model = toy_model()
-    average = ExponentialMovingAverage(model, EmaConfig())
+    average = ExponentialMovingAverage(trained_parameters(model), EmaConfig())
     disturb(model, 1)
     weights = [p.detach().clone() for p in model.parameters()]
     with pytest.raises(ZeroDivisionError), average.swapped_in():
@@ -91,35 +97,39 @@ def test_swapping_restores_after_an_error() -> None:
     assert all(torch.equal(p, w) for p, w in zip(model.parameters(), weights, strict=True))
 
 
-def test_the_state_goes_on_where_it_was() -> None:
+def test_a_shadow_is_written_in_place_and_goes_on() -> None:
     first, second = toy_model(), toy_model()
-    average = ExponentialMovingAverage(first, EmaConfig(decay=0.99))
+    average = ExponentialMovingAverage(trained_parameters(first), EmaConfig(decay=0.99))
     for update in range(3):
         disturb(first, update)
         average.update()
-    other = ExponentialMovingAverage(second, EmaConfig(decay=0.99))
-    other.load_state_dict({name: t.clone() for name, t in average.state_dict().items()})
+    other = ExponentialMovingAverage(trained_parameters(second), EmaConfig(decay=0.99))
+    for name, tensor in other.shadow().items():
+        tensor.copy_(average.shadow()[name])
+    other.updates = average.updates
     second.load_state_dict(first.state_dict())
     for model, one in ((first, average), (second, other)):
         disturb(model, 9)
         one.update()
-    assert average.updates == other.updates == 4
-    for name, tensor in average.state_dict().items():
-        assert torch.equal(tensor, other.state_dict()[name])
+    for name, tensor in average.shadow().items():
+        assert torch.equal(tensor, other.shadow()[name])
 
 
-def test_a_state_without_a_parameter_is_refused() -> None:
-    average = ExponentialMovingAverage(toy_model(), EmaConfig())
-    state = average.state_dict()
-    del state["0.weight"]
-    with pytest.raises(KeyError, match=r"0\.weight"):
-        average.load_state_dict(state)
+def test_a_restart_forgets_the_past() -> None:
+    model = toy_model()
+    average = ExponentialMovingAverage(trained_parameters(model), EmaConfig(decay=0.99))
+    disturb(model, 1)
+    average.update()
+    average.restart()
+    assert average.updates == 0
+    for name, parameter in model.named_parameters():
+        assert torch.equal(average.shadow()[name], parameter)
 
 
 def test_frozen_parameters_have_no_shadow() -> None:
     model = toy_model()
     model[0].requires_grad_(False)
-    assert "0.weight" not in ExponentialMovingAverage(model, EmaConfig()).state_dict()
+    assert "0.weight" not in ExponentialMovingAverage(trained_parameters(model), EmaConfig()).shadow()
 
 
 class Watch(Callback):

@@ -7,7 +7,8 @@ from support.toy import toy_data, toy_model
 from torch import nn
 
 from roadwork_dist.common.errors import ConfigError
-from roadwork_dist.config.schema import OptimConfig
+from roadwork_dist.config.schema import OptimConfig, TrainConfig
+from roadwork_dist.engine.build import build_engine
 from roadwork_dist.optim.optimizers import OPTIMIZERS, build_optimizer
 from roadwork_dist.training.step import LoadedBatch, OptimizerStep
 from roadwork_dist.training.task import ClassificationTask
@@ -47,7 +48,8 @@ def one_step(
     model = toy_model()
     groups = [{"params": [p], "lr_scale": scales[p.ndim == 1]} for p in model.parameters()]
     optimizer = optimizer_of(groups, lr=1.0)
-    step = OptimizerStep(Accelerator(cpu=True), model, optimizer, ClassificationTask(), clip)
+    config = TrainConfig(device="cpu", optim=OptimConfig(clip=clip))
+    step = OptimizerStep(build_engine(Accelerator(cpu=True), model, optimizer, config), ClassificationTask())
     inputs, labels = toy_data(8).tensors
     step([LoadedBatch((inputs, labels), list(range(8)), False)], 0.1)
     return model

@@ -45,7 +45,7 @@ def test_a_nan_on_one_rank_skips_the_step_on_all(tmp_path: Path, world_size: int
     # Only the micro-batch of the rank that holds the row is named.
     assert len(skipped[0]["samples"]) == 8 // world_size
     assert skipped[0]["loss"] == "nan"
-    assert len(lines(tmp_path)) == 5
+    assert [line["kind"] for line in lines(tmp_path)].count("train") == 4
     for parameters in results:
         for parameter, other in zip(parameters, results[0], strict=True):
             assert parameter.isfinite().all()

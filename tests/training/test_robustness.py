@@ -31,6 +31,7 @@ from roadwork_dist.common.errors import CheckpointError, ConfigError
 from roadwork_dist.config.schema import CheckpointConfig, EmaConfig, OptimConfig
 from roadwork_dist.data.loader import load_batches
 from roadwork_dist.engine.accelerator import build_accelerator
+from roadwork_dist.engine.base import TensorSource, trained_parameters
 from roadwork_dist.events.callback import Callback
 from roadwork_dist.optim.ema import ExponentialMovingAverage
 from roadwork_dist.training.averaging import EmaCallback
@@ -96,8 +97,8 @@ class Counts(Callback):
     def tensors(self) -> dict[str, Tensor]:
         return {"seen": self.seen}
 
-    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        self.seen = tensors["seen"]
+    def load_tensors(self, source: TensorSource) -> None:
+        source.read({"seen": self.seen})
 
 
 def test_two_callbacks_of_one_class_keep_their_own_state(tmp_path: Path) -> None:
@@ -230,12 +231,12 @@ def test_shared_weights_that_learn_are_not_taken_for_frozen_ones() -> None:
 
 def test_averaging_bf16_weights_keeps_the_fp32_average_through_validation() -> None:
     model = toy_model().bfloat16()
-    average = ExponentialMovingAverage(model, EmaConfig(decay=0.9, warmup=False))
+    average = ExponentialMovingAverage(trained_parameters(model), EmaConfig(decay=0.9, warmup=False))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1)
     average.update()
-    shadow = {name: tensor.clone() for name, tensor in average.state_dict().items()}
+    shadow = {name: tensor.clone() for name, tensor in average.shadow().items()}
     raw = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with average.swapped_in():
         assert_same_tensors(average.state_dict(), shadow)
@@ -382,7 +383,7 @@ def test_without_a_best_the_last_average_is_kept(tmp_path: Path, validated: bool
     stored = load_file(tmp_path / "best" / "model.safetensors")
     (average,) = [c.average for c in trainer.callbacks if isinstance(c, EmaCallback)]
     assert average is not None
-    shadow = {name: tensor for name, tensor in average.state_dict().items() if name in stored}
+    shadow = {name: tensor for name, tensor in average.shadow().items() if name in stored}
     assert_same_tensors(stored, shadow)
     assert any(not torch.equal(stored[n], p) for n, p in trainer.model.named_parameters())
 
