@@ -25,6 +25,7 @@ from roadwork_dist.build.experiment import (
     wants_masks,
     write_evaluation,
 )
+from roadwork_dist.build.preflight import check_recipe
 from roadwork_dist.checkpoint.best import export_model
 from roadwork_dist.common.errors import ConfigError
 from roadwork_dist.common.files import write_atomic
@@ -127,6 +128,7 @@ def build_crossval(config: ExperimentConfig) -> CrossValidation:
         DataError: see :func:`run_crossval`.
         BackboneError: the backbone or the text encoder cannot be loaded.
     """
+    check_recipe(config)
     _check_settings(config)
     accelerator = build_accelerator(device=config.device)
     run_dir = Path(config.output_dir)

@@ -105,16 +105,18 @@ class DatasetBuilder:
     ) -> None:
         self.config, self.backbone, self.accelerator, self.masks = config, backbone, accelerator, masks
         self.root = Path(config.features.dir)
-        self._encode_text: Callable[[list[str]], Tensor] | None = None
-        self._text_cache: TextCache | None = None
+        self._text_tools: tuple[Callable[[list[str]], Tensor], TextCache] | None = None
 
     def build(self, manifest: Manifest, *, augment: bool) -> RoadworkDataset:
         """A data set of the readable photos of a manifest.
 
         Raises:
             DataError: more photos are unreadable than ``data.max_unreadable_share`` allows.
+            BackboneError: photos have descriptions and their encoder cannot be loaded.
         """
         views = photo_views(self.config, self.backbone, augment=augment)
+        if self._reads_text(manifest):
+            self._text_encoder()  # what cannot be loaded is told before features are computed
         if self.config.features.mode == "online":
             manifest = self._readable(manifest)
             return self._dataset(manifest, views, None, None)
@@ -173,17 +175,20 @@ class DatasetBuilder:
         hashes: Sequence[str | None] | None,
     ) -> RoadworkDataset:
         masks = mask_targets([s.mask for s in manifest], self.root) if self.masks else None
-        text = self._text(manifest) if self.config.model.metadata else None
+        text = self._text(manifest) if self._reads_text(manifest) else None
         return RoadworkDataset(manifest, views=views, store=store, hashes=hashes, text=text, masks=masks)
 
-    def _text(self, manifest: Manifest) -> TextEmbeddings | None:
-        descriptions = [sample.description for sample in manifest]
-        if not any(descriptions):
-            return None
-        if self._encode_text is None:
+    def _reads_text(self, manifest: Manifest) -> bool:
+        return self.config.model.metadata and any(sample.description for sample in manifest)
+
+    def _text(self, manifest: Manifest) -> TextEmbeddings:
+        encode, cache = self._text_encoder()
+        return embed_descriptions([sample.description for sample in manifest], encode, cache)
+
+    def _text_encoder(self) -> tuple[Callable[[list[str]], Tensor], TextCache]:
+        if self._text_tools is None:
             from roadwork_dist.models.text import load_text_encoder
 
             encoder = load_text_encoder(self.config.data.text_encoder)
-            self._encode_text = encoder
-            self._text_cache = TextCache(self.root, encoder.identity)
-        return embed_descriptions(descriptions, self._encode_text, self._text_cache)
+            self._text_tools = encoder, TextCache(self.root, encoder.identity)
+        return self._text_tools

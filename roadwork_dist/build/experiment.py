@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from roadwork_dist.build.data import DatasetBuilder, Manifests, load_manifests, training_rows
+from roadwork_dist.build.preflight import check_recipe
 from roadwork_dist.common.errors import DataError
 from roadwork_dist.common.files import write_atomic
 from roadwork_dist.common.types import UNLABELLED
@@ -61,6 +62,7 @@ def build_experiment(config: ExperimentConfig) -> Experiment:
         DataError: the data cannot be used.
         BackboneError: the backbone or the text encoder cannot be loaded.
     """
+    check_recipe(config)
     share_cores(config.workers)
     accelerator = build_accelerator(device=config.device)
     if accelerator.is_main_process:

@@ -119,6 +119,32 @@ def test_a_folder_that_cannot_be_written_stops(
     assert "--output_dir" in line
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--optim.name=adamv"], "unknown optimizer 'adamv': did you mean 'adamw'"),
+        (["--schedule.name=cosin"], "unknown schedule 'cosin': did you mean 'cosine'"),
+        (["--monitor=mcccc"], "monitor is 'mcccc', expected one of loss, mcc, accuracy"),
+        (["--model.metadata=true", "--data.text_encoder=./none"], "none is not a folder"),
+        (["--resume=never"], "run holds checkpoints up to step 2: choose another output_dir"),
+    ],
+)
+def test_a_recipe_that_cannot_start_is_told_before_features_are_computed(
+    words: list[str],
+    says: str,
+    data: SyntheticSet,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def extract(*arguments: Any, **named: Any) -> None:
+        raise AssertionError("features are computed")
+
+    monkeypatch.setattr("roadwork_dist.build.data.extract", extract)
+    (tmp_path / "run" / "checkpoints" / "step-00000002").mkdir(parents=True)
+    assert says in stopped(["pretrain", *tiny_arguments(data, tmp_path), *words], capsys)
+
+
 def jpeg(mode: str = "RGB", size: tuple[int, int] = (160, 120), orientation: int = 1) -> bytes:
     buffer, exif = io.BytesIO(), Image.Exif()
     exif[0x0112] = orientation

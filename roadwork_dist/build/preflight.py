@@ -1,0 +1,32 @@
+"""What the Trainer would refuse, told before hours go into features."""
+
+from pathlib import Path
+
+from roadwork_dist.checkpoint.store import CheckpointStore
+from roadwork_dist.common.errors import ConfigError
+from roadwork_dist.config.experiment import ExperimentConfig
+from roadwork_dist.optim.optimizers import OPTIMIZERS
+from roadwork_dist.optim.schedules import SHAPES
+from roadwork_dist.training.detection import RoadworkTask
+
+
+def check_recipe(config: ExperimentConfig) -> None:
+    """Refuse a run that could not start; reads names of files only.
+
+    Raises:
+        ConfigError: no optimizer, schedule or validation figure has the configured name, or
+            ``resume`` is ``never`` and the run folder holds checkpoints.
+    """
+    _ = OPTIMIZERS[config.optim.name], SHAPES[config.schedule.name]
+    figures = ("loss", *RoadworkTask.figures)
+    if config.monitor.removeprefix("-") not in figures:
+        raise ConfigError(
+            f"monitor is {config.monitor!r}, expected one of {', '.join(figures)} (with a leading '-' where "
+            "lower is better)"
+        )
+    steps = CheckpointStore(Path(config.output_dir) / "checkpoints").steps()
+    if config.resume == "never" and steps:
+        raise ConfigError(
+            f"resume is 'never' but {config.output_dir} holds checkpoints up to step {steps[-1]}: choose "
+            "another output_dir, delete the folder, or leave resume at 'auto'"
+        )
