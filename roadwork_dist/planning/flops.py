@@ -59,6 +59,35 @@ class VisionTransformer:
         attention = 2 * tokens * tokens * width
         return embedding + self.blocks * 2 * (tokens * matrices + attention)
 
+    def activation_bytes(self, side: int, *, blocks: int | None = None, recomputes: bool = False) -> int:
+        """Bytes that a view keeps for the backward pass under bf16 autocast, without the weights.
+
+        Counted by what autograd saves, per token and block: the inputs of the matrices, of both norms
+        (fp32), of both layer scales and of the gate's product, and queries, keys, values and weighted
+        values of attention (fused, so no scores).
+
+        Args:
+            side: of the view in px.
+            blocks: last blocks that learn; None = all.
+            recomputes: gradient checkpointing: only the fp32 input of each block, and one block whole.
+        """
+        tokens, count = self.tokens(side), self.blocks if blocks is None else blocks
+        wide, hidden = (32, 8) if self.gated else (30, 4)
+        block = tokens * (wide * self.width + hidden * self.hidden)
+        return count * 4 * tokens * self.width + block if recomputes else count * block
+
+    def workspace_bytes(self, side: int) -> int:
+        """Most bytes that a view takes for a while in the forward pass of a frozen bf16 network.
+
+        The residual, the normed input, and what the feed-forward part multiplies.
+        """
+        return 2 * self.tokens(side) * (2 * self.width + (3 if self.gated else 2) * self.hidden)
+
+    @property
+    def block_parameters(self) -> int:
+        """Weights of the matrices of a block."""
+        return 4 * self.width**2 + (3 if self.gated else 2) * self.width * self.hidden
+
 
 VIT_H_PLUS = VisionTransformer(
     width=1280, blocks=32, hidden=5120, gated=True, patch=16, extra_tokens=5, parameters=840_592_640
