@@ -20,6 +20,8 @@ TIMINGS = (
     *("backbone_tflops", "backbone_mfu", "slowest_rank", "slowest_host", "slowest_share", "slowest_cause"),
 )
 """Figures of ``metrics.jsonl`` that depend on the clock, or on where a run was interrupted."""
+CLOCKED = ("health", "checkpoint")
+"""Kinds of lines that hold nothing else."""
 
 
 def toy_model(dropout: float = 0.0) -> nn.Module:
@@ -64,8 +66,12 @@ def toy_config(run_dir: Path, **changes: Any) -> TrainConfig:
 
 def lines(run_dir: Path) -> list[dict[str, Any]]:
     """``metrics.jsonl`` without what depends on the clock."""
-    text = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMINGS} for line in text]
+    told = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {key: value for key, value in line.items() if key not in TIMINGS}
+        for line in told
+        if line["kind"] not in CLOCKED
+    ]
 
 
 def newest_tensors(run_dir: Path) -> dict[str, Tensor]:

@@ -239,8 +239,8 @@ def test_averaging_bf16_weights_keeps_the_fp32_average_through_validation() -> N
     shadow = {name: tensor.clone() for name, tensor in average.shadow().items()}
     raw = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with average.swapped_in():
-        assert_same_tensors(average.state_dict(), shadow)
-    assert_same_tensors(average.state_dict(), shadow)
+        assert_same_tensors(average.shadow(), shadow)
+    assert_same_tensors(average.shadow(), shadow)
     assert_same_tensors(dict(model.state_dict()), raw)
 
 
