@@ -1,7 +1,8 @@
 """The events of the training loop, in the order in which they happen.
 
-on_setup → on_fit_start → per epoch: (on_step_end)* → on_validation_start → on_validation_end → on_epoch_end
-→ on_fit_end. If anything is raised, on_exception comes instead of what is left.
+on_setup → on_fit_start → on_train_start → per epoch: (on_step_end)* → on_validation_start
+→ on_validation_end → on_epoch_end → on_fit_end. If anything is raised, on_exception comes instead of
+what is left.
 
 Observers are called in the order they were given, and in the reverse order on_validation_end, so
 that what a first one puts in place for the validation (averaged weights) is still there for those
@@ -82,7 +83,13 @@ class Callback:
         """The model is as it was given: whole, not yet on its device."""
 
     def on_fit_start(self, run: Run) -> None:
-        """The model is on its device, spread over the ranks; nothing is trained yet."""
+        """The model is on its device, spread over the ranks; nothing is trained yet.
+
+        Here a run goes on from its checkpoint, and here a start is refused.
+        """
+
+    def on_train_start(self, run: Run) -> None:
+        """Nobody has refused; ``run.state`` tells from where the run goes on."""
 
     def on_step_end(self, run: Run, result: StepResult) -> None:
         """An optimizer step was taken or skipped; ``run.state.step`` counts it."""

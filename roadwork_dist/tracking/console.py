@@ -22,7 +22,7 @@ class Console(Callback):
         self._last_line = 0.0
         self._last_health = 0.0
 
-    def on_fit_start(self, run: Run) -> None:
+    def on_train_start(self, run: Run) -> None:
         """Start the bar."""
         if not run.accelerator.is_main_process:
             return

@@ -42,10 +42,10 @@ class RunFolder(Callback):
 class ResolvedConfig(Callback):
     """Keeps the resolved configuration in the run folder.
 
-    It stands behind what may refuse to go on, so that a refused start leaves the folder as it was.
+    A refused start leaves the folder as it was.
     """
 
-    def on_fit_start(self, run: Run) -> None:
+    def on_train_start(self, run: Run) -> None:
         """Write ``config.yaml``."""
         if run.accelerator.is_main_process:
             write_atomic(run.run_dir / "config.yaml", to_yaml(run.config).encode())

@@ -23,7 +23,7 @@ class WeightsAndBiases(Callback):
         self._wandb = require("wandb", extra="wandb", purpose="tracking.wandb")
         self._run: Any = None
 
-    def on_fit_start(self, run: Run) -> None:
+    def on_train_start(self, run: Run) -> None:
         """Open the run; its id is a function of the run folder, so a resume finds it again."""
         if run.accelerator.is_main_process:
             identity = hashlib.sha256(str(run.run_dir.resolve()).encode()).hexdigest()[:16]

@@ -20,9 +20,8 @@ def all_callbacks(config: TrainConfig, own: Sequence[Callback] = ()) -> list[Cal
 
     The average comes first, so that what follows sees the weights that the next step starts from.
     Own ones see the validated (averaged) weights.
-    The checkpointer comes behind them, so that a checkpoint holds what all others did at its step; only
-    the configuration is written later, when the checkpointer has accepted it. A request to stop is
-    answered last, when all is saved.
+    The checkpointer comes behind them, so that a checkpoint holds what all others did at its step.
+    A request to stop is answered last, when all is saved.
     """
     callbacks: list[Callback] = [RunFolder(), RunLock()]
     if config.ema.enabled:

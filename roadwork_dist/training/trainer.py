@@ -145,6 +145,7 @@ class Trainer:
             self._emit("on_setup")
             step = OptimizerStep(self.engine, self.task)
             self._emit("on_fit_start")
+            self._emit("on_train_start")
             while self.state.epoch < self.config.epochs and not self.state.should_stop:
                 self._train_epoch(step)
                 if self.val_data is not None:

@@ -125,7 +125,7 @@ def test_only_the_main_process_writes(tmp_path: Path) -> None:
     fake = fake_run(tmp_path)
     fake.accelerator.is_main_process = False
     for observer in (JsonLines(), TensorBoard(), Console()):
-        observer.on_fit_start(fake)
+        observer.on_train_start(fake)
         observer.on_step_end(fake, RESULT)
         observer.on_validation_end(fake, {"mcc": 0.5}, True)
         observer.on_fit_end(fake)
@@ -210,7 +210,7 @@ def show(console: Console, folder: Path, terminal: bool) -> str:
         file=text, force_terminal=terminal, width=120, highlight=False, markup=False, soft_wrap=True
     )
     fake = fake_run(folder)
-    console.on_fit_start(fake)
+    console.on_train_start(fake)
     for step in range(1, 11):
         fake.state.step = step
         console.on_step_end(fake, RESULT)
@@ -242,6 +242,6 @@ def test_on_a_terminal_progress_is_a_live_bar(tmp_path: Path) -> None:
 def test_an_error_gives_the_terminal_back(tmp_path: Path) -> None:
     console, text = Console(), io.StringIO()
     console._console = RichConsole(file=text, force_terminal=True)
-    console.on_fit_start(fake_run(tmp_path))
+    console.on_train_start(fake_run(tmp_path))
     console.on_exception(fake_run(tmp_path), KeyboardInterrupt())
     assert text.getvalue().rstrip("\n").endswith("\x1b[?25h")

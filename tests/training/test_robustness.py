@@ -28,7 +28,13 @@ from torch.utils.data import ConcatDataset, Subset, TensorDataset, default_colla
 
 from roadwork_dist.checkpoint.weights import frozen_identity
 from roadwork_dist.common.errors import CheckpointError, ConfigError
-from roadwork_dist.config.schema import CheckpointConfig, EmaConfig, OptimConfig
+from roadwork_dist.config.schema import (
+    CheckpointConfig,
+    EmaConfig,
+    OptimConfig,
+    TrackingConfig,
+    WandbConfig,
+)
 from roadwork_dist.data.loader import load_batches
 from roadwork_dist.engine.accelerator import build_accelerator
 from roadwork_dist.engine.base import TensorSource, trained_parameters
@@ -124,13 +130,20 @@ def test_early_stopping_counts_on_over_a_resume(tmp_path: Path) -> None:
     assert finished.state.should_stop
 
 
-def test_a_refused_start_leaves_the_folder_as_it_was(tmp_path: Path) -> None:
+def test_a_refused_start_leaves_the_folder_as_it_was(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     Trainer(toy_model(), toy_config(tmp_path, epochs=1), toy_data(16)).fit()
     before = (tmp_path / "config.yaml").read_bytes()
+    capsys.readouterr()
+    tracking = TrackingConfig(wandb=WandbConfig(mode="offline"))
     for changes in ({"resume": "never"}, {"seed": 1}):
+        config = toy_config(tmp_path, epochs=2, tracking=tracking, **changes)
         with pytest.raises((ConfigError, CheckpointError)):
-            Trainer(toy_model(), toy_config(tmp_path, epochs=2, **changes), toy_data(16)).fit()
+            Trainer(toy_model(), config, toy_data(16)).fit()
         assert (tmp_path / "config.yaml").read_bytes() == before
+        assert not (tmp_path / "wandb").exists()
+        assert "training" not in capsys.readouterr().out
 
 
 def test_other_sampling_weights_are_another_order_of_rows(tmp_path: Path) -> None:
