@@ -1,4 +1,4 @@
-"""Hooks of the documentation's build: the reference pages, made from the packages that are there."""
+"""Hooks of the documentation's build: reference pages from the packages that are there, worked-out tables."""
 
 import ast
 import re
@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File, Files
+
+from roadwork_dist.planning.tables import TABLES
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "roadwork_dist"
@@ -45,6 +47,11 @@ def on_files(files: Files, config: Any) -> Files:
         title = "roadwork_dist" if name == "roadwork_dist" else f"roadwork_dist.{name}"
         files.append(File.generated(config, f"reference/{name}.md", content=f"# {title}\n\n{body}\n"))
     return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
+    """Put the tables of :mod:`roadwork_dist.planning.tables` where a page asks for them."""
+    return re.sub(r"<!-- planning: (\w+) -->", lambda found: TABLES[found[1]](), markdown)
 
 
 def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:

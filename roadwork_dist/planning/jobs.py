@@ -81,6 +81,7 @@ PLANS: Mapping[str, Plan] = {
         job=Job(
             trained=HEAD_PARAMETERS,
             frozen=VIT_H_PLUS.parameters,
+            units=_UNITS,
             activations=_head(32),
             workspace=_views(32) * VIT_H_PLUS.workspace_bytes(SIDE),
         ),

@@ -15,6 +15,7 @@ from roadwork_dist.planning.traffic import (
 
 H100 = bf16_peak("NVIDIA H100 80GB HBM3") or 0.0
 UTILISATION = 0.4
+NBSP = "\u00a0"
 
 NAMES: Mapping[Engine, str] = {
     "single": "one process",
@@ -37,31 +38,34 @@ FILES: Mapping[Engine, str] = {
 """Files of ``accelerate_configs/``."""
 
 
-def command(plan: Plan) -> str:
-    """Command line that starts a plan on the eight GPUs of a machine."""
-    return (
-        f"accelerate launch --config_file accelerate_configs/{FILES[plan.engine]}.yaml launch/pretrain.py "
-        f"--config natix_8gpu {plan.settings}"
-    )
+def command(plan: Plan) -> list[str]:
+    """Command line that starts a plan on the eight GPUs of a machine, as lines of a shell."""
+    options = [f"--{option.strip()}" for option in (plan.settings or "").split("--") if option.strip()]
+    lines = [
+        f"accelerate launch --config_file accelerate_configs/{FILES[plan.engine]}.yaml",
+        "launch/pretrain.py --config natix_8gpu",
+        *options,
+    ]
+    return [f"{line} \\" for line in lines[:-1]] + lines[-1:]
 
 
 def engines() -> str:
     """Which engine for which job, with GB a GPU on 1, 8 and 64 of them, and the command line for 8."""
     rows = []
     for plan in PLANS.values():
-        run = f"`{command(plan)}`" if plan.settings else "comes with PEFT, not in this version"
-        cells = [plan.title, f"{plan.job.trained / 1e6:.1f} M", f"{plan.batch_size} x {plan.accumulation}"]
-        cells += [f"{NAMES[plan.engine]}: {_at_each(plan, plan.engine)}"]
-        cells += [f"{NAMES[plan.sharded]}: {_at_each(plan, plan.sharded)}" if plan.sharded else "-"]
-        rows.append([*cells, run])
-    head = ["what learns", "parameters that learn", "photos x micro-batches"]
-    head += ["engine: GB a GPU on 1, 8, 64", "if memory is short", "on 8 GPUs"]
+        run = "<br>".join(f"`{line}`" for line in command(plan))
+        what = f"{plan.title}<br>({plan.job.trained / 1e6:.1f} M parameters; {plan.batch_size} photos"
+        what += f" x {plan.accumulation})" if plan.accumulation > 1 else ")"
+        cells = [what, f"{NAMES[plan.engine]}<br>{_at_each(plan, plan.engine)}"]
+        cells += [f"{NAMES[plan.sharded]}<br>{_at_each(plan, plan.sharded)}" if plan.sharded else "-"]
+        rows.append([*cells, run if plan.settings else "comes with PEFT, not in this version"])
+    head = ["what learns", "engine, and GB a GPU on 1 / 8 / 64", "if memory is short", "command on 8 GPUs"]
     return _table(head, rows)
 
 
 def _at_each(plan: Plan, engine: Engine) -> str:
     found = [memory(plan.job, "single" if ranks == 1 else engine, ranks) for ranks in (1, 8, 64)]
-    return ", ".join(_gigabytes(each.total) for each in found)
+    return " / ".join(_gigabytes(each.total) for each in found)
 
 
 def memory_by_engine() -> str:
@@ -99,7 +103,7 @@ def traffic() -> str:
             for ranks in (8, 64, 1024):
                 sent = bytes_sent(plan.job, engine, ranks, plan.accumulation)
                 seconds = communication_seconds(plan.job, engine, ranks, plan.accumulation)
-                cells.append(f"{sent / 1e9:.2f} GB, {_time(seconds)}")
+                cells.append(f"{sent / 1e9:.2f}{NBSP}GB, {_time(seconds)}")
             cells.append(_time(compute_seconds(plan.step_operations, H100, UTILISATION)))
             rows.append(cells)
     return _table(["what learns", "engine", "8 GPUs", "64 GPUs", "1024 GPUs", "computing"], rows, numbers=4)
@@ -176,5 +180,5 @@ def _count(value: float) -> str:
 
 def _time(seconds: float) -> str:
     if seconds >= 1:
-        return f"{seconds:.2f} s"
-    return f"{seconds * 1000:.0f} ms" if seconds >= 0.01 else f"{seconds * 1000:.2g} ms"
+        return f"{seconds:.2f}{NBSP}s"
+    return f"{seconds * 1000:.0f}{NBSP}ms" if seconds >= 0.01 else f"{seconds * 1000:.2g}{NBSP}ms"
