@@ -6,6 +6,7 @@ from roadwork_dist.checkpoint.best import BestWeights
 from roadwork_dist.checkpoint.callback import Checkpointer
 from roadwork_dist.config.schema import TrainConfig
 from roadwork_dist.events.callback import Callback
+from roadwork_dist.guards.hang import HangWatch
 from roadwork_dist.guards.lock import RunLock
 from roadwork_dist.guards.preemption import Preemption
 from roadwork_dist.tracking.console import Console
@@ -24,6 +25,8 @@ def all_callbacks(config: TrainConfig, own: Sequence[Callback] = ()) -> list[Cal
     A request to stop is answered last, when all is saved.
     """
     callbacks: list[Callback] = [RunFolder(), RunLock()]
+    if config.hang_timeout:
+        callbacks.append(HangWatch(config.hang_timeout))
     if config.ema.enabled:
         callbacks.append(EmaCallback(config.ema))
     callbacks.append(JsonLines())

@@ -1,0 +1,120 @@
+"""What each rank tells of itself in the run folder, and who is to blame when nothing moves."""
+
+import json
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+FRAMES = 8
+# Innermost lines of a process that may merely wait for another one, or for a GPU that does.
+_MAY_WAIT = (
+    "/torch/_ops.py",
+    "/torch/autograd/graph.py",
+    "/torch/nn/utils/clip_grad.py",
+    "/roadwork_dist/training/step.py",
+)
+# The same, a few lines further out.
+_WAITS = ("/torch/distributed/", "/accelerate/", "/deepspeed/", "/roadwork_dist/engine/collectives.py")
+
+
+@dataclass(frozen=True)
+class Pulse:
+    """A rank's word about itself.
+
+    Attributes:
+        rank: its number.
+        host: its machine.
+        pid: its process.
+        beat: counts up as long as the process runs at all.
+        step: optimizer steps taken.
+        batches: batches read, those of validations included.
+        phase: what the loop does.
+        where: innermost lines of the thread that trains, innermost first, as ``file:line in function``.
+    """
+
+    rank: int
+    host: str
+    pid: int
+    beat: int
+    step: int
+    batches: int
+    phase: str
+    where: list[str]
+
+    @property
+    def waits(self) -> bool:
+        """Whether it may merely wait for another rank."""
+        inner = any(part in line for line in self.where[:1] for part in _MAY_WAIT)
+        return inner or any(part in line for line in self.where[:4] for part in _WAITS)
+
+    def __str__(self) -> str:
+        lines = " < ".join(map(_shortened, self.where)) or "an unknown line"
+        return (
+            f"rank {self.rank} (host {self.host}, process {self.pid}, last step {self.step}, {self.phase}) "
+            f"in {lines}"
+        )
+
+
+def _shortened(line: str) -> str:
+    path, found, rest = line.rpartition(".py:")
+    return "/".join(path.split("/")[-2:]) + found + rest
+
+
+def innermost_lines(thread: int) -> list[str]:
+    """Where a thread of this process is, innermost first; empty if it has ended."""
+    frame = sys._current_frames().get(thread)
+    stack = traceback.StackSummary.extract(traceback.walk_stack(frame), limit=FRAMES, lookup_lines=False)
+    return [f"{line.filename}:{line.lineno} in {line.name}" for line in stack] if frame is not None else []
+
+
+def _path(folder: Path, rank: int) -> Path:
+    return folder / f"rank-{rank}.json"
+
+
+def write_pulse(folder: Path, pulse: Pulse) -> None:
+    """Replace a rank's file; not synced, since it means nothing after a crash of the machine."""
+    temporary = folder / f".rank-{pulse.rank}.tmp"
+    temporary.write_text(json.dumps(asdict(pulse)))
+    temporary.replace(_path(folder, pulse.rank))
+
+
+def read_pulses(folder: Path, ranks: int) -> list[Pulse | None]:
+    """Every rank's file; None where there is none that can be read."""
+    pulses: list[Pulse | None] = []
+    for rank in range(ranks):
+        try:
+            pulses.append(Pulse(**json.loads(_path(folder, rank).read_text())))
+        except (OSError, ValueError, TypeError):
+            pulses.append(None)
+    return pulses
+
+
+def silent_ranks(before: Sequence[Pulse | None], now: Sequence[Pulse | None]) -> list[int]:
+    """Ranks whose process has not run between two looks."""
+    return [
+        rank
+        for rank, (old, new) in enumerate(zip(before, now, strict=True))
+        if new is None or (old is not None and old.beat == new.beat)
+    ]
+
+
+def blame(before: Sequence[Pulse | None], now: Sequence[Pulse | None]) -> tuple[list[int], str]:
+    """Ranks that hold the others up, and why they are named.
+
+    Args:
+        before: what each rank told a few looks ago; None = nothing.
+        now: what each tells now.
+    """
+    if silent := silent_ranks(before, now):
+        return silent, "shows no sign of life (dead, stopped, or its machine is gone)"
+    pulses = [pulse for pulse in now if pulse is not None]
+    busy = [pulse.rank for pulse in pulses if not pulse.waits]
+    if busy and (len(busy) < len(pulses) or len(pulses) == 1):
+        return busy, "does not come back from its own work"
+    fewest = min(pulse.batches for pulse in pulses)
+    behind = [pulse.rank for pulse in pulses if pulse.batches == fewest]
+    if len(behind) < len(pulses):
+        return behind, "is behind the others"
+    return behind, "stands where all others stand (look at the network, the GPUs and the file system)"
