@@ -11,8 +11,16 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sized
 from typing import Any, Protocol
 
-from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset, default_collate
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    IterableDataset,
+    Subset,
+    TensorDataset,
+    default_collate,
+)
 
+from roadwork_dist.common.errors import ConfigError
 from roadwork_dist.common.random import derive_seed, isolated_rng, torch_generator_for
 from roadwork_dist.data.worker import shield_worker
 
@@ -82,6 +90,22 @@ def sample_id(dataset: MapDataset, row: int) -> str:
         else:
             return str(row)
     return str(inner.sample_id(number))
+
+
+def check_map_style(dataset: object, name: str) -> None:
+    """Refuse what has no length or gives no row for a number.
+
+    Raises:
+        ConfigError: it is an iterable data set, a loader, an iterator, …
+    """
+    is_map = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+    if isinstance(dataset, IterableDataset) or not is_map:
+        raise ConfigError(
+            f"{name} is of type {type(dataset).__name__}, expected a map-style data set with __len__ and "
+            "__getitem__(row): only such rows can be dealt to processes once each and gone on with in the "
+            "middle of an epoch; give the data set itself, not a loader, and a list for a stream that fits "
+            "into memory"
+        )
 
 
 def load_batches(

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from roadwork_dist.common.errors import CheckpointError, ConfigError, NonFiniteLossError
 from roadwork_dist.common.random import seed_everything
 from roadwork_dist.config.schema import TrainConfig
-from roadwork_dist.data.loader import MapDataset, load_batches, sample_id
+from roadwork_dist.data.loader import MapDataset, check_map_style, load_batches, sample_id
 from roadwork_dist.data.sampler import Sampler, evaluation_batches
 from roadwork_dist.engine.accelerator import build_accelerator
 from roadwork_dist.engine.agreement import check_agreement
@@ -77,6 +77,9 @@ class Trainer:
     ) -> None:
         self.model, self.config, self.task = model, config, task or ClassificationTask()
         self.train_data, self.val_data, self.collate = train_data, val_data, collate
+        check_map_style(train_data, "train_data")
+        if val_data is not None:
+            check_map_style(val_data, "val_data")
         self.run_dir = Path(config.output_dir)
         self.state = TrainState()
         self.interrupt_requested = False

@@ -24,7 +24,14 @@ from support.toy import (
     toy_model,
 )
 from torch import Tensor, nn
-from torch.utils.data import ConcatDataset, Subset, TensorDataset, default_collate
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    IterableDataset,
+    Subset,
+    TensorDataset,
+    default_collate,
+)
 
 from roadwork_dist.checkpoint.weights import frozen_identity
 from roadwork_dist.common.errors import CheckpointError, ConfigError
@@ -317,6 +324,22 @@ def test_fewer_rows_than_processes(tmp_path: Path, rows: int) -> None:
         assert steps == [2]
         for name, tensor in alone.items():
             torch.testing.assert_close(got[name], tensor, rtol=0, atol=1e-6, msg=name)
+
+
+class Endless(IterableDataset[Any]):
+    """A stream."""
+
+    def __iter__(self) -> Any:
+        return iter(())
+
+
+@pytest.mark.parametrize("data", [Endless(), DataLoader(toy_data(8)), iter([1])])
+def test_data_without_numbered_rows_are_refused(tmp_path: Path, data: Any) -> None:
+    told = f"is of type {type(data).__name__}, expected a map-style data set"
+    with pytest.raises(ConfigError, match=f"train_data {told}"):
+        Trainer(toy_model(), toy_config(tmp_path), data)
+    with pytest.raises(ConfigError, match=f"val_data {told}"):
+        Trainer(toy_model(), toy_config(tmp_path), toy_data(8), data)
 
 
 def test_an_empty_validation_set_is_told_at_once(tmp_path: Path) -> None:
