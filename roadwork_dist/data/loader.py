@@ -7,6 +7,7 @@ set whose rows are pure functions of (epoch, row) says so with an attribute ``pu
 saves the time where torch's own collate function is used.
 """
 
+import hashlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sized
 from typing import Any, Protocol
@@ -90,6 +91,25 @@ def sample_id(dataset: MapDataset, row: int) -> str:
         else:
             return str(row)
     return str(inner.sample_id(number))
+
+
+def _has_ids(dataset: Any) -> bool:
+    if hasattr(dataset, "sample_id"):
+        return True
+    if isinstance(dataset, ConcatDataset):
+        return all(map(_has_ids, dataset.datasets))
+    return isinstance(dataset, Subset) and _has_ids(dataset.dataset)
+
+
+def ids_digest(dataset: MapDataset) -> str:
+    """Which rows a data set has, in which order: a hash of their ids; ``none`` where it tells no ids."""
+    if not _has_ids(dataset):
+        return "none"
+    own: Callable[[int], Any] | None = getattr(dataset, "sample_id", None)
+    ids = map(own, range(len(dataset))) if own else (sample_id(dataset, row) for row in range(len(dataset)))
+    # Surrogates stand for bytes of file names that are not UTF-8.
+    text = "\n".join(map(str, ids)).encode(errors="surrogatepass")
+    return hashlib.sha256(text).hexdigest()[:12]
 
 
 def check_map_style(dataset: object, name: str) -> None:

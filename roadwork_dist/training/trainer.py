@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import cached_property
 from itertools import tee
 from pathlib import Path
 from typing import Any, Self
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from roadwork_dist.common.errors import CheckpointError, ConfigError, NonFiniteLossError
 from roadwork_dist.common.random import seed_everything
 from roadwork_dist.config.schema import TrainConfig
-from roadwork_dist.data.loader import MapDataset, check_map_style, load_batches, sample_id
+from roadwork_dist.data.loader import MapDataset, check_map_style, ids_digest, load_batches, sample_id
 from roadwork_dist.data.sampler import Sampler, evaluation_batches
 from roadwork_dist.engine.accelerator import build_accelerator
 from roadwork_dist.engine.agreement import check_agreement
@@ -348,11 +349,16 @@ class Trainer:
             seen[name] += 1
             yield (name if seen[name] == 1 else f"{name}#{seen[name]}"), callback
 
+    @cached_property
+    def _ids_digest(self) -> str:
+        return ids_digest(self.train_data)
+
     def _row_plan(self) -> dict[str, int | str]:
         weights = self.sampler.weights
         return {
             "digest of the sampling weights": "none" if weights is None else _digest(weights),
             "rows of the training data": self.sampler.length,
+            "digest of the rows' ids": self._ids_digest,
             "seed": self.config.seed,
             "rows per optimizer step (batch_size x accumulation x processes)": self.sampler.rows_per_step,
         }

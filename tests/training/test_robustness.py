@@ -311,6 +311,29 @@ def test_rows_of_a_part_are_told_by_the_ids_of_the_whole(tmp_path: Path) -> None
     assert trainer.sample_ids([0, 1]) == ["photo-7", "photo-5"]
 
 
+class Named(TensorDataset):
+    """Rows with ids of their own."""
+
+    def __init__(self, ids: list[str]) -> None:
+        super().__init__(*toy_data(len(ids)).tensors)
+        self.ids = ids
+
+    def sample_id(self, row: int) -> str:
+        return self.ids[row]
+
+
+def test_other_rows_of_the_same_number_are_noticed(tmp_path: Path) -> None:
+    def fit(data: Any) -> None:
+        Trainer(toy_model(), toy_config(tmp_path, epochs=1), data).fit()
+
+    fit(Named(list("abcd")))
+    fit(Subset(Named(list("xabcd")), [1, 2, 3, 4]))
+    others = Named(list("abce")), Named(list("abdc")), Subset(Named(list("abcd")), [1, 0, 2, 3])
+    for other in (*others, toy_data(4)):
+        with pytest.raises(CheckpointError, match="digest of the rows' ids was"):
+            fit(other)
+
+
 def train_few_rows(run_dir: Path, rows: int) -> tuple[dict[str, Tensor], list[int]]:
     config = toy_config(run_dir, batch_size=2, accumulation=2, epochs=2)
     trainer = Trainer(toy_model(), config, toy_data(rows), toy_data(1)).fit()
