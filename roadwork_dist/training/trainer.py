@@ -84,6 +84,7 @@ class Trainer:
         self.run_dir = Path(config.output_dir)
         self.state = TrainState()
         self.interrupt_requested = False
+        self._is_off_record = False  # weights are neither the first ones nor those of a checkpoint
         self.batches_read = 0
         self.accelerator = build_accelerator(device=config.device)
         check_agreement(config, self.accelerator)
@@ -136,6 +137,7 @@ class Trainer:
         averaged ones), the last ones in ``model``.
 
         Raises:
+            ConfigError: this Trainer has trained already, and an error came before its first checkpoint.
             NonFiniteLossError: too many steps in a row had a loss that is not finite.
             InterruptedRunError: some rank was asked to stop; its state is saved.
             CheckpointError: training state cannot be written.
@@ -149,6 +151,7 @@ class Trainer:
             self._emit("on_setup")
             step = OptimizerStep(self.engine, self.task)
             self._emit("on_fit_start")
+            self._check_weights()
             self._emit("on_train_start")
             while self.state.epoch < self.config.epochs and not self.state.should_stop:
                 self._train_epoch(step)
@@ -165,6 +168,16 @@ class Trainer:
                 raise
             raise told from error
         return self
+
+    def _check_weights(self) -> None:
+        """An earlier ``fit`` that ended with an error may have left its trace."""
+        if self._is_off_record:
+            raise ConfigError(
+                f"this Trainer stopped behind step {self.state.step}, before its first checkpoint, so there "
+                "is nothing exact to go on from: make a new model and a new Trainer; "
+                "checkpoint.every_steps saves more often"
+            )
+        self.optimizer.zero_grad(set_to_none=True)  # of a step that was not finished
 
     def _tell_exception(self, error: BaseException) -> None:
         for callback in self.callbacks:
@@ -190,6 +203,7 @@ class Trainer:
             started = time.perf_counter()
             loaded = [LoadedBatch(next(batches), m.indices, m.is_filler) for m in micro_batches]
             waited = time.perf_counter() - started
+            self._is_off_record = True
             result = step(loaded, self.schedule.lr_at(state.step), lambda: self.interrupt_requested)
             state.step += 1
             state.step_in_epoch += 1
@@ -324,6 +338,7 @@ class Trainer:
                 "or train into another output_dir"
             )
         self.state.load_state_dict(state["state"])
+        self._is_off_record = False
         self.state.should_stop = self._is_stale()  # the patience may be another one now
         for name, callback in self._named_callbacks():
             callback.load_state_dict(state["callbacks"].get(name, {}))

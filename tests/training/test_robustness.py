@@ -475,6 +475,45 @@ def test_an_interrupted_validation_gives_the_weights_back(tmp_path: Path) -> Non
     assert_same_tensors(dict(trainer.model.named_parameters()), keep.weights)
 
 
+class FailsOnce(ClassificationTask):
+    """Its n-th forward pass fails, in the middle of an optimizer step."""
+
+    def __init__(self, call: int) -> None:
+        super().__init__()
+        self.calls_left = call
+
+    def __call__(self, *arguments: Any) -> Any:
+        self.calls_left -= 1
+        if self.calls_left == 0:
+            raise Stop
+        return super().__call__(*arguments)
+
+
+def test_fit_again_behind_an_error_goes_on_exactly(tmp_path: Path) -> None:
+    def trainer(run_dir: Path, call: int = 0) -> Trainer:
+        config = toy_config(run_dir, batch_size=8, accumulation=2)
+        return Trainer(toy_model(0.1), config, toy_data(64), toy_data(9), task=FailsOnce(call))
+
+    whole, cut = trainer(tmp_path / "whole").fit(), trainer(tmp_path / "cut", call=8)
+    with pytest.raises(Stop):
+        cut.fit()
+    cut.fit()
+    assert_same_tensors(dict(cut.model.named_parameters()), dict(whole.model.named_parameters()))
+    assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
+
+
+def test_fit_again_without_a_checkpoint_is_refused_and_cuts_nothing(tmp_path: Path) -> None:
+    trainer = Trainer(toy_model(), toy_config(tmp_path), toy_data(64), callbacks=[StopAt(1)])
+    with pytest.raises(Stop):
+        trainer.fit()
+    before = lines(tmp_path)
+    assert [line["step"] for line in before] == [1]
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="stopped behind step 1, before its first checkpoint"):
+            trainer.fit()
+    assert lines(tmp_path) == before
+
+
 class FailsToClose(Callback):
     """Its end fails too."""
 
