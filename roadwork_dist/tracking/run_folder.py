@@ -5,6 +5,7 @@ from pathlib import Path
 from roadwork_dist.common.errors import ConfigError
 from roadwork_dist.common.files import write_atomic
 from roadwork_dist.config.io import to_yaml
+from roadwork_dist.engine.collectives import broadcast_object
 from roadwork_dist.events.callback import Callback, Run
 
 
@@ -33,10 +34,18 @@ class RunFolder(Callback):
         """Make it.
 
         Raises:
-            ConfigError: the folder cannot be written to.
+            ConfigError: the folder cannot be written to; on every rank.
         """
+        refused = None
         if run.accelerator.is_main_process:
-            make_run_folder(run.run_dir)
+            try:
+                make_run_folder(run.run_dir)
+            except ConfigError as error:
+                refused = str(error)
+        # All ranks get here, so all refuse together instead of waiting for one that is gone.
+        refused = broadcast_object(refused)
+        if refused is not None:
+            raise ConfigError(refused)
 
 
 class ResolvedConfig(Callback):

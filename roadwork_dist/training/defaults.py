@@ -8,6 +8,7 @@ from roadwork_dist.config.schema import TrainConfig
 from roadwork_dist.events.callback import Callback
 from roadwork_dist.guards.hang import HangWatch
 from roadwork_dist.guards.lock import RunLock
+from roadwork_dist.guards.orphan import LauncherWatch
 from roadwork_dist.guards.preemption import Preemption
 from roadwork_dist.tracking.console import Console
 from roadwork_dist.tracking.health import Health
@@ -24,7 +25,7 @@ def all_callbacks(config: TrainConfig, own: Sequence[Callback] = ()) -> list[Cal
     The checkpointer comes behind them, so that a checkpoint holds what all others did at its step.
     A request to stop is answered last, when all is saved.
     """
-    callbacks: list[Callback] = [RunFolder(), RunLock()]
+    callbacks: list[Callback] = [RunFolder(), RunLock(), LauncherWatch()]
     if config.hang_timeout:
         callbacks.append(HangWatch(config.hang_timeout))
     if config.ema.enabled:
