@@ -141,6 +141,6 @@ def _predict(
             workers=config.workers,
             collate=collate,
         )
-        answers = run_pass(predictor.model, task, batches, predictor.device).rows
+        answers = run_pass(predictor.forward, task, batches, predictor.device).rows
         rows += prediction_rows(dataset.manifest, answers, split)
     return rows

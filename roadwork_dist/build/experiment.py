@@ -135,6 +135,7 @@ def build_model(config: ExperimentConfig, backbone: Backbone, *, mask_head: bool
     model.extra = {
         "views": asdict(replace(config.views, size=size)),
         "text_encoder": config.data.text_encoder,
+        "precision": config.precision,
         "synthetic": is_synthetic(config),
     }
     return model

@@ -24,6 +24,7 @@ from roadwork_dist.data.photo import PhotoViews
 from roadwork_dist.data.sampler import evaluation_batches
 from roadwork_dist.data.text import TextEmbeddings, TextEncoder, embed_descriptions
 from roadwork_dist.data.views import geometry_for
+from roadwork_dist.engine.precision import in_precision
 from roadwork_dist.models.backbone import Backbone, load_backbone
 from roadwork_dist.models.detector import RoadworkModel
 from roadwork_dist.models.pretrained import CONFIG_FILE, PretrainedConfig, read_config
@@ -72,6 +73,7 @@ class Predictor:
         views: how a photo becomes views, without augmentation.
         threshold: photos with a probability above it are called roadwork.
         text_encoder: name of the encoder of descriptions; loaded when the first one comes.
+        precision: arithmetic of the head, ``fp32`` or ``bf16``: that of training.
     """
 
     def __init__(
@@ -81,15 +83,21 @@ class Predictor:
         *,
         threshold: float = 0.5,
         text_encoder: str | None = None,
+        precision: str = "fp32",
     ) -> None:
         self.model, self.views, self.threshold = model.eval(), views, threshold
-        self.text_encoder = text_encoder
+        self.text_encoder, self.precision = text_encoder, precision
         self._encode_text: TextEncoder | None = None
 
     @property
     def device(self) -> torch.device:
         """Where the model is."""
         return next(self.model.head.parameters()).device
+
+    @property
+    def forward(self) -> Callable[[Batch], ModelOutput]:
+        """The model's forward pass, in the arithmetic that it was trained and validated in."""
+        return in_precision(self.model, self.precision, self.device)
 
     @classmethod
     def from_pretrained(
@@ -121,8 +129,13 @@ class Predictor:
                 "extra.views, as a run writes it; save the model again"
             ) from error
         views = plain_views(settings, backbone, max_pixels)
-        encoder = config.extra.get("text_encoder") if config.model.metadata else None
-        return cls(model, views, threshold=read_threshold(folder), text_encoder=encoder)
+        return cls(
+            model,
+            views,
+            threshold=read_threshold(folder),
+            text_encoder=config.extra.get("text_encoder") if config.model.metadata else None,
+            precision=config.extra.get("precision", "fp32"),
+        )
 
     def predict(
         self,
@@ -170,7 +183,7 @@ class Predictor:
                 on_error(photo)
             if batch is not None:
                 with torch.no_grad():
-                    output: ModelOutput = self.model(send_to_device(batch, self.device, non_blocking=True))
+                    output = self.forward(send_to_device(batch, self.device, non_blocking=True))
                 yield from self._predictions(batch, output)
 
     def _predictions(self, batch: Batch, output: ModelOutput) -> list[Prediction]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from support.tiny_run import tiny_arguments, tiny_set
 
 from roadwork_dist.cli.main import main
@@ -37,6 +38,24 @@ def images(data: SyntheticSet) -> Path:
 
 
 # predict
+
+
+def test_what_was_trained_in_bf16_is_evaluated_and_predicted_in_bf16(
+    data: SyntheticSet, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    quick = ("--precision=bf16", "--eval.report=false", "--data.target=null")
+    assert main(["pretrain", *tiny_arguments(data, tmp_path), *quick]) == 0
+    before = (run / "predictions.parquet").read_bytes()
+    (run / "predictions.parquet").unlink()
+    assert main(["evaluate", str(run)]) == 0
+    assert (run / "predictions.parquet").read_bytes() == before
+    own = pd.read_parquet(run / "predictions.parquet")
+    predictor = Predictor.from_pretrained(run, device="cpu")
+    # The store keeps features in bf16 and the backbone computes in it: fp32 logits differ by less than that.
+    (seen,) = predictor.predict([images(data) / f"{own['id'][0]}.jpg"])
+    assert torch.tensor(seen.logit_1).bfloat16().item() == seen.logit_1
+    assert seen.logit_1 == pytest.approx(own["logit_1"][0], abs=0.01)
 
 
 def test_predict_writes_each_format(trained: Path, data: SyntheticSet, tmp_path: Path) -> None:
