@@ -3,6 +3,7 @@
 import hashlib
 import os
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -21,7 +22,8 @@ def write_atomic(path: Path, content: bytes) -> None:
     A reader sees the old content or the new, never a part; two writers of one path do not mix.
 
     Raises:
-        OSError: the folder cannot be written or the disk is full; nothing is left behind.
+        OSError: the folder cannot be written or the disk is full; nothing is left behind. Its
+            ``filename`` is the path also where the system named none.
     """
     # Threads too may write one path at once: equal masks have one file.
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
@@ -31,8 +33,10 @@ def write_atomic(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
+    except OSError as error:
+        with suppress(OSError):  # where it could not even be made
+            temporary.unlink(missing_ok=True)
+        error.filename = str(path)
         raise
     sync_folder(path.parent)
 
