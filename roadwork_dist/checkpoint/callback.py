@@ -1,46 +1,63 @@
 """Saves the whole training state and takes it up again."""
 
-import io
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
+from roadwork_dist.checkpoint.agreement import on_main
 from roadwork_dist.checkpoint.store import CheckpointStore
-from roadwork_dist.checkpoint.weights import frozen_identity, load_trained_tensors, trained_tensors
+from roadwork_dist.checkpoint.tensors import StoredTensors, write_tensors, write_torch
+from roadwork_dist.checkpoint.weights import (
+    check_same_model,
+    frozen_identity,
+    trained_buffers,
+    trained_tensors,
+)
 from roadwork_dist.common.errors import CheckpointError, ConfigError
-from roadwork_dist.common.random import capture_rng, restore_rng
+from roadwork_dist.common.random import RngState, capture_rng, derive_seed, restore_rng, seed_everything
 from roadwork_dist.config.schema import CheckpointConfig
-from roadwork_dist.engine.base import WholeTensors
-from roadwork_dist.engine.collectives import broadcast_object, gather_objects
+from roadwork_dist.engine.base import Below
+from roadwork_dist.engine.collectives import host_group, rank, world_size
 from roadwork_dist.events.callback import Callback, Run
 from roadwork_dist.events.state import StepResult
 
 logger = logging.getLogger(__name__)
+
+FORMAT = 2
+"""Version of what a checkpoint holds; raised when an older reader would misread it."""
+STATE = "state.json"
 
 
 class Checkpointer(Callback):
     """Saves at the end of each epoch and every so many steps; resumes when training starts.
 
     A checkpoint holds what training moves (weights, optimizer, average), the loop's and every
-    observer's state and each rank's random state; of the frozen weights only their hash.
+    observer's state and each rank's random state; of the frozen weights only their hash. It names tensors
+    as the bare model does, so any number of processes under any engine can go on from it.
     """
 
     def __init__(self, config: CheckpointConfig) -> None:
         self.config = config
         self._frozen = ""
+        self._shapes: dict[str, torch.Size] = {}
+        self._figure: float | None = None
+        self._group: dist.ProcessGroup | None = None
 
     def store(self, run: Run) -> CheckpointStore:
         """The run's checkpoints."""
         return CheckpointStore(run.run_dir / "checkpoints", self.config.keep)
 
     def on_setup(self, run: Run) -> None:
-        """Tell who the frozen weights are, while they are whole."""
+        """Learn who the frozen weights are and what is trained, while all is whole."""
         run.model.train()
         self._frozen = frozen_identity(run.model)
+        self._shapes = {name: tensor.shape for name, tensor in trained_tensors(run.model).items()}
 
     def on_fit_start(self, run: Run) -> None:
         """Go on from the newest whole checkpoint.
@@ -49,15 +66,18 @@ class Checkpointer(Callback):
             ConfigError: ``resume`` is ``never`` and the folder holds a checkpoint.
             CheckpointError: the checkpoint belongs to another model or another order of rows.
         """
+        self._group = host_group()  # every rank starts
         store = self.store(run)
+        if run.config.resume == "never":
+            # Unreadable ones too: they are somebody's run.
+            there = on_main(lambda: [store.path(step).name for step in store.steps()], self._group)
+            if there:
+                raise ConfigError(
+                    f"resume is 'never' but {run.run_dir} holds the checkpoint {there[-1]}: choose another "
+                    "output_dir, delete the folder, or leave resume at 'auto'"
+                )
         # Every rank must go on from the same checkpoint, so one looks and tells.
-        is_main = run.accelerator.is_main_process
-        found, steps = broadcast_object((store.newest(), store.steps()) if is_main else (None, []))
-        if run.config.resume == "never" and steps:  # unreadable ones too: they are somebody's run
-            raise ConfigError(
-                f"resume is 'never' but {run.run_dir} holds the checkpoint {store.path(steps[-1]).name}: "
-                "choose another output_dir, delete the folder, or leave resume at 'auto'"
-            )
+        found = on_main(store.recover, self._group)
         if found is not None:
             self._load(run, found)
             logger.info("going on from %s", found)
@@ -73,57 +93,109 @@ class Checkpointer(Callback):
         if is_due or result.interrupted:
             self._save(run)
 
+    def on_validation_end(self, run: Run, metrics: dict[str, float], improved: bool) -> None:
+        """Remember the monitored figure, to be found in the epoch's checkpoint."""
+        self._figure = metrics[run.config.monitor.removeprefix("-")]
+
     def on_epoch_end(self, run: Run) -> None:
         """Save with the validation behind it."""
         self._save(run)
 
     def _save(self, run: Run) -> None:
-        # Every rank reaches both: its random state is gathered, and rank 0 writes for all.
-        rng = gather_objects(capture_rng())
-        state = run.state_dict()
-        if run.accelerator.is_main_process:
-            best = run.state.best_step if run.state.best is not None else None
-            self.store(run).save(
-                run.state.step, lambda folder: self._write(run, folder, state, rng), best_step=best
-            )
-        run.accelerator.wait_for_everyone()
+        # Every rank reaches all of this: engines gather in their tensors, and every rank writes.
+        tensors = stored_tensors(run)
+        state = json.dumps(self._state(run), indent=1)
+        rng = capture_rng()
+        best = run.state.best_step if run.state.best is not None else None
+        self.store(run).save(
+            run.state.step,
+            lambda folder: _write(folder, tensors, state, rng, self._group),
+            best_step=best,
+            group=self._group,
+        )
 
-    def _write(self, run: Run, folder: Path, state: dict[str, Any], rng: list[Any]) -> None:
-        _write_tensors(folder / "model.safetensors", trained_tensors(run.model))
-        _write_tensors(folder / "callbacks.safetensors", run.tensors())
-        _write_torch(folder / "optimizer.pt", run.optimizer.state_dict())
-        _write_torch(folder / "rng.pt", rng)
-        text = json.dumps({"frozen": self._frozen, "processes": len(rng), **state}, indent=1)
-        (folder / "state.json").write_text(text)
+    def _state(self, run: Run) -> dict[str, Any]:
+        figure, self._figure = self._figure, None
+        return {
+            "format": FORMAT,
+            "frozen": self._frozen,
+            "processes": world_size(),
+            "engine": run.engine.name,
+            "monitor": run.config.monitor.removeprefix("-"),
+            "figure": figure,
+            **run.state_dict(),
+        }
 
     def _load(self, run: Run, folder: Path) -> None:
-        state = json.loads((folder / "state.json").read_text())
+        state = read_state(folder)
         if state["frozen"] != self._frozen:
             raise CheckpointError(
                 f"{folder} was trained on other frozen weights (SHA-256 {state['frozen'][:12]}…, "
                 f"now {self._frozen[:12]}…): use the same backbone weights, or another output_dir"
             )
+        source = StoredTensors(folder)
+        check_same_model(self._shapes, Below("model/", source).shapes, folder)
         run.load_state_dict(state)
-        load_trained_tensors(run.model, safetensors.torch.load_file(folder / "model.safetensors"))
-        run.load_tensors(WholeTensors(safetensors.torch.load_file(folder / "callbacks.safetensors")))
-        # The optimizer moves its state to the device of its parameters.
-        moments = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-        run.optimizer.load_state_dict(moments)
-        rng = torch.load(folder / "rng.pt", map_location="cpu", weights_only=True)
-        rank = run.accelerator.process_index
-        if rank < len(rng):
-            restore_rng(rng[rank])
+        engine = run.engine
+        engine.fill(engine.weights(), source, "model/")
+        engine.weights_changed()
+        Below("model/", source).read(trained_buffers(run.model))
+        engine.load_moments(source, "optimizer/")
+        run.load_tensors(Below("callbacks/", source))
+        self._load_rng(run, folder)
+
+    def _load_rng(self, run: Run, folder: Path) -> None:
+        path = folder / _rng_file(rank())
+        if path.exists():
+            restore_rng(torch.load(path, map_location="cpu", weights_only=True))
+        else:  # more processes than there were: this one draws from here on as no other does
+            seed_everything(derive_seed(run.config.seed, "rank", rank(), "step", run.state.step))
 
 
-def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    # Copies, also of what lies on the CPU: safetensors refuses tensors that share memory (a buffer of
-    # two modules, say).
-    contiguous = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-    path.write_bytes(safetensors.torch.save(contiguous))
+def stored_tensors(run: Run) -> dict[str, Tensor]:
+    """Everything a checkpoint stores of tensors, in stored form. All ranks call it together."""
+    engine = run.engine
+    tensors = {f"model/{name}": t for name, t in engine.stored(engine.weights()).items()}
+    if rank() == 0:  # ranks may differ in theirs; all go on with rank 0's, as validation does
+        tensors |= {f"model/{name}": t for name, t in trained_buffers(run.model).items()}
+    tensors |= {f"optimizer/{name}": t for name, t in engine.moments().items()}
+    return tensors | {f"callbacks/{name}": t for name, t in run.tensors().items()}
 
 
-def _write_torch(path: Path, value: Any) -> None:
-    # Through memory: torch.save to a file turns a full disk into an error that does not say so.
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    path.write_bytes(buffer.getbuffer())
+def read_state(folder: Path) -> dict[str, Any]:
+    """The loop's state and what a checkpoint says of itself.
+
+    Raises:
+        CheckpointError: it cannot be read or is of another version.
+    """
+    try:
+        state: dict[str, Any] = json.loads((folder / STATE).read_text())
+        version = state.get("format", 1)
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{folder / STATE} cannot be read ({error})") from error
+    if version != FORMAT:
+        raise CheckpointError(
+            f"{folder} has format {version!r}, expected {FORMAT}: it was written by another version of "
+            "roadwork_dist; install that one, or train into another output_dir"
+        )
+    return state
+
+
+def _write(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    state: str,
+    rng: RngState,
+    group: dist.ProcessGroup | None,
+) -> list[str]:
+    files = write_tensors(folder, tensors, group)
+    write_torch(folder / _rng_file(rank()), rng)
+    files.append(_rng_file(rank()))
+    if rank() == 0:
+        (folder / STATE).write_text(state)
+        files.append(STATE)
+    return files
+
+
+def _rng_file(rank: int) -> str:
+    return f"rng-{rank:05d}.pt"

@@ -3,11 +3,13 @@
 import hashlib
 import json
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from roadwork_dist.common.errors import CheckpointError
+from roadwork_dist.engine.base import trained_parameters
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -16,7 +18,12 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
     Call it with the model in train mode. A frozen part that stays in eval mode then keeps its
     buffers (running statistics) out.
     """
-    tensors = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    return {name: p.detach() for name, p in trained_parameters(model).items()} | trained_buffers(model)
+
+
+def trained_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Buffers that training may move; the model has to be in train mode."""
+    tensors = {}
     stored = model.state_dict(keep_vars=True)
     for prefix, module in model.named_modules():
         if module.training:
@@ -44,20 +51,21 @@ def frozen_identity(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-@torch.no_grad()
-def load_trained_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy tensors of :func:`trained_tensors` back into a model, in place.
+def check_same_model(own: Mapping[str, torch.Size], stored: Mapping[str, torch.Size], folder: Path) -> None:
+    """Compare the trained tensors of a model with those of a checkpoint.
+
+    Args:
+        own: shapes of :func:`trained_tensors`, by name.
+        stored: shapes in the checkpoint, by name.
+        folder: of the checkpoint, for the message.
 
     Raises:
         CheckpointError: names or shapes differ.
     """
-    own = trained_tensors(model)
-    missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    wrong = [n for n in own.keys() & tensors.keys() if own[n].shape != tensors[n].shape]
+    missing, unknown = sorted(own.keys() - stored.keys()), sorted(stored.keys() - own.keys())
+    wrong = sorted(n for n in own.keys() & stored.keys() if own[n] != stored[n])
     if missing or unknown or wrong:
         raise CheckpointError(
-            f"the checkpoint is of another model: missing {missing[:3]}, unknown {unknown[:3]}, "
-            f"other shape {sorted(wrong)[:3]}; train into another output_dir"
+            f"{folder} is of another model: missing {missing[:3]}, unknown {unknown[:3]}, "
+            f"other shape {wrong[:3]}; train into another output_dir"
         )
-    for name, tensor in own.items():
-        tensor.copy_(tensors[name])

@@ -21,7 +21,7 @@ class RngState(TypedDict):
     python: tuple[object, ...]
     numpy: tuple[torch.Tensor, int, int, float]  # key, position, has_gauss, cached_gaussian
     torch: torch.Tensor
-    cuda: list[torch.Tensor]
+    cuda: torch.Tensor | None  # of the device that this process computes on
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -57,22 +57,22 @@ def capture_rng() -> RngState:
         "python": random.getstate(),
         "numpy": (torch.from_numpy(key.astype(np.int64)), position, has_gauss, cached),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
 
 
 def restore_rng(state: RngState) -> None:
     """Put the global generators back into a captured state.
 
-    CUDA states are restored only where this process sees as many devices as were captured.
+    A CUDA state goes to this process's device, whichever number it had and however many are visible.
     """
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))  # type: ignore[arg-type]
     key, position, has_gauss, cached = state["numpy"]
     np.random.set_state(("MT19937", key.numpy().astype(np.uint32), position, has_gauss, cached))
     torch.set_rng_state(state["torch"].cpu())
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+    if torch.cuda.is_available() and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"].cpu())
 
 
 @contextmanager

@@ -27,12 +27,25 @@ def sum_over_ranks(values: Sequence[float], device: torch.device) -> list[float]
     return [float(value) for value in total.tolist()]
 
 
-def gather_objects(value: T) -> list[T]:
+def rank() -> int:
+    """Number of this process among those that train together."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def host_group() -> dist.ProcessGroup | None:
+    """A second way for all ranks to talk, through host memory, which another thread can use on its own.
+
+    None with one process. All ranks call it together.
+    """
+    return dist.new_group(backend="gloo") if world_size() > 1 else None  # type: ignore[return-value]
+
+
+def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     """``value`` of every rank, in the order of ranks (pickled: for small things)."""
     if world_size() == 1:
         return [value]
     gathered: list[T] = [value] * world_size()
-    dist.all_gather_object(gathered, value)
+    dist.all_gather_object(gathered, value, group=group)
     return gathered
 
 

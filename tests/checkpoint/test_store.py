@@ -13,10 +13,11 @@ from roadwork_dist.checkpoint.store import CheckpointStore, verify
 from roadwork_dist.common.errors import CheckpointError
 
 
-def content(step: int) -> Callable[[Path], None]:
-    def write(folder: Path) -> None:
-        (folder / "model.safetensors").write_bytes(bytes([step % 256]) * 1000)
+def content(step: int) -> Callable[[Path], list[str]]:
+    def write(folder: Path) -> list[str]:
+        (folder / "__0_0.distcp").write_bytes(bytes([step % 256]) * 1000)
         (folder / "state.json").write_text(f'{{"step": {step}}}')
+        return ["__0_0.distcp", "state.json"]
 
     return write
 
@@ -60,24 +61,41 @@ def cut_short(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [flip_a_bit, cut_short, Path.unlink])
-@pytest.mark.parametrize("name", ["model.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("name", ["__0_0.distcp", "state.json", "manifest.json"])
 def test_a_damaged_checkpoint_is_skipped_for_the_one_before(
     store: CheckpointStore, damage: Callable[[Path], None], name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     damage(store.path(20) / name)
     assert newest_step(store) == 10
-    assert "step-00000020" in caplog.text
-    assert "trying the one before it" in caplog.text
+    assert not caplog.records  # who only looks changes and says nothing
+    assert store.recover() == store.path(10)
+    (record,) = caplog.records
+    assert "step-00000020" in record.message
+    assert "kept as step-00000020.damaged, trying the one before it" in record.message
+    assert names(store) == ["step-00000010", "step-00000020.damaged"]
+    assert store.put_aside() == [store.folder / "step-00000020.damaged"]
 
 
-@pytest.mark.parametrize("manifest", ["", "[]", "{}", '{"files": []}', '{"files": {"a": 1}}', "\x00"])
+def test_a_step_damaged_again_is_kept_beside_the_first(store: CheckpointStore) -> None:
+    for _ in range(3):
+        flip_a_bit(store.path(20) / "state.json")
+        assert store.recover() == store.path(10)
+        store.save(20, content(20))
+    aside = ["step-00000020.damaged", "step-00000020.damaged-2", "step-00000020.damaged-3"]
+    assert names(store) == ["step-00000010", "step-00000020", *aside]
+    assert store.steps() == [10, 20]
+
+
+@pytest.mark.parametrize(
+    "manifest", ["", "[]", "{}", '{"files": []}', '{"files": {}}', '{"files": {"a": 1}}', "\x00"]
+)
 def test_a_manifest_of_another_form_is_skipped(store: CheckpointStore, manifest: str) -> None:
     (store.path(20) / "manifest.json").write_text(manifest)
     assert newest_step(store) == 10
 
 
 def test_no_bit_of_a_manifest_can_turn_a_damaged_checkpoint_into_a_good_one(store: CheckpointStore) -> None:
-    flip_a_bit(store.path(20) / "model.safetensors")
+    flip_a_bit(store.path(20) / "__0_0.distcp")
     manifest = store.path(20) / "manifest.json"
     original = manifest.read_bytes()
     for position in range(len(original)):
@@ -92,6 +110,15 @@ def test_all_damaged_is_none(store: CheckpointStore) -> None:
     for step in store.steps():
         (store.path(step) / "state.json").unlink()
     assert store.newest() is None
+
+
+def test_what_a_rank_wrote_elsewhere_is_told(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A rank on another node describes a file that is not to be seen here.
+    elsewhere = {"__1_0.distcp": {"bytes": 3, "sha256": "0" * 64}}
+    monkeypatch.setattr("roadwork_dist.checkpoint.store.describe", lambda folder, names: elsewhere)
+    with pytest.raises(CheckpointError, match=r"__1_0.distcp .* a file system that all nodes share"):
+        store.save(30, content(30))
+    assert newest_step(store) == 20
 
 
 def test_what_a_kill_left_behind_and_other_folders_are_not_checkpoints(store: CheckpointStore) -> None:
@@ -159,7 +186,7 @@ def test_what_the_system_refuses_to_write_leaves_nothing(store: CheckpointStore,
 
 
 def test_a_full_disk_without_any_checkpoint_says_so(tmp_path: Path) -> None:
-    def full(folder: Path) -> None:
+    def full(folder: Path) -> list[str]:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(CheckpointError, match=r"No space left on device\): there is none yet"):
@@ -184,7 +211,7 @@ def test_a_rename_that_fails_puts_the_replaced_one_back(
 
 
 def test_an_error_that_is_not_the_disks_is_not_hidden(store: CheckpointStore) -> None:
-    def broken(folder: Path) -> None:
+    def broken(folder: Path) -> list[str]:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -194,5 +221,5 @@ def test_an_error_that_is_not_the_disks_is_not_hidden(store: CheckpointStore) ->
 
 def test_good_checkpoints_are_not_warned_of(store: CheckpointStore, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        store.newest()
+        store.recover()
     assert not caplog.records

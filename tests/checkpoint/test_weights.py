@@ -7,7 +7,7 @@ import torch
 from support.toy import toy_config, toy_data
 from torch import Tensor, nn
 
-from roadwork_dist.checkpoint.weights import frozen_identity, load_trained_tensors, trained_tensors
+from roadwork_dist.checkpoint.weights import check_same_model, frozen_identity, trained_tensors
 from roadwork_dist.common.errors import CheckpointError
 from roadwork_dist.training.trainer import Trainer
 
@@ -85,29 +85,26 @@ def test_the_identity_counts_a_backbone_that_lies_elsewhere() -> None:
     assert frozen_identity(first) != frozen_identity(second)
 
 
-def test_trained_tensors_go_back_in_place() -> None:
-    model, other = FrozenBackbone(), FrozenBackbone()
-    with torch.no_grad():
-        for tensor in trained_tensors(other).values():
-            tensor.add_(3)
-    parameter = model.head[1].weight
-    load_trained_tensors(model, {name: t.clone() for name, t in trained_tensors(other).items()})
-    assert model.head[1].weight is parameter  # the optimizer keeps its hold on it
-    for name, tensor in trained_tensors(model).items():
-        assert torch.equal(tensor, trained_tensors(other)[name])
-
-
-def test_a_checkpoint_of_another_model_is_told_and_changes_nothing() -> None:
-    model = FrozenBackbone()
-    tensors = {name: t + 1 for name, t in trained_tensors(model).items()}
-    before = model.head[1].bias.clone()
-    wrong = {**tensors, "head.1.weight": torch.zeros(3, 8), "head.9.weight": torch.zeros(1)}
-    del wrong["head.0.bias"]
+def test_a_checkpoint_of_another_model_is_told() -> None:
+    own = {name: tensor.shape for name, tensor in trained_tensors(FrozenBackbone()).items()}
+    check_same_model(own, own, Path("step-00000001"))
+    stored = {**own, "head.1.weight": torch.Size([3, 8]), "head.9.weight": torch.Size([1])}
+    del stored["head.0.bias"]
     with pytest.raises(CheckpointError) as caught:
-        load_trained_tensors(model, wrong)
+        check_same_model(own, stored, Path("step-00000001"))
     told = str(caught.value)
+    assert told.startswith("step-00000001 is of another model: ")
     assert "missing ['head.0.bias'], unknown ['head.9.weight'], other shape ['head.1.weight']" in told
-    assert torch.equal(model.head[1].bias, before)
+
+
+def test_a_run_refuses_another_model_and_changes_nothing(tmp_path: Path) -> None:
+    Trainer(FrozenBackbone(), toy_config(tmp_path, epochs=1), toy_data(16)).fit()
+    other = FrozenBackbone()
+    other.head = nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 3))
+    before = other.head[1].weight.clone()
+    with pytest.raises(CheckpointError, match=r"other shape \['head.1.bias', 'head.1.weight'\]"):
+        Trainer(other, toy_config(tmp_path, epochs=2), toy_data(16)).fit()
+    assert torch.equal(other.head[1].weight, before)
 
 
 def test_a_checkpoint_is_of_the_size_of_what_is_trained(tmp_path: Path) -> None:

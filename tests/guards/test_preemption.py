@@ -114,10 +114,10 @@ def test_asked_to_stop_all_ranks_save_and_go_on_later(
 def train_and_signal_while_saving(run_dir: Path) -> str:
     seal = store._seal
 
-    def disturbed(folder: Path) -> None:
+    def disturbed(folder: Path, files: store.Files) -> None:
         for number in STOP_SIGNALS:
             os.kill(os.getpid(), number)
-        seal(folder)
+        seal(folder, files)
 
     store._seal = disturbed
     return train(run_dir, Signalled(0, 2, signal.SIGTERM))

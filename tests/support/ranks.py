@@ -12,7 +12,12 @@ from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
 # torch's optimizers import torch._dynamo at their first step: seconds, in every process.
-_context.set_forkserver_preload(["roadwork_dist.build.experiment", "sklearn.metrics", "torch._dynamo"])
+_context.set_forkserver_preload(
+    [
+        *("roadwork_dist.build.experiment", "sklearn.metrics"),
+        *("torch._dynamo", "torch.distributed.checkpoint"),
+    ]
+)
 
 
 @dataclass(frozen=True)

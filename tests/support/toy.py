@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from roadwork_dist.checkpoint.tensors import StoredTensors
 from roadwork_dist.config.schema import CheckpointConfig, EmaConfig, OptimConfig, ScheduleConfig, TrainConfig
 from roadwork_dist.events.callback import Callback
 from roadwork_dist.training.trainer import Trainer
@@ -74,17 +76,18 @@ def lines(run_dir: Path) -> list[dict[str, Any]]:
     ]
 
 
-def newest_tensors(run_dir: Path) -> dict[str, Tensor]:
-    """Weights and averages of the newest checkpoint, and the best weights."""
-    from safetensors.torch import load_file
+def stored(checkpoint: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint, whole."""
+    source = StoredTensors(checkpoint)
+    return {name: source.whole(name) for name in source.shapes}
 
-    newest = max((run_dir / "checkpoints").glob("step-*"))
-    files = [
-        newest / "model.safetensors",
-        newest / "callbacks.safetensors",
-        *run_dir.glob("best/*.safetensors"),
-    ]
-    return {f"{path.parent.name}/{path.name}/{n}": t for path in files for n, t in load_file(path).items()}
+
+def newest_tensors(run_dir: Path) -> dict[str, Tensor]:
+    """Weights, moments and averages of the newest checkpoint, and the best weights."""
+    newest = max(path for path in (run_dir / "checkpoints").glob("step-*") if path.suffix == "")
+    best = run_dir.glob("best/*.safetensors")
+    tensors = {f"{newest.name}/{name}": tensor for name, tensor in stored(newest).items()}
+    return tensors | {f"best/{path.name}/{n}": t for path in best for n, t in load_file(path).items()}
 
 
 def weights(trainer: Trainer) -> dict[str, Tensor]:

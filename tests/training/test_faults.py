@@ -76,10 +76,10 @@ def test_an_infinite_gradient_is_skipped_too(tmp_path: Path) -> None:
 def fill_the_disk_after(saves: int) -> None:
     seal, calls = store._seal, iter(range(99))
 
-    def full(folder: Path) -> None:
+    def full(folder: Path, files: store.Files) -> None:
         if next(calls) >= saves:
             raise OSError(errno.ENOSPC, "No space left on device")
-        seal(folder)
+        seal(folder, files)
 
     store._seal = full
 
