@@ -1,40 +1,19 @@
 """Where pre-trained weights lie: a local folder, the hub's local cache, or the hub.
 
-The hub's client repeats a failed request five times with growing pauses, for each file; on a
-machine without network that is a minute of silence. One short probe decides beforehand whether
-the network is asked at all, so that a missing model fails at once and a cached one loads at once.
+Without network a missing model fails at once and a cached one loads at once.
 """
 
-import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from urllib.error import HTTPError
 
 from roadwork_dist.common.errors import BackboneError
-
-PROBE_SECONDS = 5.0
+from roadwork_dist.common.hub import hub_reachable
 
 
 def is_local(name: str) -> bool:
     """True if ``name`` is written as a path or is a folder that exists."""
     return name.startswith((".", "/", "~")) or Path(name).is_dir()
-
-
-def hub_reachable() -> bool:
-    """True if the hub answers one request within five seconds and offline mode is not set."""
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return False
-    try:
-        request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
-        with urllib.request.urlopen(request, timeout=PROBE_SECONDS):
-            return True
-    except HTTPError:
-        return True  # it answered, if only with an error status
-    except OSError:
-        return False
 
 
 def local_folder(name: str) -> Path:

@@ -1,5 +1,6 @@
 import json
 import pickle
+import urllib.request
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
@@ -209,6 +210,27 @@ def test_hub_id_is_loaded_by_split_and_failures_are_clear(monkeypatch: pytest.Mo
     for source in ("hf:owner/name", "hf:name:train"):
         with pytest.raises(DataError, match="expected hf:owner/name:split"):
             load(source)
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from huggingface_hub import constants
+
+    asked: list[str] = []
+
+    def no_network(request: urllib.request.Request, **_: Any) -> None:
+        asked.append(request.full_url)
+        raise OSError("no network in this test")
+
+    monkeypatch.setattr(urllib.request, "urlopen", no_network)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(DataError, match=r"^hf:owner/absent:train: cannot be loaded .*check the id and the"):
+        load("hf:owner/absent:train")
+    assert len(asked) == 1
+    assert "Retry" not in capfd.readouterr().err
+    assert not constants.HF_HUB_OFFLINE
 
 
 def coco_content() -> dict[str, Any]:

@@ -3,12 +3,14 @@
 Photos stay in the data set's memory-mapped file and are read by row, undecoded.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from roadwork_dist.common.errors import DataError
+from roadwork_dist.common.hub import hub_reachable
 from roadwork_dist.config.experiment import DataConfig
 from roadwork_dist.data.images import ImageSource, PngMask, as_image_source
 from roadwork_dist.data.manifest import Manifest, build_manifest, is_null
@@ -87,13 +89,28 @@ def read_hub(source: str, config: DataConfig) -> Manifest:
     import datasets
 
     def load() -> Any:
-        return datasets.load_dataset(repository, split=split)
+        with nullcontext() if hub_reachable() else _offline():
+            return datasets.load_dataset(repository, split=split)
 
     advice = (
         "a data set of the hub with that split: check the id and the network, log in with `hf auth login` "
         "if it is gated, or download it and give its folder"
     )
     return _manifest(_load(source, load, advice), source, None, config)
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """Look into the local cache only, instead of asking a hub that does not answer again and again."""
+    from datasets import config
+    from huggingface_hub import constants
+
+    was = constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE = was
 
 
 def _is_saved(folder: Path) -> bool:
