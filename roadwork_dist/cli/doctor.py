@@ -222,7 +222,6 @@ OPTIONAL = (
         "pip install bitsandbytes",
     ),
     ("wandb", "wandb", "--tracking.wandb.mode", "pip install 'roadwork-dist[wandb]'"),
-    ("TensorBoard", "tensorboard", "--tracking.tensorboard true", "pip install 'roadwork-dist[tensorboard]'"),
 )
 """Name, module, what it is for, how to get it."""
 

@@ -2,7 +2,6 @@
 
 from typing import TYPE_CHECKING, Any
 
-from roadwork_dist.common.optional import require
 from roadwork_dist.events.callback import Callback, Run
 from roadwork_dist.events.state import StepResult
 from roadwork_dist.tracking.figures import numbers, step_figures
@@ -12,14 +11,9 @@ if TYPE_CHECKING:
 
 
 class TensorBoard(Callback):
-    """Writes events to ``tensorboard/`` of the run folder (rank 0).
-
-    Raises:
-        MissingDependencyError: the package tensorboard is not installed.
-    """
+    """Writes events to ``tensorboard/`` of the run folder (rank 0)."""
 
     def __init__(self) -> None:
-        require("tensorboard", extra="tensorboard", purpose="tracking.tensorboard")
         self._writer: SummaryWriter | None = None
 
     def on_step_end(self, run: Run, result: StepResult) -> None:

@@ -81,7 +81,9 @@ def test_a_run_folder_holds_everything(photos: Path, finished: Path) -> None:
         "best",
         "predictions.parquet",
         "report.html",
+        "tensorboard",
     } <= names
+    assert list(finished.glob("tensorboard/events.*"))
     train_lines = [line for line in lines(finished) if line["kind"] == "train"]
     assert [line["step"] for line in train_lines] == list(range(1, 7))
     parts = {"loss", "loss/focal", "loss/consistency", "loss/dice", "lr", "grad_norm"}

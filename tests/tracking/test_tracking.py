@@ -22,6 +22,7 @@ from roadwork_dist.tracking.console import Console
 from roadwork_dist.tracking.jsonl import JsonLines
 from roadwork_dist.tracking.run_folder import make_run_folder
 from roadwork_dist.tracking.tensorboard import TensorBoard
+from roadwork_dist.tracking.wandb import WeightsAndBiases
 from roadwork_dist.training.trainer import Trainer
 
 RESULT = StepResult(
@@ -184,9 +185,9 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path: Path) -> None
 def test_a_missing_package_is_told_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
-    monkeypatch.setitem(sys.modules, "tensorboard", None)
-    with pytest.raises(MissingDependencyError, match=r"pip install 'roadwork-dist\[tensorboard\]'"):
-        TensorBoard()
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'roadwork-dist\[wandb\]'"):
+        WeightsAndBiases(WandbConfig(mode="offline"))
 
 
 def train_with_wandb(folder: Path) -> None:
