@@ -29,7 +29,12 @@ def check_source(source: str, config: ExperimentConfig, say: Say) -> list[str]:
     """
     problems: list[str] = []
     with _quiet():
-        _checked("train", source, config, say, problems, setting="SOURCE")
+        manifest = _checked("train", source, config, say, problems, setting="SOURCE")
+    if manifest is not None and (manifest.labels == UNLABELLED).all():
+        say(
+            f"  no row has a label (column {config.data.columns.label!r}): these photos can be predicted "
+            "and be a data.target, but not be trained or evaluated on"
+        )
     return problems
 
 

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from itertools import takewhile
+from pathlib import Path
 from typing import NoReturn
 
 from roadwork_dist.common.errors import ConfigError
@@ -14,6 +15,19 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, prog: str, description: str) -> None:
         super().__init__(prog=prog, description=description, allow_abbrev=False)
+
+    def add_run(self, threshold: str) -> None:
+        """The arguments of a command that looks at a run: its folder, and the decision threshold.
+
+        Args:
+            threshold: what the threshold is without the option.
+        """
+        self.add_argument("run", metavar="RUN", type=Path, help="run folder, or its best/")
+        self.add_argument(
+            "--threshold",
+            type=probability,
+            help=f"probability above which a photo is called roadwork (default: {threshold})",
+        )
 
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
         """Parse.

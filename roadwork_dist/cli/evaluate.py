@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from roadwork_dist.cli.arguments import Parser, probability
+from roadwork_dist.cli.arguments import Parser
 from roadwork_dist.cli.runs import run_folder
 
 
@@ -15,7 +15,7 @@ def run(arguments: Sequence[str]) -> int:
         "with labels. Figures come with 95 % bootstrap intervals. Paths of the run's config.yaml start "
         "from the present folder.",
     )
-    parser.add_argument("run", metavar="RUN", type=Path, help="run folder")
+    parser.add_run("the one chosen on val")
     parser.add_argument(
         "--data",
         metavar="SOURCE",
@@ -23,11 +23,6 @@ def run(arguments: Sequence[str]) -> int:
     )
     parser.add_argument(
         "--image_root", metavar="DIR", help="folder that relative image paths of SOURCE start from"
-    )
-    parser.add_argument(
-        "--threshold",
-        type=probability,
-        help="probability above which a photo is called roadwork (default: the one chosen on val)",
     )
     parser.add_argument(
         "--output",

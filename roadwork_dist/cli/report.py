@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from roadwork_dist.cli.arguments import Parser, probability
+from roadwork_dist.cli.arguments import Parser
 from roadwork_dist.cli.runs import run_config, run_folder
 
 if TYPE_CHECKING:
@@ -19,10 +19,7 @@ def run(arguments: Sequence[str]) -> int:
         "shown with their views where the photos still lie where the run found them (paths of its "
         "config.yaml start from the present folder).",
     )
-    parser.add_argument("run", metavar="RUN", type=Path, help="run folder")
-    parser.add_argument(
-        "--threshold", type=probability, help="decision threshold (default: the best one on val)"
-    )
+    parser.add_run("the best one on val")
     options = parser.parse(arguments)
     folder = run_folder(options.run)
     from roadwork_dist.cli.logs import set_up_logging

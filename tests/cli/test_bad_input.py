@@ -90,6 +90,16 @@ def test_a_wrong_table_stops(
     assert says in line
 
 
+def test_a_source_without_labels_is_said_to_be_of_little_use(
+    data: SyntheticSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = "no row has a label (column 'label'): these photos can be predicted"
+    for name, spoil in (("none", drop("label")), ("some", change(1, label=""))):
+        table = write_rows(tmp_path / f"{name}.csv", spoil(rows_of(data.train)))
+        assert main(["data", "check", str(table)]) == 0
+        assert (told in capsys.readouterr().out) == (name == "none")
+
+
 def test_an_empty_split_stops(data: SyntheticSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     empty = tmp_path / "val.csv"
     empty.write_text("image,label\n")
