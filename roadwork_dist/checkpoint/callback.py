@@ -47,6 +47,7 @@ class Checkpointer(Callback):
         self._frozen = ""
         self._shapes: dict[str, torch.Size] = {}
         self._figure: float | None = None
+        self._planned: int | None = None
         self._group: dist.ProcessGroup | None = None
 
     def store(self, run: Run) -> CheckpointStore:
@@ -56,6 +57,8 @@ class Checkpointer(Callback):
     def on_setup(self, run: Run) -> None:
         """Learn who the frozen weights are and what is trained, while all is whole."""
         run.model.train()
+        if self._frozen:
+            return  # fit() was called before, and by now the model may be sharded
         self._frozen = frozen_identity(run.model)
         self._shapes = {name: tensor.shape for name, tensor in trained_tensors(run.model).items()}
 
@@ -66,7 +69,7 @@ class Checkpointer(Callback):
             ConfigError: ``resume`` is ``never`` and the folder holds a checkpoint.
             CheckpointError: the checkpoint belongs to another model or another order of rows.
         """
-        self._group = host_group()  # every rank starts
+        self._group = self._group or host_group()  # every rank starts
         store = self.store(run)
         if run.config.resume == "never":
             # Unreadable ones too: they are somebody's run.
@@ -91,7 +94,28 @@ class Checkpointer(Callback):
         is_epoch_end = run.state.step_in_epoch == run.steps_per_epoch
         is_due = every and run.state.step % every == 0 and not is_epoch_end and not result.skipped
         if is_due or result.interrupted:
-            self._save(run)
+            self._save(run, planned=bool(is_due))
+
+    def on_rewind(self, run: Run) -> None:
+        """Put weights, moments and observers' tensors back; nothing happens before the first checkpoint.
+
+        Back to the last planned checkpoint: one that was saved because the run was asked to stop is not
+        there in a run that was not, and both are to end alike.
+        """
+        store = self.store(run)
+        # Every rank must go back to the same one, so one looks and tells.
+        found = on_main(lambda: store.verified(self._planned) or store.newest(), self._group)
+        if found is not None:
+            self._load_tensors(run, StoredTensors(found))
+        logger.warning("back to %s", found.name if found else "nothing: there is no checkpoint yet")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Step of the last checkpoint that was not saved because the run was asked to stop."""
+        return {"planned": self._planned}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take a :meth:`state_dict` over."""
+        self._planned = state.get("planned")
 
     def on_validation_end(self, run: Run, metrics: dict[str, float], improved: bool) -> None:
         """Remember the monitored figure, to be found in the epoch's checkpoint."""
@@ -99,9 +123,11 @@ class Checkpointer(Callback):
 
     def on_epoch_end(self, run: Run) -> None:
         """Save with the validation behind it."""
-        self._save(run)
+        self._save(run, planned=True)
 
-    def _save(self, run: Run) -> None:
+    def _save(self, run: Run, *, planned: bool) -> None:
+        if planned:
+            self._planned = run.state.step
         # Every rank reaches all of this: engines gather in their tensors, and every rank writes.
         tensors = stored_tensors(run)
         state = json.dumps(self._state(run), indent=1)
@@ -111,6 +137,7 @@ class Checkpointer(Callback):
             run.state.step,
             lambda folder: _write(folder, tensors, state, rng, self._group),
             best_step=best,
+            spared=self._planned,
             group=self._group,
         )
 
@@ -136,13 +163,16 @@ class Checkpointer(Callback):
         source = StoredTensors(folder)
         check_same_model(self._shapes, Below("model/", source).shapes, folder)
         run.load_state_dict(state)
+        self._load_tensors(run, source)
+        self._load_rng(run, folder)
+
+    def _load_tensors(self, run: Run, source: StoredTensors) -> None:
         engine = run.engine
         engine.fill(engine.weights(), source, "model/")
         engine.weights_changed()
         Below("model/", source).read(trained_buffers(run.model))
         engine.load_moments(source, "optimizer/")
         run.load_tensors(Below("callbacks/", source))
-        self._load_rng(run, folder)
 
     def _load_rng(self, run: Run, folder: Path) -> None:
         path = folder / _rng_file(rank())

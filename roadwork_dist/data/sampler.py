@@ -2,7 +2,9 @@
 
 The unit is the optimizer step. Its rows (micro-batch x accumulation x ranks, fewer in the last step
 of an epoch) are fixed before they are dealt out, so a step trains on the same rows whatever the
-number of processes, and can be started at without reading what comes before.
+number of processes, and can be started at without reading what comes before. A run that goes on with
+another number of processes keeps the rows of its steps: they are dealt out as evenly as they can be, in
+micro-batches that are no larger than before.
 """
 
 from collections.abc import Iterator, Sequence
@@ -45,6 +47,8 @@ class Sampler:
         seed: order of the rows.
         weights: chance of each row, for drawing with replacement (an epoch has ``length`` draws);
             None = every row once, shuffled.
+        effective_batch: rows of a full optimizer step over all ranks; None = ``batch_size`` x
+            ``accumulation`` x ``world_size``.
 
     Raises:
         ConfigError: the data set is empty or the weights do not fit it.
@@ -57,6 +61,7 @@ class Sampler:
     world_size: int = 1
     seed: int = 0
     weights: Sequence[float] | None = None
+    effective_batch: int | None = None
 
     def __post_init__(self) -> None:
         if self.length < 1:
@@ -78,7 +83,7 @@ class Sampler:
     @property
     def rows_per_step(self) -> int:
         """Rows of a full optimizer step over all ranks (the effective batch)."""
-        return self.batch_size * self.accumulation * self.world_size
+        return self.effective_batch or self.batch_size * self.accumulation * self.world_size
 
     @property
     def steps_per_epoch(self) -> int:

@@ -53,6 +53,7 @@ class Console(Callback):
             self._progress.update(
                 self._progress.task_ids[0],
                 completed=run.state.step,
+                total=run.total_steps,  # may be known better once a checkpoint is loaded
                 epoch=run.state.epoch + 1,
                 loss=f"{result.loss:.4f}",
                 wait=f"{result.data_wait:.0%}",

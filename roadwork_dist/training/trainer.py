@@ -4,7 +4,6 @@ fit → _train_epoch → OptimizerStep: three hops to ``optimizer.step()``. Ever
 loop itself (averaging, checkpoints, figures on disk and screen) observes it as a callback.
 """
 
-import hashlib
 import logging
 import math
 import time
@@ -17,10 +16,9 @@ from itertools import tee
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
 from torch import Tensor, nn
 
-from roadwork_dist.common.errors import CheckpointError, ConfigError, NonFiniteLossError
+from roadwork_dist.common.errors import ConfigError, NonFiniteLossError
 from roadwork_dist.common.random import seed_everything
 from roadwork_dist.config.schema import TrainConfig
 from roadwork_dist.data.loader import MapDataset, check_map_style, ids_digest, load_batches, sample_id
@@ -38,6 +36,8 @@ from roadwork_dist.optim.schedules import Schedule
 from roadwork_dist.training.averaging import EmaCallback
 from roadwork_dist.training.defaults import all_callbacks
 from roadwork_dist.training.passes import PassResult, run_pass
+from roadwork_dist.training.row_plan import keep_row_plan, row_plan
+from roadwork_dist.training.spikes import SpikeGuard
 from roadwork_dist.training.step import LoadedBatch, OptimizerStep, moving_buffers
 from roadwork_dist.training.task import ClassificationTask, Task, operations_of
 
@@ -139,6 +139,7 @@ class Trainer:
         Raises:
             ConfigError: this Trainer has trained already, and an error came before its first checkpoint.
             NonFiniteLossError: too many steps in a row had a loss that is not finite.
+            LossSpikeError: the loss rose far above what it was, and ``spike.action`` says to stop.
             InterruptedRunError: some rank was asked to stop; its state is saved.
             CheckpointError: training state cannot be written.
             RunLockedError: another run uses the run folder.
@@ -177,7 +178,7 @@ class Trainer:
                 "is nothing exact to go on from: make a new model and a new Trainer; "
                 "checkpoint.every_steps saves more often"
             )
-        self.optimizer.zero_grad(set_to_none=True)  # of a step that was not finished
+        self.engine.forget_gradients()  # of a step that was not finished
 
     def _tell_exception(self, error: BaseException) -> None:
         for callback in self.callbacks:
@@ -204,10 +205,12 @@ class Trainer:
             loaded = [LoadedBatch(next(batches), m.indices, m.is_filler) for m in micro_batches]
             waited = time.perf_counter() - started
             self._is_off_record = True
-            result = step(loaded, self.schedule.lr_at(state.step), lambda: self.interrupt_requested)
+            result = step(
+                loaded, self.schedule.lr_at(state.step), lambda: self.interrupt_requested, self._is_spike
+            )
             state.step += 1
             state.step_in_epoch += 1
-            state.nonfinite_streak = state.nonfinite_streak + 1 if result.skipped else 0
+            state.nonfinite_streak = state.nonfinite_streak + 1 if result.skipped and not result.spike else 0
             seconds = time.perf_counter() - started
             result = replace(
                 result,
@@ -250,6 +253,18 @@ class Trainer:
         loaded = self._load(data, batches)
         return run_pass(self.engine.evaluate, self.task, loaded, self.accelerator.device, counted=counted)
 
+    def use_micro_batches(self, batch_size: int) -> None:
+        """Deal the rows of every step out in micro-batches of this size; before the engine is made.
+
+        Raises:
+            ValueError: it does not divide this rank's rows of a step.
+        """
+        accumulation, rest = divmod(self.config.batch_size * self.config.accumulation, batch_size)
+        if rest:
+            raise ValueError(f"micro-batches of {batch_size} rows do not divide a step's rows")
+        self.config = replace(self.config, batch_size=batch_size, accumulation=accumulation)
+        self.sampler = replace(self.sampler, batch_size=batch_size, accumulation=accumulation)
+
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Take over whole tensors by name: all trained parameters, and buffers that are among them.
 
@@ -284,8 +299,11 @@ class Trainer:
         name = self.config.monitor
         return -metrics[name[1:]] if name.startswith("-") else metrics[name]
 
+    def _is_spike(self, loss: float) -> bool:
+        return any(c.is_spike(loss) for c in self.callbacks if isinstance(c, SpikeGuard))
+
     def _stop_if_diverged(self, result: StepResult) -> None:
-        if not result.skipped:
+        if not result.skipped or result.spike:
             return
         ids = ", ".join(self.sample_ids(result.bad_rows[:8]))
         logger.warning(
@@ -310,6 +328,10 @@ class Trainer:
         """Hand figures to every observer."""
         self._emit("on_figures", kind, figures)
 
+    def rewind(self) -> None:
+        """Put weights, moments and averages back to the last checkpoint; all ranks call it together."""
+        self._emit("on_rewind")
+
     def sample_ids(self, rows: Sequence[int]) -> list[str]:
         """Ids of rows of the training data: its ``sample_id(row)`` where it has one, else the row."""
         return [sample_id(self.train_data, row) for row in rows]
@@ -318,7 +340,7 @@ class Trainer:
         """Loop state, what the order of rows depends on, and every callback's state; JSON-able."""
         return {
             "state": self.state.state_dict(),
-            "rows": self._row_plan(),
+            "rows": row_plan(self.sampler, self._ids_digest),
             "callbacks": {name: c.state_dict() for name, c in self._named_callbacks()},
         }
 
@@ -328,15 +350,8 @@ class Trainer:
         Raises:
             CheckpointError: the order of rows was another one, so its place in the epoch means nothing.
         """
-        was, now = state["rows"], self._row_plan()
-        changed = [
-            f"{name} was {was.get(name)}, is {now[name]}" for name in now if was.get(name) != now[name]
-        ]
-        if changed:
-            raise CheckpointError(
-                f"cannot go on from the checkpoint in {self.run_dir}: {'; '.join(changed)}; set it back, "
-                "or train into another output_dir"
-            )
+        self.sampler = keep_row_plan(self.sampler, self._ids_digest, state["rows"], self.run_dir)
+        self.schedule = Schedule(self.config.optim.lr, self.total_steps, self.config.schedule)
         self.state.load_state_dict(state["state"])
         self._is_off_record = False
         self.state.should_stop = self._is_stale()  # the patience may be another one now
@@ -367,17 +382,3 @@ class Trainer:
     @cached_property
     def _ids_digest(self) -> str:
         return ids_digest(self.train_data)
-
-    def _row_plan(self) -> dict[str, int | str]:
-        weights = self.sampler.weights
-        return {
-            "digest of the sampling weights": "none" if weights is None else _digest(weights),
-            "rows of the training data": self.sampler.length,
-            "digest of the rows' ids": self._ids_digest,
-            "seed": self.config.seed,
-            "rows per optimizer step (batch_size x accumulation x processes)": self.sampler.rows_per_step,
-        }
-
-
-def _digest(weights: Sequence[float]) -> str:
-    return hashlib.sha256(np.asarray(weights, dtype=np.float64).tobytes()).hexdigest()[:12]

@@ -70,6 +70,25 @@ def test_a_step_has_the_same_rows_whatever_deals_them(
 
 
 @fast
+@given(lengths, small, small, small, small)
+def test_another_number_of_ranks_shares_the_rows_of_each_step(
+    length: int, batch: int, accumulation: int, world: int, others: int
+) -> None:
+    rows = batch * accumulation * world
+    whole = plan(length, rows, 1, 1)[0]
+    ranks = [
+        list(Sampler(length, batch, accumulation, r, others, seed=3, effective_batch=rows).steps(0))
+        for r in range(others)
+    ]
+    for dealt, expected in zip(zip(*ranks, strict=True), whole, strict=True):
+        assert len({len(micros) for micros in dealt}) == 1
+        assert all(len(micro.indices) <= batch for micro in chain.from_iterable(dealt))
+        shares = [own_rows(micros) for micros in dealt]
+        assert list(chain.from_iterable(shares)) == own_rows(expected)
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1  # 32 rows on 3 ranks: 11, 11, 10
+
+
+@fast
 @given(lengths, small, small, small, st.data())
 def test_starting_at_a_step_gives_the_tail(
     length: int, batch: int, accumulation: int, world: int, data: st.DataObject
