@@ -139,6 +139,8 @@ class TrainConfig:
     """Rows per process and micro-batch."""
     accumulation: int = 1
     """Micro-batches per optimizer step."""
+    batch_size_search: Literal["off", "largest"] = "off"
+    """``largest`` tries how many rows fit and deals batch_size x accumulation out in as few parts."""
     workers: int = 0
     """Loader processes per training process."""
     precision: Literal["fp32", "bf16"] = "fp32"

@@ -15,6 +15,7 @@ from roadwork_dist.tracking.health import Health
 from roadwork_dist.tracking.jsonl import JsonLines
 from roadwork_dist.tracking.run_folder import ResolvedConfig, RunFolder
 from roadwork_dist.training.averaging import EmaCallback
+from roadwork_dist.tuning.batch_size import BatchSizeSearch
 
 
 def all_callbacks(config: TrainConfig, own: Sequence[Callback] = ()) -> list[Callback]:
@@ -26,6 +27,8 @@ def all_callbacks(config: TrainConfig, own: Sequence[Callback] = ()) -> list[Cal
     A request to stop is answered last, when all is saved.
     """
     callbacks: list[Callback] = [RunFolder(), RunLock(), LauncherWatch()]
+    if config.batch_size_search == "largest":
+        callbacks.append(BatchSizeSearch())
     if config.hang_timeout:
         callbacks.append(HangWatch(config.hang_timeout))
     if config.ema.enabled:

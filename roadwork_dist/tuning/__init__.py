@@ -1,0 +1,1 @@
+"""Floor 5: settings that are found by trying."""
