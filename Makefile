@@ -57,8 +57,8 @@ docs: $(DEV) ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 check: lint types docs ## all that CI checks besides tests
-	@if command -v shellcheck >/dev/null; then shellcheck .ci/run && echo "shellcheck: fine"; else \
-		echo "shellcheck is not installed, so .ci/run was not checked: sudo apt-get install shellcheck"; fi
+	@if command -v shellcheck >/dev/null; then shellcheck -x .ci/run launch/*.slurm launch/lib.sh && echo "shellcheck: fine"; else \
+		echo "shellcheck is not installed, so no script was checked: sudo apt-get install shellcheck"; fi
 
 install: $(PLAIN) ## make .venv and install the package
 install-dev: $(DEV) ## make .venv and install the package with what development needs

@@ -34,7 +34,7 @@ train() {
     logs=$(mkdir -p "${ROADWORK_DIST_LOGS:-logs}" && cd "${ROADWORK_DIST_LOGS:-logs}" && pwd)/$SLURM_JOB_NAME-$job
     signs=$logs/.start-$start # where the nodes leave word for this shell
     mkdir -p "$signs"
-    rm -f "$signs"/* # a job number that was used before
+    rm -rf "${signs:?}"/* # a job number that was used before
     find_python
     read_topology
     choose_engine
@@ -127,7 +127,7 @@ choose_entry() {
 }
 
 describe() {
-    say "job $job ($SLURM_JOB_NAME), start $start: $processes processes on $nodes nodes ($SLURM_JOB_NODELIST), \
+    say "job $job ($SLURM_JOB_NAME), start $start: $processes processes on $nodes node(s) ($SLURM_JOB_NODELIST), \
 $gpus GPUs a node, meeting at $head:$port"
     say "engine $engine"
     say "settings: ${*:-(none: the demo preset)}"
@@ -159,7 +159,10 @@ start_tasks() {
             trap : TERM
             (trap "" USR1 TERM && exec accelerate launch --machine_rank "$SLURM_NODEID" "$@") &
             while code=0; wait $! || code=$?; kill -0 $! 2>/dev/null; do :; done
-            ((code == 0)) || echo "$code" >"$ROADWORK_DIST_SIGNS/failed-$SLURMD_NODENAME"
+            ((code == 0)) || echo "$SLURMD_NODENAME" >"$ROADWORK_DIST_SIGNS/failed-$SLURM_NODEID"
+            if ((code != 0)) && [[ -e $ROADWORK_DIST_SIGNS/asked ]]; then
+                echo "Asked to stop: ranks that end with 75 have saved. To torchrun that is a failure (above)."
+            fi
             exit "$code"
         ' task "${options[@]}" "${entry[@]}" "$@" &
     tasks=$!
@@ -199,23 +202,42 @@ checkpoint before"
 
 finish() {
     if ((code == 0)); then
+        rm -rf "$signs" # with torchrun's own copies of what the ranks said
         say "done"
         exit 0
     elif [[ -n $cancelled ]]; then
         say "ended by SLURM; submit again to go on from the newest checkpoint"
         exit "$EXIT_INTERRUPTED"
     elif [[ -n $asked ]]; then
-        told | grep -m 1 'state saved' || say "WARNING: no rank said that it saved; see $logs/start-$start-task-*.log"
-        if scontrol requeue "$job"; then
-            say "requeued: starts again, and goes on from the newest checkpoint, when SLURM has room"
-            # SLURM ends this shell now; the code counts if it does not.
-            sleep 60 & wait $!
-        fi
+        local saved
+        saved=$(told | grep 'state saved' | head -n 1 || true)
+        say "all ranks have stopped (srun calls that an error): ${saved:-WARNING: none said that it saved, see \
+$logs/start-$start-task-*.log}"
+        trap '' TERM
+        say "requeueing: starts again when SLURM has room, minutes at the earliest, from the newest checkpoint"
+        if scontrol requeue "$job"; then sleep 60; fi # SLURM ends this shell
         say "NOT requeued (--no-requeue?): submit again to go on from the newest checkpoint"
         exit "$EXIT_INTERRUPTED"
     fi
-    say "FAILED with exit code $code"
+    tell_failure
     exit "$code"
+}
+
+# Which nodes ended by themselves, and each rank's last error; those that only lost a peer stand last.
+tell_failure() {
+    say "FAILED with exit code $code"
+    local sign
+    for sign in "$signs"/failed-*; do
+        [[ -e $sign ]] || continue # all were killed: out of memory, scancel
+        local log=("$logs/start-$start-task-${sign##*-}"-*.log)
+        # What torchrun says of the first rank that ended on that node.
+        say "failed on $(<"$sign"): $(awk '/Root Cause/ { n = 1 } n && /rank +:|exitcode +:/ { $1 = $1; print }' \
+            "${log[@]}" | paste -sd ' '), see ${log[*]}"
+    done
+    local errors peers='gloo|NCCL|TCPStore|DistNetworkError|onnection (closed|reset|refused)|aborted'
+    errors=$(told | grep -E '^\[rank [0-9]+\] ([A-Za-z_.]*(Error|Exception)\b|error:)' |
+        awk '{ last[$2] = $0 } END { for (rank in last) print last[rank] }' | sort -V || true)
+    { grep -vE "$peers" <<<"$errors" || true; grep -E "$peers" <<<"$errors" || true; } | head -n 16
 }
 
 told() { cat "$logs/start-$start-task"-*.log 2>/dev/null; }

@@ -49,7 +49,7 @@ class Site:
 
     def finish(self, job: str) -> list[str]:
         """States of the tasks, once all are over."""
-        return self.cluster.wait(job, timeout=300)
+        return self.cluster.wait(job, timeout=120)
 
     def until(self, condition: Callable[[], bool]) -> None:
         """Wait for something that the job does."""

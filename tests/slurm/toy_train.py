@@ -11,10 +11,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from roadwork_dist.common.errors import InterruptedRunError
 from roadwork_dist.events.callback import Callback
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 from support.toy import NoisyData, toy_config, toy_data, toy_model
 
 from roadwork_dist.training.trainer import Trainer
@@ -57,6 +59,9 @@ def main() -> int:
     except InterruptedRunError as error:
         print(f"error: {error}", file=sys.stderr)
         return 75
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     return 0
 
 

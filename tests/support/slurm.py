@@ -76,7 +76,7 @@ class SlurmCluster:
     def __init__(self, base: Path, nodes: int = 2, gpus: int = 2) -> None:
         self.base, self.nodes, self.gpus = base, nodes, gpus
         self._daemons: list[tuple[str, subprocess.Popen[bytes]]] = []
-        # Only what a shell on a login node has: a job of SLURM or torchrun around pytest must not shine through.
+        # A job of SLURM or torchrun that pytest itself runs in must not shine through.
         foreign = ("SLURM_", "PMI_", "OMPI_", "TORCHELASTIC_", "ACCELERATE_", "ROADWORK_DIST_")
         self.environment = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
         self.environment |= {"SLURM_CONF": str(base / "slurm.conf"), "PATH": _PATH}
