@@ -6,8 +6,10 @@ The other honest way, an inner validation set that chooses the epoch, would cost
 need a cross-validation a fifth of their few positives, for a choice that a handful of photos makes.
 """
 
+import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +28,11 @@ from roadwork_dist.build.experiment import (
     write_evaluation,
 )
 from roadwork_dist.build.preflight import check_recipe
-from roadwork_dist.checkpoint.best import export_model
-from roadwork_dist.common.errors import ConfigError
+from roadwork_dist.common.errors import CheckpointError, ConfigError
 from roadwork_dist.common.files import write_atomic
-from roadwork_dist.config.experiment import ExperimentConfig
-from roadwork_dist.config.io import to_yaml
+from roadwork_dist.config.experiment import EvalConfig, ExperimentConfig
+from roadwork_dist.config.io import load_experiment, to_yaml
+from roadwork_dist.config.schema import CheckpointConfig, TrackingConfig
 from roadwork_dist.data.dataset import RoadworkDataset, Row, collate
 from roadwork_dist.data.manifest import Manifest
 from roadwork_dist.data.sources import load_manifest
@@ -40,12 +42,13 @@ from roadwork_dist.engine.collectives import broadcast_object
 from roadwork_dist.evaluation.predictions import OUT_OF_FOLD, write_predictions
 from roadwork_dist.evaluation.report import report_from_run
 from roadwork_dist.models.backbone import Backbone, load_backbone
+from roadwork_dist.models.pretrained import CONFIG_FILE, read_config, read_weights
 from roadwork_dist.tracking.run_folder import make_run_folder
 from roadwork_dist.training.trainer import Trainer
 
 FOLDS_FILE = "folds.json"
-LAST = "last"
-"""Folder of a fold's run folder that holds the weights it answers with."""
+BEST = "best"
+"""Folder of a fold's run folder that holds the weights it answers with: the averaged last ones."""
 
 
 class RowsOf(Dataset[Row]):
@@ -95,7 +98,7 @@ def run_crossval(config: ExperimentConfig) -> Path:
     """Train one model a fold (or go on with it) and evaluate what each says of the photos it never saw.
 
     Every rank runs this. The run folder gets ``folds.json``, a run folder ``fold-k`` for each fold with
-    the weights it answered with in ``last/``, and, by rank 0, ``predictions.parquet`` (split
+    the weights it answered with in ``best/``, and, by rank 0, ``predictions.parquet`` (split
     ``out-of-fold``), ``evaluation.json`` and ``report.html``; the figures are printed.
 
     Returns:
@@ -146,7 +149,12 @@ def build_crossval(config: ExperimentConfig) -> CrossValidation:
 
 
 def _check_settings(config: ExperimentConfig) -> None:
-    """Refuse what would be ignored, or would carry what one fold learnt to the next."""
+    """Refuse what would be ignored or overwritten, or would carry what one fold learnt to the next."""
+    if config.resume == "never" and any(Path(config.output_dir).glob("fold-*")):
+        raise ConfigError(
+            f"resume is 'never' but {config.output_dir} holds folds: choose another output_dir, delete the "
+            "folder, or leave resume at 'auto'"
+        )
     given = [name for name in ("val", "target") if getattr(config.data, name) is not None]
     if given:
         raise ConfigError(
@@ -190,19 +198,79 @@ def deal_folds(config: ExperimentConfig, manifest: Manifest, path: Path, acceler
 def run_fold(crossval: CrossValidation, fold: int) -> list[dict[str, Any]]:
     """Train without a fold's photos, then answer them: rows of ``predictions.parquet``.
 
-    A collective. A finished fold is loaded and answers again, the same to the bit.
+    A collective. A finished fold keeps its weights and no training state; they answer again, the same to
+    the bit.
     """
     trainer = fold_trainer(crossval, fold)
-    trainer.fit()
+    is_main = crossval.accelerator.is_main_process
+    # Rank 0 looks for all: it also deletes what it looks at.
+    is_finished = broadcast_object(_is_finished(trainer.run_dir) if is_main else False)
+    if is_finished:
+        _check_finished(crossval, trainer)
+        trainer.load_weights(read_weights(trainer.run_dir / BEST))
+    else:
+        trainer.fit()
     held_out = np.flatnonzero(crossval.fold_of_row == fold).tolist()
-    with trainer.averaged():
+    with nullcontext() if is_finished else trainer.averaged():
         answers = trainer.evaluate(RowsOf(crossval.plain, held_out)).rows
-        export_model(trainer.model, trainer.engine, trainer.run_dir / LAST)
-    if crossval.accelerator.is_main_process:
+    crossval.accelerator.wait_for_everyone()  # no rank reads a checkpoint any more
+    if is_main:
+        _drop_checkpoints(trainer.run_dir)
+    if is_main:
         figures = "  ".join(f"{name} {value:.4f}" for name, value in trainer.task.metrics(answers).items())
         print(f"fold {fold}: {len(held_out)} photos held out  {figures}", flush=True)
     rows = prediction_rows(crossval.plain.manifest, answers, OUT_OF_FOLD)
     return [{**row, "fold": fold} for row in rows]
+
+
+def _is_finished(run_dir: Path) -> bool:
+    return (run_dir / BEST / CONFIG_FILE).is_file() and not (run_dir / "checkpoints").exists()
+
+
+def _drop_checkpoints(run_dir: Path) -> None:
+    """Delete the training state of a finished fold; all of it or, after a kill, none that counts."""
+    folder, dropped = run_dir / "checkpoints", run_dir / ".checkpoints-dropped"
+    shutil.rmtree(dropped, ignore_errors=True)
+    if folder.exists():
+        folder.rename(dropped)
+        shutil.rmtree(dropped, ignore_errors=True)
+
+
+def _check_finished(crossval: CrossValidation, trainer: Trainer) -> None:
+    """Refuse weights of a finished fold that the present settings would not give.
+
+    Raises:
+        ConfigError: settings that decide about weights are others now.
+        CheckpointError: the backbone is another one.
+    """
+    was, now = _decisive(load_experiment(trainer.run_dir / "config.yaml")), _decisive(crossval.config)
+    changed = [item.name for item in fields(now) if getattr(was, item.name) != getattr(now, item.name)]
+    if changed:
+        raise ConfigError(
+            f"{trainer.run_dir} was finished with other settings of {', '.join(changed)}: set them back (its "
+            "config.yaml tells), or choose another output_dir"
+        )
+    trained_on = read_config(trainer.run_dir / BEST).backbone.get("sha256")
+    if trained_on != crossval.backbone.identity:
+        raise CheckpointError(
+            f"{trainer.run_dir} was finished on other weights of {crossval.backbone.name}: use the same "
+            "ones, or choose another output_dir"
+        )
+
+
+def _decisive(config: ExperimentConfig) -> ExperimentConfig:
+    """Settings without those that no weight depends on."""
+    return replace(
+        config,
+        output_dir="",
+        resume="auto",
+        workers=0,
+        device="auto",
+        checkpoint=CheckpointConfig(),
+        tracking=TrackingConfig(),
+        eval=EvalConfig(),
+        features=replace(config.features, dir=""),
+    )
 
 
 def fold_trainer(crossval: CrossValidation, fold: int) -> Trainer:

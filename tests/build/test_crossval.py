@@ -13,9 +13,9 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support.ranks import run, spawn
-from support.toy import assert_same_tensors, lines, newest_tensors
+from support.toy import assert_same_tensors, lines
 
 from roadwork_dist.build import crossval
 from roadwork_dist.common.errors import ConfigError, DataError
@@ -26,6 +26,7 @@ from roadwork_dist.evaluation.predictions import read_predictions
 from roadwork_dist.events.callback import Callback
 
 FOLDS, PHOTOS = 3, 24
+OTHERS = ("--epochs=3", "--optim.lr=1e-5", "--workers=1", "--eval.bootstrap=200", "--checkpoint.keep=2")
 ONE_OR_TWO = ("--model.dropout=0",)  # processes draw other masks than one process
 
 
@@ -138,14 +139,17 @@ def test_figures_and_report_are_out_of_fold(photos: Path, finished: Path) -> Non
     assert load_experiment(finished / "config.yaml") == config_of(photos, finished)
 
 
-def test_a_fold_answers_with_its_averaged_last_weights(finished: Path) -> None:
-    checkpoint = max((finished / "fold-2" / "checkpoints").glob("step-*"))
-    saved = load_file(checkpoint / "callbacks.safetensors")
-    average = {name.removeprefix("EmaCallback/"): t for name, t in saved.items()}
-    last = load_file(finished / "fold-2" / "last" / "model.safetensors")
-    trained = {name: tensor for name, tensor in last.items() if name in average}
-    assert trained
-    assert_same_tensors(trained, {name: average[name] for name in trained})
+def average_third_fold(photos: Path, run_dir: Path) -> None:
+    trainer = crossval.fold_trainer(crossval.build_crossval(config_of(photos, run_dir)), 2).fit()
+    with trainer.averaged():
+        save_file(dict(trainer.model.named_parameters()), run_dir / "average.safetensors")
+
+
+def test_a_fold_answers_with_its_averaged_last_weights(photos: Path, finished: Path, tmp_path: Path) -> None:
+    run(average_third_fold, photos, tmp_path)
+    average = load_file(tmp_path / "average.safetensors")
+    kept = load_file(finished / "fold-2" / "best" / "model.safetensors")
+    assert_same_tensors({name: kept[name] for name in average}, average)
 
 
 def test_held_out_labels_change_nothing_that_is_said_of_their_photos(
@@ -178,13 +182,14 @@ def test_killed_in_a_fold_and_started_again_it_ends_the_same(
     assert any(e.code == -signal.SIGKILL for e in exits), exits
     assert not (tmp_path / "predictions.parquet").exists()
     assert not (tmp_path / "fold-2").exists()
-    first_fold = {p: p.stat().st_mtime_ns for p in (tmp_path / "fold-0" / "checkpoints").rglob("*")}
+    first_fold = {p: p.stat().st_mtime_ns for p in (tmp_path / "fold-0").rglob("*")}
     run(cross_validate, photos, tmp_path, *overrides, world_size=world_size)
-    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "fold-0" / "checkpoints").rglob("*")} == first_fold
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "fold-0").rglob("*")} == first_fold
     for fold in range(FOLDS):
         ours, theirs = tmp_path / f"fold-{fold}", reference / f"fold-{fold}"
         assert lines(ours) == lines(theirs)
-        assert_same_tensors(newest_tensors(ours), newest_tensors(theirs))
+        names = [f"{name}/best/model.safetensors" for name in (ours, theirs)]
+        assert_same_tensors(*map(load_file, names))
     assert logits(tmp_path).equals(logits(reference))
 
 
@@ -196,6 +201,15 @@ def test_a_finished_one_started_again_changes_nothing(photos: Path, finished: Pa
     before = content()
     run(cross_validate, photos, finished)
     assert content() == before
+
+
+def test_a_finished_fold_keeps_one_copy_of_its_weights_and_no_training_state(finished: Path) -> None:
+    for fold in range(FOLDS):
+        files = {p.relative_to(finished / f"fold-{fold}") for p in (finished / f"fold-{fold}").rglob("*")}
+        assert [path for path in map(str, files) if path.endswith((".safetensors", ".pt"))] == [
+            "best/model.safetensors"
+        ]
+        assert not any("checkpoint" in str(path) for path in files)
 
 
 def test_two_processes_answer_like_one(photos: Path, pair: Path, tmp_path: Path) -> None:
@@ -217,3 +231,4 @@ def test_settings_that_contradict_are_refused(photos: Path, finished: Path, tmp_
     refused(ConfigError, "data.folds is 4, but .* holds the folds .0, 1, 2.", finished, "--data.folds=4")
     refused(DataError, "label 1 has photos of 3 places only", tmp_path / "many", "--data.folds=4")
     refused(ConfigError, "resume is 'never'", finished, "--resume=never")
+    refused(ConfigError, "fold-0 was finished with other settings of epochs, optim:", finished, *OTHERS)
