@@ -34,6 +34,8 @@ def build_accelerator(*, device: Literal["auto", "cpu"] = "auto") -> Accelerator
         AcceleratorState._reset_state(reset_partial_state=True)
     atexit.unregister(_leave)
     atexit.register(_leave)
+    if use_cpu:  # Accelerate imports DeepSpeed where it is installed, which else guesses and warns
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     kind = requested_engine()
     if kind == "replicated" or AcceleratorState._shared_state:
         return Accelerator(mixed_precision="no", cpu=use_cpu and kind == "replicated")
@@ -56,8 +58,6 @@ def _is_on(variable: str) -> bool:
 def _sharded_accelerator(kind: Literal["fsdp2", "zero"], use_cpu: bool) -> Accelerator:
     if kind == "zero":
         require("deepspeed", extra="deepspeed", purpose="DeepSpeed ZeRO")
-        if use_cpu:
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if use_cpu:
         # Accelerator(cpu=True) would drop both plugins. The processes' state alone has to know of the CPU;
         # FSDP is taken up only beside what Accelerate calls MULTI_GPU.

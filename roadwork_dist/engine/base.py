@@ -78,6 +78,10 @@ class Engine(ABC):
         """Add the gradients of ``sum(factors * roots)``; the last of a step makes them a mean over ranks."""
 
     @abstractmethod
+    def forget_gradients(self) -> None:
+        """Drop what backward passes left of a step that was not taken."""
+
+    @abstractmethod
     def step(self, lr: float) -> float:
         """Clip, step unless a gradient is not finite, and forget the gradients.
 

@@ -53,6 +53,12 @@ class Fsdp2(NativeEngine):
         """This rank's shards (of length 0 where a parameter is shorter than the number of ranks)."""
         return {name: _local(p.detach()) for name, p in self._named.items()}
 
+    def weights_changed(self) -> None:
+        """Drop gathered copies: the root keeps its own after a forward pass without a backward one."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
     def stored(self, local: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """DTensors around the local memory."""
         return {name: self._like(name, tensor) for name, tensor in local.items()}

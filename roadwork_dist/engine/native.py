@@ -39,8 +39,12 @@ class NativeEngine(Engine):
                 clip_grads_with_norm_(trained, self.max_norm, norm)
             self.set_lr(lr)
             self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.forget_gradients()
         return value
+
+    def forget_gradients(self) -> None:
+        """Theirs are torch's."""
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _number(self, norm: Tensor) -> float:
         return float(norm)

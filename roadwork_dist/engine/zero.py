@@ -80,6 +80,10 @@ class Zero(Engine):
         self.deepspeed.step()
         return float(self.deepspeed.get_global_grad_norm())
 
+    def forget_gradients(self) -> None:
+        """Those of the working copy; the optimizer's own are buffers of DeepSpeed, which it overwrites."""
+        self.deepspeed.zero_grad()
+
     def _stretch(self, p: Tensor) -> _Stretch | None:
         if self.stage == 3:
             group, offset, padded = self.partitions.grad_position[self.partitions.get_param_id(p)]
@@ -190,7 +194,7 @@ class Zero(Engine):
 
     @contextmanager
     def _gathered(self, tensor: Tensor) -> Iterator[Tensor]:
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters
 
         held = [tensor] if hasattr(tensor, "ds_id") else []
         with GatheredParameters(held, enabled=bool(held)):

@@ -178,7 +178,8 @@ class Trainer:
                 "is nothing exact to go on from: make a new model and a new Trainer; "
                 "checkpoint.every_steps saves more often"
             )
-        self.engine.forget_gradients()  # of a step that was not finished
+        if self._engine is not None:
+            self._engine.forget_gradients()  # of a step that was not finished
 
     def _tell_exception(self, error: BaseException) -> None:
         for callback in self.callbacks:
