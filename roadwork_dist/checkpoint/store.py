@@ -59,6 +59,7 @@ class CheckpointStore:
         write: Callable[[Path], Iterable[str]],
         *,
         best_step: int | None = None,
+        spared: int | None = None,
         group: dist.ProcessGroup | None = None,
     ) -> Path:
         """Save a checkpoint and prune the older ones. A collective: all ranks call it together.
@@ -68,6 +69,7 @@ class CheckpointStore:
             write: fills the folder it is given with this rank's files and names them; may hold
                 collectives that fail on all ranks alike.
             best_step: a checkpoint that pruning leaves besides the newest.
+            spared: another one.
             group: through which the ranks talk.
 
         Raises:
@@ -101,7 +103,7 @@ class CheckpointStore:
             ) from error
         if rank() == 0:
             self._clear()
-            self.prune(newest=step, best_step=best_step)
+            self.prune(newest=step, best_step=best_step, spared=spared)
         return final
 
     def _take_back(self, final: Path, replaced: Path) -> str | None:
@@ -117,26 +119,41 @@ class CheckpointStore:
         for path in self.folder.glob(".tmp-*"):
             shutil.rmtree(path, ignore_errors=True)
 
-    def prune(self, *, newest: int | None = None, best_step: int | None = None) -> list[Path]:
+    def prune(
+        self, *, newest: int | None = None, best_step: int | None = None, spared: int | None = None
+    ) -> list[Path]:
         """Delete all but the newest and the best.
 
         Args:
             newest: leave later ones as they are: they could not be read, or training would have gone on
                 from there, and they must not push out the good ones. None = there are none.
             best_step: stays besides.
+            spared: stays too.
 
         Returns:
             What was deleted.
         """
-        gone = self.surplus(newest=newest, best_step=best_step)
+        gone = self.surplus(newest=newest, best_step=best_step, spared=spared)
         for path in gone:
             shutil.rmtree(path, ignore_errors=True)
         return gone
 
-    def surplus(self, *, newest: int | None = None, best_step: int | None = None) -> list[Path]:
+    def surplus(
+        self, *, newest: int | None = None, best_step: int | None = None, spared: int | None = None
+    ) -> list[Path]:
         """What :meth:`prune` would delete."""
         good = [step for step in self.steps() if newest is None or step <= newest]
-        return [self.path(step) for step in good[: -self.keep] if step != best_step]
+        return [self.path(step) for step in good[: -self.keep] if step not in (best_step, spared)]
+
+    def verified(self, step: int | None) -> Path | None:
+        """The checkpoint of a step, if it is there and verifies."""
+        try:
+            if step is not None:
+                verify(self.path(step))
+                return self.path(step)
+        except CheckpointError as error:
+            logger.warning("%s", error)
+        return None
 
     def newest(self) -> Path | None:
         """The newest checkpoint that verifies."""

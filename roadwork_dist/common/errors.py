@@ -28,6 +28,10 @@ class NonFiniteLossError(RoadworkError):
     """The loss or its gradient was not finite for too many steps in a row."""
 
 
+class LossSpikeError(RoadworkError):
+    """The loss rose far above what it was."""
+
+
 class InterruptedRunError(RoadworkError):
     """The run was asked to stop and has saved its state; started again it goes on."""
 

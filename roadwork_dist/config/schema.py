@@ -81,6 +81,22 @@ class EmaConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SpikeConfig:
+    """What happens when the loss of a step rises far above those before it."""
+
+    action: Literal["off", "skip", "rewind", "stop"] = "off"
+    """``skip`` = the step is not taken; ``rewind`` = neither are those since the last checkpoint."""
+    window: int = 100
+    """Accepted steps whose losses a loss is compared with."""
+    threshold: float = 10.0
+    """Robust standard deviations (1.4826 x the median absolute deviation) above their median."""
+
+    def __post_init__(self) -> None:
+        check(self.window >= 2, "spike.window", self.window, "an integer >= 2")
+        check(self.threshold > 0, "spike.threshold", self.threshold, "a number > 0")
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """When training state is saved and how much of it is kept."""
 
@@ -164,6 +180,7 @@ class TrainConfig:
     ema: EmaConfig = field(default_factory=EmaConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    spike: SpikeConfig = field(default_factory=SpikeConfig)
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "accumulation", "max_nonfinite_steps"):

@@ -59,6 +59,9 @@ class Run(Protocol):
     def tell(self, kind: str, figures: dict[str, Any]) -> None:
         """Hand figures to every observer (:meth:`Callback.on_figures`); every rank does, or one alone."""
 
+    def rewind(self) -> None:
+        """Let every observer go back to the last checkpoint; all ranks call it together."""
+
     def state_dict(self) -> dict[str, Any]:
         """Loop state and the state of every observer, JSON-able."""
 
@@ -93,6 +96,9 @@ class Callback:
 
     def on_step_end(self, run: Run, result: StepResult) -> None:
         """An optimizer step was taken or skipped; ``run.state.step`` counts it."""
+
+    def on_rewind(self, run: Run) -> None:
+        """Weights, moments and tensors of observers are to go back to the last checkpoint; counters not."""
 
     def on_validation_start(self, run: Run) -> None:
         """The training rows of an epoch are done."""

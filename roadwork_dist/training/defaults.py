@@ -15,6 +15,7 @@ from roadwork_dist.tracking.health import Health
 from roadwork_dist.tracking.jsonl import JsonLines
 from roadwork_dist.tracking.run_folder import ResolvedConfig, RunFolder
 from roadwork_dist.training.averaging import EmaCallback
+from roadwork_dist.training.spikes import SpikeGuard
 from roadwork_dist.tuning.batch_size import BatchSizeSearch
 
 
@@ -46,4 +47,6 @@ def all_callbacks(config: TrainConfig, own: Sequence[Callback] = ()) -> list[Cal
         callbacks.append(Console())
     # Behind those it tells, so that a window's figures stand behind its last step.
     callbacks.append(Health(config.tracking.health_every))
+    # Before the checkpointer: what is saved behind a spike has gone back already.
+    callbacks.append(SpikeGuard(config.spike, config.max_nonfinite_steps))
     return [*callbacks, BestWeights(), *own, Checkpointer(config.checkpoint), ResolvedConfig(), Preemption()]

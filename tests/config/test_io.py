@@ -23,6 +23,7 @@ SETTINGS = """
 output_dir resume seed epochs batch_size accumulation batch_size_search workers precision compile compile_regions monitor
 patience
 max_nonfinite_steps hang_timeout device
+spike spike.action spike.window spike.threshold
 optim optim.name optim.lr optim.betas optim.eps optim.weight_decay optim.clip
 schedule schedule.name schedule.warmup_steps schedule.final_ratio schedule.decay_share
 ema ema.enabled ema.decay ema.warmup
