@@ -2,6 +2,7 @@
 
 import json
 import logging
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from roadwork_dist.checkpoint.weights import (
     trained_buffers,
     trained_tensors,
 )
+from roadwork_dist.checkpoint.writer import CheckpointWriter
 from roadwork_dist.common.errors import CheckpointError, ConfigError
 from roadwork_dist.common.random import RngState, capture_rng, derive_seed, restore_rng, seed_everything
 from roadwork_dist.config.schema import CheckpointConfig
@@ -49,6 +51,7 @@ class Checkpointer(Callback):
         self._figure: float | None = None
         self._planned: int | None = None
         self._group: dist.ProcessGroup | None = None
+        self._writer = CheckpointWriter(config.asynchronous)
 
     def store(self, run: Run) -> CheckpointStore:
         """The run's checkpoints."""
@@ -94,7 +97,7 @@ class Checkpointer(Callback):
         is_epoch_end = run.state.step_in_epoch == run.steps_per_epoch
         is_due = every and run.state.step % every == 0 and not is_epoch_end and not result.skipped
         if is_due or result.interrupted:
-            self._save(run, planned=bool(is_due))
+            self._save(run, planned=bool(is_due), wait=result.interrupted)
 
     def on_rewind(self, run: Run) -> None:
         """Put weights, moments and observers' tensors back; nothing happens before the first checkpoint.
@@ -102,6 +105,7 @@ class Checkpointer(Callback):
         Back to the last planned checkpoint: one that was saved because the run was asked to stop is not
         there in a run that was not, and both are to end alike.
         """
+        self._writer.finish(run)
         store = self.store(run)
         # Every rank must go back to the same one, so one looks and tells.
         found = on_main(lambda: store.verified(self._planned) or store.newest(), self._group)
@@ -123,23 +127,39 @@ class Checkpointer(Callback):
 
     def on_epoch_end(self, run: Run) -> None:
         """Save with the validation behind it."""
-        self._save(run, planned=True)
+        # Behind the last epoch there is nothing that could go on meanwhile.
+        is_last = run.state.epoch == run.config.epochs or run.state.should_stop
+        self._save(run, planned=True, wait=is_last)
 
-    def _save(self, run: Run, *, planned: bool) -> None:
+    def on_fit_end(self, run: Run) -> None:
+        """Give memory back."""
+        self._writer.finish(run)
+        self._writer.close()
+
+    def on_exception(self, run: Run, error: BaseException) -> None:
+        """Let a save in the background come to its end."""
+        self._writer.abandon()
+
+    def _save(self, run: Run, *, planned: bool, wait: bool) -> None:
+        # Every rank reaches all of this: engines gather in their tensors, and every rank writes.
+        self._writer.finish(run)  # before the state is taken: it tells figures
+        started = time.perf_counter()
         if planned:
             self._planned = run.state.step
-        # Every rank reaches all of this: engines gather in their tensors, and every rank writes.
-        tensors = stored_tensors(run)
-        state = json.dumps(self._state(run), indent=1)
-        rng = capture_rng()
+        step, state, rng = run.state.step, json.dumps(self._state(run), indent=1), capture_rng()
+        store, planned_step = self.store(run), self._planned
         best = run.state.best_step if run.state.best is not None else None
-        self.store(run).save(
-            run.state.step,
-            lambda folder: _write(folder, tensors, state, rng, self._group),
-            best_step=best,
-            spared=self._planned,
-            group=self._group,
-        )
+
+        def write(tensors: Mapping[str, Tensor]) -> int:
+            return store.save(
+                step,
+                lambda folder: _write(folder, tensors, state, rng, self._group),
+                best_step=best,
+                spared=planned_step,
+                group=self._group,
+            )
+
+        self._writer.save(run, stored_tensors(run), write, started=started, wait=wait)
 
     def _state(self, run: Run) -> dict[str, Any]:
         figure, self._figure = self._figure, None

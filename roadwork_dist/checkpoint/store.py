@@ -61,7 +61,7 @@ class CheckpointStore:
         best_step: int | None = None,
         spared: int | None = None,
         group: dist.ProcessGroup | None = None,
-    ) -> Path:
+    ) -> int:
         """Save a checkpoint and prune the older ones. A collective: all ranks call it together.
 
         Args:
@@ -71,6 +71,9 @@ class CheckpointStore:
             best_step: a checkpoint that pruning leaves besides the newest.
             spared: another one.
             group: through which the ranks talk.
+
+        Returns:
+            Bytes of all files.
 
         Raises:
             CheckpointError: on all ranks: one of them could not write; checkpoints that were there still
@@ -104,7 +107,7 @@ class CheckpointStore:
         if rank() == 0:
             self._clear()
             self.prune(newest=step, best_step=best_step, spared=spared)
-        return final
+        return sum(int(entry["bytes"]) for share in shares for entry in share.values())
 
     def _take_back(self, final: Path, replaced: Path) -> str | None:
         """Undo a save that failed, and name the newest checkpoint that is left."""

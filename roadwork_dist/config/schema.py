@@ -104,6 +104,8 @@ class CheckpointConfig:
     """Save every so many optimizer steps; 0 = at the end of each epoch only."""
     keep: int = 2
     """Newest checkpoints kept; the best is kept besides."""
+    asynchronous: bool = False
+    """Write in the background: training waits only for a copy of its state in host memory."""
 
     def __post_init__(self) -> None:
         check(self.every_steps >= 0, "checkpoint.every_steps", self.every_steps, "an integer >= 0")

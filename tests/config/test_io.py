@@ -27,7 +27,7 @@ spike spike.action spike.window spike.threshold
 optim optim.name optim.lr optim.betas optim.eps optim.weight_decay optim.clip
 schedule schedule.name schedule.warmup_steps schedule.final_ratio schedule.decay_share
 ema ema.enabled ema.decay ema.warmup
-checkpoint checkpoint.every_steps checkpoint.keep
+checkpoint checkpoint.every_steps checkpoint.keep checkpoint.asynchronous
 tracking tracking.tensorboard tracking.progress tracking.health_every
 tracking.wandb tracking.wandb.mode tracking.wandb.project tracking.wandb.entity
 data data.train data.val data.target data.val_share data.folds data.image_root
