@@ -234,8 +234,10 @@ tell_failure() {
         say "failed on $(<"$sign"): $(awk '/Root Cause/ { n = 1 } n && /rank +:|exitcode +:/ { $1 = $1; print }' \
             "${log[@]}" | paste -sd ' '), see ${log[*]}"
     done
-    local errors peers='gloo|NCCL|TCPStore|DistNetworkError|onnection (closed|reset|refused)|aborted'
-    errors=$(told | grep -E '^\[rank [0-9]+\] ([A-Za-z_.]*(Error|Exception)\b|error:)' |
+    local errors peers='LostPeerError|gloo|NCCL|TCPStore|DistNetworkError|onnection (closed|reset|refused)'
+    # torch repeats the rank in front of an exception of its own process.
+    errors=$(told | sed -E 's/^(\[rank [0-9]+\]) \[rank[0-9]+\]: /\1 /' |
+        grep -E '^\[rank [0-9]+\] ([A-Za-z_.]*(Error|Exception)\b|error:|terminate called)' |
         awk '{ last[$2] = $0 } END { for (rank in last) print last[rank] }' | sort -V || true)
     { grep -vE "$peers" <<<"$errors" || true; grep -E "$peers" <<<"$errors" || true; } | head -n 16
 }

@@ -38,13 +38,13 @@ class Site:
         given = self.environment | environment
         return self.cluster.submit(*options, script, *settings, cwd=self.folder, environment=given)
 
-    def log(self, job: str) -> str:
-        """What the batch script said."""
-        return "".join(path.read_text() for path in self.folder.glob(f"*-{job}*.log"))
+    def log(self) -> str:
+        """What the batch scripts of this folder said."""
+        return "".join(path.read_text() for path in self.folder.glob("*.log"))
 
-    def said(self, job: str) -> str:
+    def said(self) -> str:
         """What the nodes said."""
-        files = sorted(self.folder.glob(f"logs/*-{job}*/start-*.log"))
+        files = sorted(self.folder.glob("logs/*/start-*.log"))
         return "".join(path.read_text() for path in files)
 
     def finish(self, job: str) -> list[str]:
@@ -66,8 +66,8 @@ def undisturbed(cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFactory)
     """The run folder of two nodes with two processes each; the nodes' output is in ``said``."""
     site = Site(cluster, tmp_path_factory.mktemp("undisturbed"))
     job = site.submit(*TWO_BY_TWO, "--output_dir=run")
-    assert site.finish(job) == ["COMPLETED"], site.log(job) + site.said(job)
-    (site.folder / "said").write_text(site.said(job))
+    assert site.finish(job) == ["COMPLETED"], site.log() + site.said()
+    (site.folder / "said").write_text(site.said())
     return site.folder / "run"
 
 
@@ -79,12 +79,12 @@ def test_two_nodes_train_as_one_does(undisturbed: Path, site: Site) -> None:
     job = site.submit(
         "--s:gpus-per-node=0", "--output_dir=run", ROADWORK_DIST_PROCESSES_PER_NODE="4", OMP_NUM_THREADS="1"
     )
-    assert site.finish(job) == ["COMPLETED"], site.log(job) + site.said(job)
+    assert site.finish(job) == ["COMPLETED"], site.log() + site.said()
     assert train_losses(site.folder / "run") == pytest.approx(train_losses(undisturbed), rel=1e-6)
     places = re.findall(r"\] place (.*)", (undisturbed.parent / "said").read_text())
     # Node, rank, local rank, world size: the first node holds the first ranks.
     assert sorted(places) == ["node1 0 0 4", "node1 1 1 4", "node2 2 0 4", "node2 3 1 4"]
-    assert "4 processes on 1 node(s) (node1), 0 GPUs a node" in site.log(job)
+    assert "4 processes on 1 node(s) (node1), 0 GPUs a node" in site.log()
 
 
 def test_a_requeued_run_ends_like_an_undisturbed_one(undisturbed: Path, site: Site) -> None:
@@ -92,19 +92,19 @@ def test_a_requeued_run_ends_like_an_undisturbed_one(undisturbed: Path, site: Si
     metrics = site.folder / "run/metrics.jsonl"
     site.until(lambda: metrics.is_file() and len(metrics.read_text().splitlines()) >= 3)
     site.cluster.signal(job, "USR1", "--batch")
-    assert site.finish(job) == ["COMPLETED"], site.log(job) + site.said(job)
+    assert site.finish(job) == ["COMPLETED"], site.log() + site.said()
     assert site.cluster.job(job)["Restarts"] == "1"
-    stopped = re.search(r"asked to stop by SIGUSR1: state saved at step (\d+) of 20", site.log(job))
-    assert stopped, site.log(job)
+    stopped = re.search(r"asked to stop by SIGUSR1: state saved at step (\d+) of 20", site.log())
+    assert stopped, site.log()
     assert int(stopped[1]) % 10, "stopped between epochs, so this shows little"
     assert lines(site.folder / "run") == lines(undisturbed)
 
 
 def test_a_failing_rank_fails_the_job(site: Site) -> None:
     job = site.submit(*TWO_BY_TWO, "--output_dir=run", "--failing_rank=3")
-    site.until(lambda: "this rank fails" in site.said(job))
+    site.until(lambda: "this rank fails" in site.said())
     assert site.cluster.wait(job, timeout=30) == ["FAILED"]
-    log = site.log(job)
+    log = site.log()
     assert site.cluster.job(job)["Restarts"] == "0"
     assert "failed on node2: rank : 3" in log
     assert "[rank 3] RuntimeError: this rank fails, for the test" in log
@@ -112,11 +112,11 @@ def test_a_failing_rank_fails_the_job(site: Site) -> None:
 
 def test_an_array_trains_each_task_alone(site: Site) -> None:
     job = site.submit(*ONE_PROCESS, "--s:array=0-2", "--output_dir=run", "--epochs=1")
-    assert site.finish(job) == ["COMPLETED"] * 3, site.log("*") + site.said(job)
+    assert site.finish(job) == ["COMPLETED"] * 3, site.log() + site.said()
     runs = [site.folder / f"run/task-{task}" for task in range(3)]
     assert [yaml.safe_load((run / "config.yaml").read_text())["seed"] for run in runs] == [0, 1, 2]
     assert len({tuple(train_losses(run)) for run in runs}) == 3
-    ports = re.findall(r"meeting at \S+:(\d+)", site.log("*"))
+    ports = re.findall(r"meeting at \S+:(\d+)", site.log())
     assert len(set(ports)) == 3
 
 
@@ -124,7 +124,7 @@ def test_the_detector_trains(site: Site) -> None:
     arguments = tiny_arguments(tiny_set(site.folder / "photos"), site.folder)
     site.environment.clear()
     job = site.submit(*ONE_PROCESS, *arguments, "--optim.lr=1e-4")
-    assert site.finish(job) == ["COMPLETED"], site.log(job) + site.said(job)
+    assert site.finish(job) == ["COMPLETED"], site.log() + site.said()
     assert yaml.safe_load((site.folder / "run/config.yaml").read_text())["optim"]["lr"] == 1e-4
     assert (site.folder / "run/metrics.jsonl").stat().st_size
 
@@ -141,34 +141,34 @@ def waiting(site: Site) -> Site:
 
 def test_preemption_requeues(waiting: Site) -> None:
     job = waiting.submit(*ONE_PROCESS, "--s:partition=low")
-    waiting.until(lambda: "ready" in waiting.said(job))
+    waiting.until(lambda: "ready" in waiting.said())
     # SLURM sends TERM to the ranks, nothing to the batch script, and waits for the grace time of 60 s.
     waiting.cluster.submit("-N2", "--exclusive", "--partition=main", "--wrap=sleep 1", cwd=waiting.folder)
-    assert waiting.finish(job) == ["COMPLETED"], waiting.log(job)
+    assert waiting.finish(job) == ["COMPLETED"], waiting.log()
     assert waiting.cluster.job(job)["Restarts"] == "1"
-    assert "by SIGTERM: state saved" in waiting.log(job)
+    assert "by SIGTERM: state saved" in waiting.log()
 
 
 def test_one_task_of_an_array_is_requeued_and_another_cancelled(waiting: Site) -> None:
     job = waiting.submit(*ONE_PROCESS, "--s:array=0-1", "{task}")
     # The last task of an array has the array's own number: bare, it would mean all of them.
-    waiting.until(lambda: waiting.said(job).count("ready") == 2)
+    waiting.until(lambda: waiting.said().count("ready") == 2)
     waiting.cluster.signal(f"{job}_1", "USR1")  # to the ranks only, past the batch script
-    waiting.cluster.wait_until(lambda: "requeueing" in waiting.log("*"))
+    waiting.cluster.wait_until(lambda: "requeueing" in waiting.log())
     waiting.cluster.cancel(f"{job}_0")
-    assert sorted(waiting.finish(job)) == ["CANCELLED", "COMPLETED"], waiting.log("*")
+    assert sorted(waiting.finish(job)) == ["CANCELLED", "COMPLETED"], waiting.log()
     assert waiting.cluster.job(f"{job}_0")["Restarts"] == "0"
     assert waiting.cluster.job(f"{job}_1")["Restarts"] == "1"
-    assert "asked to stop by SIGUSR1" in waiting.log("*")
+    assert "asked to stop by SIGUSR1" in waiting.log()
 
 
 def test_a_job_that_may_not_be_requeued_ends_with_75(waiting: Site) -> None:
     job = waiting.submit(*ONE_PROCESS, "--s:no-requeue")
-    waiting.until(lambda: "ready" in waiting.said(job))
+    waiting.until(lambda: "ready" in waiting.said())
     waiting.cluster.signal(job, "USR1", "--batch")
     assert waiting.finish(job) == ["FAILED"]
     assert waiting.cluster.job(job)["ExitCode"] == "75:0"
-    assert "NOT requeued" in waiting.log(job)
+    assert "NOT requeued" in waiting.log()
 
 
 # Mistakes, told before anything starts ---------------------------------------------------------------
@@ -187,7 +187,7 @@ def test_mistakes_are_told(site: Site, environment: dict[str, str], says: str) -
     job = site.submit(*ONE_PROCESS, **environment)
     assert site.finish(job) == ["FAILED"]
     assert site.cluster.job(job)["ExitCode"] == "2:0"
-    assert says in site.log(job)
+    assert says in site.log()
 
 
 # Without a cluster -------------------------------------------------------------------------------------
