@@ -34,7 +34,7 @@ from torch.utils.data import (
 )
 
 from roadwork_dist.checkpoint.weights import frozen_identity
-from roadwork_dist.common.errors import CheckpointError, ConfigError
+from roadwork_dist.common.errors import CheckpointError, ConfigError, LoaderWorkerError
 from roadwork_dist.config.schema import (
     CheckpointConfig,
     EmaConfig,
@@ -378,7 +378,7 @@ class Dies(TensorDataset):
 
 def test_a_dead_worker_is_an_error_not_a_hang(tmp_path: Path) -> None:
     trainer = Trainer(toy_model(), toy_config(tmp_path, workers=1), Dies(*toy_data(16).tensors))
-    with pytest.raises(RuntimeError, match="worker"):
+    with pytest.raises(LoaderWorkerError, match="worker|loader"):
         trainer.fit()
 
 
