@@ -25,7 +25,7 @@ help: ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
 
 demo: demo-data/synthetic.json ## train the demo on synthetic photos and write its report
-	$(BIN)/accelerate launch --quiet --config_file accelerate_configs/single.yaml \
+	$(BIN)/accelerate launch --quiet --config_file accelerate_configs/single_gpu.yaml \
 		--num_cpu_threads_per_process $(THREADS) launch/pretrain.py $(ARGS)
 
 # The last file of a complete set; a set that was interrupted is completed.
