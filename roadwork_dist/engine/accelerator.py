@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import time
 from typing import Literal
 
 import torch
@@ -92,4 +93,9 @@ def share_cores(workers: int) -> None:
 def _leave() -> None:
     """Leave the process group at exit; gloo's threads otherwise abort some processes that are done."""
     if torch.distributed.is_initialized():
+        # A gloo thread frees the tensors of the last collective, for which it needs Python's lock: once the
+        # interpreter ends, asking for that aborts the process ("terminate called without an active
+        # exception"). The group may outlive its destruction, in the data parallel wrapper, so nothing
+        # joins the thread; asleep, this one leaves it the lock.
+        time.sleep(0.2)
         torch.distributed.destroy_process_group()
