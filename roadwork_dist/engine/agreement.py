@@ -24,7 +24,7 @@ def check_agreement(config: TrainConfig, accelerator: Accelerator) -> None:
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         # Accelerate has put the launcher's values into it; what it adds by itself agrees with us.
         deepspeed = accelerator.state.deepspeed_plugin.deepspeed_config
-        found += _of_deepspeed(config, deepspeed, accelerator.num_processes)
+        found += of_deepspeed(config, deepspeed, accelerator.num_processes)
     if found:
         raise ConfigError(
             "the launcher's configuration and the experiment's disagree:\n"
@@ -45,7 +45,8 @@ def _of_launcher(config: TrainConfig, environment: Mapping[str, str]) -> Iterato
             yield _line("gradient_accumulation_steps", steps, "accumulation", config.accumulation, "1")
 
 
-def _of_deepspeed(config: TrainConfig, deepspeed: Mapping[str, Any], processes: int) -> Iterator[str]:
+def of_deepspeed(config: TrainConfig, deepspeed: Mapping[str, Any], processes: int) -> Iterator[str]:
+    """What DeepSpeed's configuration says otherwise than the experiment, one line each."""
     ours = {
         "train_micro_batch_size_per_gpu": ("batch_size", config.batch_size),
         "gradient_accumulation_steps": ("accumulation", config.accumulation),

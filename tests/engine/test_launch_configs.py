@@ -22,23 +22,8 @@ def engine_of(name: str) -> str:
 
 
 def test_the_shipped_names() -> None:
-    assert (
-        sorted(
-            [
-                "cpu",
-                "single_gpu",
-                "ddp_8gpu",
-                "fsdp2_8gpu",
-                "fsdp2_multinode",
-                "zero1",
-                "zero2",
-                "zero3",
-                "zero3_offload",
-                "zero3_multinode",
-            ]
-        )
-        == CONFIGS
-    )
+    names = "cpu single_gpu ddp_8gpu fsdp2_8gpu fsdp2_multinode zero1 zero2 zero3 zero3_offload"
+    assert sorted([*names.split(), "zero3_multinode"]) == CONFIGS
 
 
 @pytest.mark.parametrize("name", CONFIGS)
