@@ -20,6 +20,7 @@ COMMANDS = {
     "evaluate": "evaluate a trained run on its own or another data set",
     "predict": "probabilities of roadwork for photos and folders",
     "report": "write a run's report anew",
+    "checkpoint": "list, verify, consolidate or prune what a run has saved",
     "doctor": "what this machine has, what is missing and how to get it",
     "demo-real": "train on real photographs and print out-of-fold MCC",
 }
@@ -44,8 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        0, or 2 after an error that the user can mend, 3 if some photos could not be predicted, 75 if a
-        run was asked to stop (SIGTERM, SIGUSR1) and has saved its state, 130 after Ctrl-C.
+        0, 1 if a verified checkpoint is damaged, 2 after an error that the user can mend, 3 if some photos
+        could not be predicted, 75 if a run was asked to stop (SIGTERM, SIGUSR1) and has saved its state, 130
+        after Ctrl-C.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words

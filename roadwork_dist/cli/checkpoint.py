@@ -1,0 +1,174 @@
+"""``roadwork-dist checkpoint``: what a run has saved, whether it is whole, and what to make of it."""
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from roadwork_dist.cli.arguments import Parser, whole_number
+from roadwork_dist.common.errors import ConfigError
+from roadwork_dist.common.registry import nearest
+
+if TYPE_CHECKING:
+    from roadwork_dist.checkpoint.inspection import Summary
+
+EXIT_DAMAGED = 1
+
+USAGE = """usage: roadwork-dist checkpoint list|verify|consolidate|prune RUN ...
+
+  list         what there is: step, epoch, figure, size, processes, engine, age, and whether it is complete
+  verify       read every file and compare it with the manifest; exit code 1 if one is damaged
+  consolidate  write the weights as one safetensors file
+  prune        delete all but the newest and the best
+
+RUN is a run folder; all but prune take the folder of a checkpoint (step-…) as well.
+roadwork-dist checkpoint COMMAND --help tells more."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Do one of the four; 0, or 1 if ``verify`` finds a damaged checkpoint.
+
+    Raises:
+        ConfigError: there is no such command.
+    """
+    words = list(arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    commands: dict[str, Callable[[Sequence[str]], int]] = {
+        "list": _list,
+        "verify": _verify,
+        "consolidate": _consolidate,
+        "prune": _prune,
+    }
+    if words[0] not in commands:
+        close = nearest(words[0], list(commands), n=1)[0]
+        raise ConfigError(
+            f"unknown command 'checkpoint {words[0]}': did you mean 'checkpoint {close}'? see roadwork-dist "
+            "checkpoint --help"
+        )
+    return commands[words[0]](words[1:])
+
+
+def _parser(command: str, description: str, what: str) -> Parser:
+    parser = Parser(f"roadwork-dist checkpoint {command}", description)
+    parser.add_argument("run", metavar="RUN", type=Path, help=what)
+    return parser
+
+
+_EITHER = "run folder, or folder of a checkpoint"
+
+
+def _list(arguments: Sequence[str]) -> int:
+    parser = _parser("list", "List checkpoints. Sizes are compared with the manifest, contents not.", _EITHER)
+    options = parser.parse(arguments)
+    from roadwork_dist.checkpoint.inspection import checkpoints_at, summary
+
+    rows = [_row(summary(path)) for path in checkpoints_at(options.run)]
+    rows.insert(0, ["step", "epoch", "figure", "size", "processes", "engine", "age", "complete"])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    return 0
+
+
+def _row(each: "Summary") -> list[str]:
+    figure = "-" if each.figure is None else f"{each.monitor} {each.figure:.4f}{' *' if each.is_best else ''}"
+    return [
+        each.path.name.removeprefix("step-").lstrip("0") or "0" if each.step is None else str(each.step),
+        "-" if each.epoch is None else str(each.epoch),
+        figure,
+        _size(each.size),
+        "-" if each.processes is None else str(each.processes),
+        each.engine or "-",
+        "-" if each.age is None else _age(each.age),
+        f"no: {each.wrong}" if each.wrong else "yes",
+    ]
+
+
+def _size(number: float) -> str:
+    """Bytes for a person."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1000
+    return f"{number:.1f} TB"
+
+
+def _age(seconds: float) -> str:
+    """A time span for a person."""
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def _verify(arguments: Sequence[str]) -> int:
+    parser = _parser(
+        "verify", "Read every file of every checkpoint and compare it with its SHA-256.", _EITHER
+    )
+    options = parser.parse(arguments)
+    from roadwork_dist.checkpoint.inspection import checkpoints_at
+    from roadwork_dist.checkpoint.store import damage, read_manifest
+    from roadwork_dist.common.errors import CheckpointError
+
+    code = 0
+    for path in checkpoints_at(options.run):
+        try:
+            files = read_manifest(path)
+            found = damage(path, files)
+        except CheckpointError as error:
+            files, found = {}, [str(error)]
+        for each in found:
+            print(f"{path.name}: DAMAGED: {each}")
+        if not found:
+            size = sum(int(entry["bytes"]) for entry in files.values())
+            print(f"{path.name}: whole, {len(files)} files, {_size(size)}")
+        code = EXIT_DAMAGED if found else code
+    return code
+
+
+def _consolidate(arguments: Sequence[str]) -> int:
+    parser = _parser(
+        "consolidate",
+        "Write the trained weights of a checkpoint as model.safetensors, whole and by the model's own names, "
+        "whatever number of processes and engine saved them. Of a roadwork run the folder can be loaded like "
+        "its best/.",
+        _EITHER,
+    )
+    parser.add_argument("output", metavar="FOLDER", type=Path, help="where model.safetensors goes")
+    parser.add_argument("--average", action="store_true", help="the moving average of the weights")
+    parser.add_argument(
+        "--step", type=whole_number(0), help="which checkpoint (default: the newest whole one)"
+    )
+    options = parser.parse(arguments)
+    from roadwork_dist.checkpoint.consolidate import consolidate
+    from roadwork_dist.checkpoint.inspection import chosen_checkpoint
+
+    checkpoint = chosen_checkpoint(options.run, options.step)
+    print(f"{checkpoint.name} → {consolidate(checkpoint, options.output, average=options.average)}")
+    return 0
+
+
+def _prune(arguments: Sequence[str]) -> int:
+    parser = _parser(
+        "prune",
+        "Delete the checkpoints of a run but for the newest whole ones and the best one. Damaged ones are "
+        "left where they are.",
+        "run folder",
+    )
+    parser.add_argument("--keep", type=whole_number(1), default=1, help="newest ones that stay (default: 1)")
+    parser.add_argument("--dry_run", action="store_true", help="only tell what would be deleted")
+    options = parser.parse(arguments)
+    from roadwork_dist.checkpoint.inspection import plan_pruning
+
+    plan = plan_pruning(options.run, options.keep)
+    for path in plan.kept:
+        print(f"{path.name}: kept")
+    for path in plan.damaged:
+        print(f"{path.name}: damaged, left for you to look at")
+    for path in plan.gone:
+        if not options.dry_run:
+            shutil.rmtree(path)
+        print(f"{path.name}: {'would be deleted' if options.dry_run else 'deleted'}")
+    return 0
