@@ -12,6 +12,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 from roadwork_dist.common.errors import ConfigError
 from roadwork_dist.common.optional import require
+from roadwork_dist.engine.launcher import watch_launcher
 
 
 def build_accelerator(*, device: Literal["auto", "cpu"] = "auto") -> Accelerator:
@@ -28,6 +29,7 @@ def build_accelerator(*, device: Literal["auto", "cpu"] = "auto") -> Accelerator
         ConfigError: FSDP version 1 is asked for.
         MissingDependencyError: DeepSpeed is asked for and not installed.
     """
+    watch_launcher()  # before this process waits for others that may never come
     use_cpu = device == "cpu" or not torch.cuda.is_available()
     was = PartialState._shared_state.get("device")
     if was is not None and (was.type == "cpu") != use_cpu and not torch.distributed.is_initialized():

@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ from support.toy import toy_config, toy_data, toy_model
 
 from roadwork_dist.checkpoint.store import CheckpointStore
 from roadwork_dist.common.errors import InterruptedRunError
+from roadwork_dist.engine import launcher
 from roadwork_dist.events.callback import Callback
-from roadwork_dist.guards import orphan
-from roadwork_dist.guards.identity import ProcessIdentity, is_alive
+from roadwork_dist.guards.identity import ProcessIdentity, is_alive, own_identity
 from roadwork_dist.training.trainer import Trainer
 
 
@@ -31,7 +32,7 @@ class TellStep(Callback):
 def launch_and_die(run_dir: Path, seconds: float, launched: bool) -> None:
     """A launcher that starts a rank and dies behind the rank's first step, without a word to it."""
     if os.fork() == 0:
-        orphan._PARENT, orphan.LOOK_EVERY_S, orphan.GRACE_S = os.getppid(), 0.05, 1.0
+        launcher.LOOK_EVERY_S, launcher.GRACE_S = 0.05, 1.0
         if launched:
             os.environ["TORCHELASTIC_RUN_ID"] = "none"
         code = 0
@@ -75,3 +76,23 @@ def test_an_orphan_that_hangs_is_ended(tmp_path: Path) -> None:
     while is_alive(process):
         time.sleep(0.05)
     assert not (tmp_path / "code").exists()
+
+
+def die_before_the_meeting(run_dir: Path) -> None:
+    """The launcher is gone while its rank still waits for a peer that never comes."""
+    read, write = os.pipe()
+    if os.fork() == 0:
+        launcher.LOOK_EVERY_S = 0.05
+        os.environ |= {"TORCHELASTIC_RUN_ID": "none", "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
+        (run_dir / "pid").write_text(json.dumps(asdict(own_identity())))
+        os.write(write, b"x")
+        Trainer(toy_model(), toy_config(run_dir), toy_data(40))
+    os.read(read, 1)
+    os._exit(0)
+
+
+def test_an_orphan_that_waits_for_its_peers_is_ended(tmp_path: Path) -> None:
+    spawn(die_before_the_meeting, tmp_path)
+    process = ProcessIdentity(**json.loads((tmp_path / "pid").read_text()))
+    while is_alive(process):
+        time.sleep(0.05)
