@@ -97,7 +97,15 @@ def test_a_requeued_run_ends_like_an_undisturbed_one(undisturbed: Path, site: Si
     stopped = re.search(r"asked to stop by SIGUSR1: state saved at step (\d+) of 20", site.log())
     assert stopped, site.log()
     assert int(stopped[1]) % 10, "stopped between epochs, so this shows little"
-    assert lines(site.folder / "run") == lines(undisturbed)
+    was, now = (
+        [{k: v for k, v in line.items() if k != "kind"} for line in lines(run)]
+        for run in (undisturbed, site.folder / "run")
+    )
+    assert [line["step"] for line in now] == [line["step"] for line in was]
+    # Bits would be too much to ask of more than two ranks: DDP lays its buckets out anew behind the first
+    # step of a start, and the place in a bucket decides the order in which four summands are added.
+    for before, after in zip(was, now, strict=True):
+        assert after == pytest.approx(before, rel=1e-5)
 
 
 def test_a_failing_rank_fails_the_job(site: Site) -> None:

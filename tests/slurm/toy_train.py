@@ -11,8 +11,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from roadwork_dist.common.errors import InterruptedRunError
 from roadwork_dist.events.callback import Callback
 
@@ -59,9 +57,6 @@ def main() -> int:
     except InterruptedRunError as error:
         print(f"error: {error}", file=sys.stderr)
         return 75
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
     return 0
 
 
