@@ -72,3 +72,18 @@ def test_backbone_reports_rates_and_shares(backbone: ModuleType) -> None:
     assert text[2] == "| 24 | 200.00 | 100.00 to 500.00 | 120.0 | 10.00 | 120.00 | 12.0% | 2.0 |"
     assert text[3].startswith("| 48 | out of memory |")
     assert {line.count("|") for line in text} == {9}
+
+
+def test_checkpoint_prints_two_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    benchmark = load("checkpoint")
+    settings = "--millions 0.1 --every 2 --saves 2 --turns 1 --resumes 1"
+    assert benchmark.main(settings.split()) == 0
+    printed = capsys.readouterr().out
+    assert f"python benchmarks/checkpoint.py {settings}" in printed
+    for name in ("roadwork_dist", "roadwork_dist, asynchronous", "save_state"):
+        assert f"| {name} | " in printed
+    first, second = (line.split("|") for line in printed.splitlines()[-2:])
+    assert [first[1].strip(), second[1].strip()] == ["10", "100,000"]
+    # Nothing that was trained on before is read again: only what the first two steps need.
+    assert first[3] == second[3]
+    assert int(first[3]) <= 16
