@@ -173,8 +173,10 @@ class TrainConfig:
     """Stop after so many validations without a better figure; 0 = never."""
     max_nonfinite_steps: int = 5
     """Stop after so many skipped (non-finite) steps in a row."""
-    hang_timeout: float = 900.0
-    """End a run that has not moved for so many seconds, naming the rank that hangs; 0 = wait for ever."""
+    hang_timeout: float = 480.0
+    """End a run that has not moved for so many seconds, naming the rank that hangs; 0 = wait for ever.
+
+    Above the longest save and compilation; below 500, or NCCL's own watchdog (600 s) ends the run first."""
     device: Literal["auto", "cpu"] = "auto"
     """``cpu`` ignores GPUs."""
     optim: OptimConfig = field(default_factory=OptimConfig)

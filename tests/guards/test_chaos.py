@@ -26,7 +26,7 @@ def test_runs_that_are_attacked_end_like_an_undisturbed_one(
     chaos: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(chaos, "ATTACKS", ("kill the launcher",))  # the others have tests of their own
-    settings = "--engine ddp --kills 1 --steps 40"
+    settings = "--engine ddp --kills 1 --steps 12"
     assert chaos.main(settings.split()) == 0
     printed = capsys.readouterr().out
     row = [cell.strip() for cell in printed.splitlines()[-2].split("|")]
