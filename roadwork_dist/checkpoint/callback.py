@@ -132,8 +132,7 @@ class Checkpointer(Callback):
         self._save(run, planned=True, wait=is_last)
 
     def on_fit_end(self, run: Run) -> None:
-        """Give memory back."""
-        self._writer.finish(run)
+        """Give memory back; the last save was waited for."""
         self._writer.close()
 
     def on_exception(self, run: Run, error: BaseException) -> None:

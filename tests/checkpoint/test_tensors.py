@@ -1,7 +1,10 @@
 """Tensors that several ranks write together, and that other numbers of ranks read."""
 
 import errno
+import os
+import pickle
 import resource
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +103,34 @@ def test_a_table_of_contents_that_cannot_be_read_is_one_error(tmp_path: Path, co
     write_tensors(tmp_path, whole())
     (tmp_path / ".metadata").write_bytes(content)
     with pytest.raises(CheckpointError, match="cannot be read"):
+        _ = StoredTensors(tmp_path).shapes
+
+
+class Runs:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, folder: Path, call: Any) -> None:
+        self.folder, self.call = folder, call
+
+    def __reduce__(self) -> Any:
+        return self.call, (str(self.folder),)
+
+
+@pytest.mark.parametrize("call", [os.mkdir, Path.mkdir, subprocess.run])
+def test_a_table_of_contents_can_run_no_code(tmp_path: Path, call: Any) -> None:
+    write_tensors(tmp_path, whole())
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Runs(tmp_path / "made", call)))
+    with pytest.raises(CheckpointError, match=r"has no place in \.metadata"):
+        _ = StoredTensors(tmp_path).shapes
+    assert not (tmp_path / "made").exists()
+
+
+def test_dotted_names_reach_nothing(tmp_path: Path) -> None:
+    write_tensors(tmp_path, whole())
+    module, name = b"torch.distributed.checkpoint.filesystem", b"os.system"
+    call = b"\x80\x04\x8c%c%b\x8c%c%b\x93\x8c\x04true\x85R." % (len(module), module, len(name), name)
+    (tmp_path / ".metadata").write_bytes(call)
+    with pytest.raises(CheckpointError, match=r"os\.system has no place in \.metadata"):
         _ = StoredTensors(tmp_path).shapes
 
 
