@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 import torch
 from support.ranks import run
-from support.toy import assert_same_tensors, lines, toy_config, toy_data, toy_model, weights
+from support.toy import (
+    assert_same_tensors,
+    lines,
+    newest_tensors,
+    toy_config,
+    toy_data,
+    toy_model,
+    weights,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
@@ -176,5 +184,10 @@ def test_bf16_and_compile_train_close_to_fp32(tmp_path: Path) -> None:
     compiled = Trainer(
         toy_model(), toy_config(tmp_path / "c", epochs=1, compile="default"), toy_data(32)
     ).fit()
+    # A checkpoint knows nothing of compilation, and one goes on from it without.
+    names = [name.split("/", 1)[1] for name in newest_tensors(tmp_path / "c") if name.startswith("step-")]
+    assert names == [name.split("/", 1)[1] for name in newest_tensors(tmp_path / "a") if "step-" in name]
+    assert "model/0.weight" in names
+    Trainer(toy_model(), toy_config(tmp_path / "c", epochs=2), toy_data(32)).fit()
     for name, tensor in weights(plain).items():
         torch.testing.assert_close(weights(compiled)[name], tensor, rtol=0, atol=1e-5)
