@@ -99,6 +99,16 @@ def test_what_saving_cost_is_told(tmp_path: Path) -> None:
             assert 0 < line["blocked_share"] <= 1
 
 
+class Waits(Callback):
+    """Lets the save under way end, whatever comes of it, before the next step."""
+
+    def on_step_end(self, run: Any, result: Any) -> None:
+        if run.state.step == 7:
+            for thread in threading.enumerate():
+                if thread.name == "checkpoint":
+                    thread.join(timeout=30)
+
+
 def fit_and_fail(run_dir: Path, full: int) -> tuple[str, int, bool]:
     """The disk of one rank is full from the second save on."""
     rank, calls = int(os.environ["RANK"]), iter(range(99))
@@ -111,7 +121,7 @@ def fit_and_fail(run_dir: Path, full: int) -> tuple[str, int, bool]:
     callback.write_torch = write
     checkpoint = CheckpointConfig(every_steps=3, asynchronous=True)
     config = toy_config(run_dir, batch_size=8, epochs=50, checkpoint=checkpoint)
-    trainer = Trainer(toy_model(), config, toy_data(160))
+    trainer = Trainer(toy_model(), config, toy_data(160), callbacks=[Waits()])
     with pytest.raises(CheckpointError) as caught:
         trainer.fit()
     return str(caught.value), trainer.state.step, trainer.interrupt_requested
@@ -125,7 +135,7 @@ def test_a_failure_in_the_background_ends_the_run_on_all_ranks(full: int, tmp_pa
     assert f"rank {full}" in message
     assert "No space left on device" in message
     assert "the last good one is step-00000003" in message
-    assert 6 < step <= 10  # behind one of the next steps, at the latest before the next save
+    assert 6 < step <= 8  # behind one of the next steps, not only before the next save
     assert not still_asked
     assert CheckpointStore(tmp_path / "checkpoints").newest() == tmp_path / "checkpoints/step-00000003"
     assert not list((tmp_path / "checkpoints").glob(".tmp*"))
