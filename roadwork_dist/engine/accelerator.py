@@ -3,6 +3,7 @@
 import atexit
 import os
 import time
+from importlib import import_module
 from typing import Literal
 
 import torch
@@ -74,7 +75,12 @@ def _sharded_accelerator(kind: Literal["fsdp2", "zero"], use_cpu: bool) -> Accel
                 "fsdp_version: 2 in its fsdp_config"
             )
         return Accelerator(mixed_precision="no", fsdp_plugin=plugin)
-    return Accelerator(mixed_precision="no")
+    accelerator = Accelerator(mixed_precision="no")
+    # Accelerate tells transformers of ZeRO-3, which would then cut every network it loads into shards, also
+    # those that run by themselves to compute features and sentence embeddings.
+    accelerator.state.deepspeed_plugin.dschf = None
+    import_module("transformers.integrations").unset_hf_deepspeed_config()
+    return accelerator
 
 
 def share_cores(workers: int) -> None:

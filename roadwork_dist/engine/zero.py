@@ -108,6 +108,7 @@ class Zero(Engine):
         if self.stage == 3:
             for name, s in self._stretches.items():
                 self._named[name].ds_tensor.view(-1)[: s.length].copy_(s.of(s.flat))  # type: ignore[attr-defined]
+            self.deepspeed.empty_partition_cache()  # what a forward pass has gathered and not yet released
             kept = self.partitions.persistent_parameters  # small ones, whole on every rank
             if kept:
                 for p in kept:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.engines import train_with
 from support.photos import small_experiment, write_small_set
 from support.ranks import run, spawn
 from support.toy import assert_same_tensors, lines, newest_tensors
@@ -129,11 +130,18 @@ def losses(run_dir: Path) -> torch.Tensor:
     return torch.tensor([line["loss"] for line in lines(run_dir)])
 
 
-def test_two_processes_train_like_one(photos: Path, tmp_path: Path) -> None:
-    run(train, photos, tmp_path / "one", *SAME_MATHS)
-    run(train, photos, tmp_path / "two", *SAME_MATHS, "--batch_size=4", world_size=2)
-    torch.testing.assert_close(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=0, atol=2e-6)
-    one, two = (read_predictions(tmp_path / name / "predictions.parquet") for name in ("one", "two"))
+@pytest.fixture(scope="session")
+def one_process(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("one")
+    run(train, photos, folder, *SAME_MATHS)
+    return folder
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero1", "zero3"])
+def test_two_processes_train_like_one(photos: Path, tmp_path: Path, one_process: Path, engine: str) -> None:
+    run(train_with, engine, train, photos, tmp_path, *SAME_MATHS, "--batch_size=4", world_size=2)
+    torch.testing.assert_close(losses(tmp_path), losses(one_process), rtol=0, atol=2e-6)
+    one, two = (read_predictions(folder / "predictions.parquet") for folder in (one_process, tmp_path))
     assert one["id"].tolist() == two["id"].tolist()
     assert abs(one["logit_1"] - two["logit_1"]).max() < 1e-4
 

@@ -57,7 +57,7 @@ def _main(
 
 
 def spawn(
-    function: Callable[..., Any], *arguments: Any, world_size: int = 1, timeout: float = 60
+    function: Callable[..., Any], *arguments: Any, world_size: int = 1, timeout: float = 180
 ) -> list[RankExit]:
     """Run ``function(*arguments)`` in ``world_size`` processes; a dead rank takes the others along.
 
