@@ -35,12 +35,15 @@ class OptimConfig:
     """AdamW's epsilon."""
     weight_decay: float = 0.01
     """Decoupled weight decay; none on biases, norms and embeddings."""
+    layer_decay: float = 1.0
+    """Learning rate of each layer as a share of the one above it; 1 = all alike."""
     clip: float = 1.0
     """Largest global gradient norm; 0 = no clipping."""
 
     def __post_init__(self) -> None:
         check(self.lr > 0, "optim.lr", self.lr, "a number > 0")
         check(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "a number >= 0")
+        check(0 < self.layer_decay <= 1, "optim.layer_decay", self.layer_decay, "a number in (0, 1]")
         check(self.clip >= 0, "optim.clip", self.clip, "a number >= 0 (0 = off)")
         check(all(0 <= b < 1 for b in self.betas), "optim.betas", self.betas, "two numbers in [0, 1)")
         check(self.eps > 0, "optim.eps", self.eps, "a number > 0")

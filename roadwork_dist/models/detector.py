@@ -272,6 +272,10 @@ class RoadworkModel(nn.Module):
         model.restore(folder)
         return model.eval()
 
+    def body(self) -> nn.Module | None:
+        """The backbone, whose layers layer-wise decay counts; all else is the head above them."""
+        return self.backbone
+
     def saved_names(self) -> set[str]:
         """Names in the state dict of what was trained: the head, and what changes in the backbone."""
         names = {f"head.{name}" for name in self.head.state_dict()}

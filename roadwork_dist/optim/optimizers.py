@@ -17,9 +17,8 @@ OPTIMIZERS: Registry[Callable[[nn.Module, OptimConfig], Optimizer]] = Registry("
 @OPTIMIZERS.register("adamw")
 def adamw(model: nn.Module, config: OptimConfig) -> Optimizer:
     """AdamW (Loshchilov & Hutter, arXiv 1711.05101), torch's own implementation."""
-    return torch.optim.AdamW(
-        parameter_groups(model, config.weight_decay), lr=config.lr, betas=config.betas, eps=config.eps
-    )
+    groups = parameter_groups(model, config.weight_decay, config.layer_decay)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:

@@ -24,7 +24,7 @@ output_dir resume seed epochs batch_size accumulation batch_size_search workers 
 patience
 max_nonfinite_steps hang_timeout device
 spike spike.action spike.window spike.threshold
-optim optim.name optim.lr optim.betas optim.eps optim.weight_decay optim.clip
+optim optim.name optim.lr optim.betas optim.eps optim.weight_decay optim.layer_decay optim.clip
 schedule schedule.name schedule.warmup_steps schedule.final_ratio schedule.decay_share
 ema ema.enabled ema.decay ema.warmup
 checkpoint checkpoint.every_steps checkpoint.keep checkpoint.asynchronous

@@ -28,6 +28,7 @@ from roadwork_dist.config.schema import CheckpointConfig, EmaConfig, OptimConfig
         (OptimConfig, "lr", 0.0, "optim.lr is 0.0, expected a number > 0"),
         (OptimConfig, "lr", float("nan"), "optim.lr is nan"),
         (OptimConfig, "weight_decay", -0.1, "optim.weight_decay is -0.1"),
+        (OptimConfig, "layer_decay", 0.0, "optim.layer_decay is 0.0"),
         (OptimConfig, "clip", -1.0, "optim.clip is -1.0"),
         (OptimConfig, "betas", (0.9, 1.0), "optim.betas is"),
         (OptimConfig, "eps", 0.0, "optim.eps is 0.0"),

@@ -73,7 +73,7 @@ def fit(run_dir: Path, precision: str, changes: dict[str, Any]) -> tuple[Whole, 
         accumulation=2,
         precision=precision,
         patience=0,
-        **({"optim": OptimConfig(lr=0.01, clip=0.5, weight_decay=0.1)} | changes),
+        **({"optim": OptimConfig(lr=0.01, clip=0.5, weight_decay=0.1, layer_decay=0.8)} | changes),
     )
     trainer = without_checkpoints(Trainer(Detector(), config, rows(70), rows(23))).fit()
     weights = trainer.engine.whole_state()
