@@ -20,7 +20,8 @@ from roadwork_dist.config.io import (
 # The surface of the command line. Renaming or removing a line breaks the files and scripts of users:
 # change this list on purpose, and say so in the CHANGELOG.
 SETTINGS = """
-output_dir resume seed epochs batch_size accumulation batch_size_search workers precision compile compile_regions monitor
+output_dir resume seed epochs batch_size accumulation batch_size_search workers precision compile
+compile_regions monitor
 patience
 max_nonfinite_steps hang_timeout device
 spike spike.action spike.window spike.threshold
