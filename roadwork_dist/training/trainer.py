@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 
 class Trainer:
-    """Trains a model on one process, or data parallel on as many as were launched.
+    """Trains a model on one process or many, under the engine that the launcher asks for.
 
     Started again with the same arguments it goes on where it was, to the bit.
 
