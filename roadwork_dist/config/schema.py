@@ -164,8 +164,9 @@ class TrainConfig:
     """``largest`` tries how many rows fit and deals batch_size x accumulation out in as few parts."""
     workers: int = 0
     """Loader processes per training process."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16 = autocast of the forward pass; weights stay in fp32."""
+    precision: Literal["fp32", "bf16", "fp8"] = "fp32"
+    """bf16 = autocast of the forward pass; weights stay in fp32. fp8 = besides, linear layers of repeated \
+blocks multiply in 8 bits (torchao; Ada, Hopper and newer)."""
     compile: Literal["off", "default", "max-autotune"] = "off"
     """torch.compile mode of the trained model."""
     compile_regions: bool = True

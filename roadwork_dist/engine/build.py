@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 from roadwork_dist.config.schema import TrainConfig
 from roadwork_dist.engine.base import Engine
 from roadwork_dist.engine.blocks import compile_model
+from roadwork_dist.engine.fp8 import use_fp8
 from roadwork_dist.engine.native import Replicated
 
 
@@ -22,6 +23,8 @@ def build_engine(
         optimizer: over its trainable parameters; changed in place, and still the one that steps.
         config: precision, clipping, compilation.
     """
+    if config.precision == "fp8":
+        use_fp8(model, accelerator.device)
     if config.compile != "off":
         compile_model(model, config.compile, regional=config.compile_regions)
     if accelerator.distributed_type == DistributedType.FSDP:

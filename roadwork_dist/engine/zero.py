@@ -213,7 +213,7 @@ def _fill(deepspeed: dict[str, Any], config: TrainConfig) -> None:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "torch_autocast": {
-            "enabled": config.precision == "bf16",
+            "enabled": config.precision != "fp32",
             "dtype": "bfloat16",
             "lower_precision_safe_modules": [],  # gather weights and reduce gradients in fp32
         },
