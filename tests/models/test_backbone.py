@@ -454,6 +454,7 @@ def test_unknown_names_list_the_choices():
 
 def test_attention_is_flash_only_where_everything_for_it_is_there(monkeypatch):
     gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     monkeypatch.setattr(attention, "find_spec", lambda _: None)
     assert attention_in_use("auto", device=gpu) == "sdpa"
     with pytest.raises(ConfigError, match=r"pip install flash-attn.*set it to auto"):
@@ -466,6 +467,46 @@ def test_attention_is_flash_only_where_everything_for_it_is_there(monkeypatch):
     )
     with pytest.raises(ConfigError, match="not a GPU"):
         attention_in_use("flash", device=CPU)
+
+
+@pytest.mark.parametrize(
+    ("capability", "installed", "expected"),
+    [
+        ((10, 0), ("flash_attn", "flash_attn.cute", "flash_attn_interface"), "flash_attention_4"),
+        ((9, 0), ("flash_attn", "flash_attn_interface"), "flash_attention_3"),
+        ((10, 0), ("flash_attn", "flash_attn_interface"), "flash_attention_2"),  # version 3 is Hopper's alone
+        ((8, 0), ("flash_attn", "flash_attn.cute", "flash_attn_interface"), "flash_attention_2"),
+        ((7, 5), ("flash_attn",), "sdpa"),
+        ((9, 0), (), "sdpa"),
+    ],
+)
+def test_the_newest_flash_attention_with_kernels_for_the_gpu(monkeypatch, capability, installed, expected):
+    def find(module):
+        if "." in module and module.split(".")[0] not in installed:
+            raise ModuleNotFoundError(module)
+        return object() if module in installed else None
+
+    monkeypatch.setattr(attention, "find_spec", find)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert attention_in_use("auto", device=torch.device("cuda")) == expected
+
+
+def test_a_network_that_bears_no_flash_attention_keeps_torchs(monkeypatch, dinov3_folder):
+    network = load(dinov3_folder).network
+    tried = []
+
+    def refuse(name):
+        tried.append(name)
+        raise ImportError(name)
+
+    monkeypatch.setattr(network, "set_attn_implementation", refuse)
+    monkeypatch.setattr(attention, "find_spec", lambda _: object())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    used = attention.choose_attention(network, "auto", torch.device("cuda"), "bf16")
+    assert used == "sdpa"
+    assert tried == ["flash_attention_4", "flash_attention_3", "flash_attention_2"]
+    with pytest.raises(ConfigError, match=r"cannot use it \(flash_attention_4: .*set it to auto or sdpa"):
+        attention.choose_attention(network, "flash", torch.device("cuda"), "bf16")
 
 
 def test_the_attention_used_is_logged_once(dinov3_folder, caplog):

@@ -14,7 +14,13 @@ logger = logging.getLogger(__name__)
 
 Attention = Literal["auto", "sdpa", "flash"]
 SDPA = "sdpa"
-FLASH = "flash_attention_2"
+FLASH = {
+    "flash_attention_4": ("flash_attn.cute", (9, 0)),
+    "flash_attention_3": ("flash_attn_interface", (9, 0)),
+    "flash_attention_2": ("flash_attn", (8, 0)),
+}
+"""FlashAttention, newest first: its name in transformers, its module, the least compute capability it has
+kernels for. Version 3 is for Hopper alone (arXiv 2407.08608); version 4 for Hopper and Blackwell."""
 
 
 def attention_in_use(
@@ -22,17 +28,20 @@ def attention_in_use(
 ) -> str:
     """Name that transformers gives to the attention a backbone would use on this machine.
 
-    ``auto`` is flash attention where the package ``flash_attn`` is installed, the device is a GPU
-    and the arithmetic is bf16; else torch's scaled dot product attention, which chooses among its
-    own fused kernels.
+    ``auto`` is the newest FlashAttention (4, 3, 2) that is installed and has kernels for the GPU, where the
+    arithmetic is bf16; else torch's scaled dot product attention, which chooses among its own fused
+    kernels.
 
     Raises:
         ConfigError: flash attention is asked for and cannot be used; the message says why.
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    versions = usable_versions(device)
     obstacles = []
-    if find_spec("flash_attn") is None:
-        obstacles.append("the package flash_attn is not installed (`pip install flash-attn`)")
+    if not versions:
+        obstacles.append(
+            "no FlashAttention for it is installed (`pip install flash-attn`; flash_attn_interface for Hopper)"
+        )
     if device.type != "cuda":
         obstacles.append(f"the device is {device.type}, not a GPU")
     if dtype != "bf16":
@@ -41,7 +50,28 @@ def attention_in_use(
         raise ConfigError(
             f"backbone.attention is 'flash', but {' and '.join(obstacles)}: mend that, or set it to auto"
         )
-    return SDPA if attention == "sdpa" or obstacles else FLASH
+    return SDPA if attention == "sdpa" or obstacles else versions[0]
+
+
+def usable_versions(device: torch.device) -> list[str]:
+    """FlashAttention that is installed and has kernels for a GPU, newest first."""
+    if device.type != "cuda":
+        return [name for name, (module, _) in FLASH.items() if _is_installed(module)]
+    capability = torch.cuda.get_device_capability(device)
+    return [
+        name
+        for name, (module, least) in FLASH.items()
+        if _is_installed(module)
+        and capability >= least
+        and (name != "flash_attention_3" or capability[0] == least[0])
+    ]
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # of a module whose package is not there
+        return False
 
 
 def choose_attention(network: nn.Module, attention: Attention, device: torch.device, dtype: str) -> str:
@@ -52,18 +82,29 @@ def choose_attention(network: nn.Module, attention: Attention, device: torch.dev
     """
     net: Any = network
     chosen = attention_in_use(attention, device=device, dtype=dtype)
-    if chosen == FLASH:
-        try:
-            net.set_attn_implementation(FLASH)
-        except (ImportError, ValueError) as error:
-            if attention == "flash":
-                raise ConfigError(
-                    f"backbone.attention is 'flash', but {type(network).__name__} cannot use it ({error}): "
-                    "set it to auto or sdpa"
-                ) from error
+    if chosen != SDPA:
+        errors = _set_first(net, usable_versions(device))
+        if errors and attention == "flash":
+            raise ConfigError(
+                f"backbone.attention is 'flash', but {type(network).__name__} cannot use it "
+                f"({'; '.join(errors)}): set it to auto or sdpa"
+            )
     used: str = net.config._attn_implementation
     _log_once(type(network).__name__, used)
     return used
+
+
+def _set_first(net: Any, versions: list[str]) -> list[str]:
+    """Set the first version that a network bears; what went wrong where it bears none."""
+    errors = []
+    for version in versions:
+        try:
+            net.set_attn_implementation(version)
+        except (ImportError, ValueError) as error:
+            errors.append(f"{version}: {error}")
+        else:
+            return []
+    return errors
 
 
 @cache
