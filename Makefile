@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-real test lint format types docs check install install-dev constraints clean
+.PHONY: help demo demo-real test test-fp8 lint format types docs check install install-dev constraints clean
 
 PYTHON ?= python3
 ARGS ?=
@@ -40,6 +40,13 @@ demo-real: $(PLAIN) ## train on real photographs (needs Debian's tuxpaint-stamps
 
 test: $(DEV) ## run the tests; ARGS="tests/data -k view" picks some
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+# Not among the development extras: transformers imports torchao wherever it is installed, which costs every
+# test that loads one of its networks two seconds.
+test-fp8: $(DEV) ## install torchao and run the tests of fp8 training
+	$(UV_INSTALL) --editable '.[dev,fp8]'
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/engine/test_fp8.py
+	$(BIN)/uv pip uninstall --quiet --python $(BIN)/python torchao
 
 lint: $(DEV) ## style and the direction of imports: seconds
 	$(BIN)/ruff check .

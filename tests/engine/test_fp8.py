@@ -12,6 +12,8 @@ from roadwork_dist.engine import build, fp8
 from roadwork_dist.engine.fp8 import use_fp8
 from roadwork_dist.training.trainer import Trainer
 
+pytest.importorskip("torchao", reason="torchao is not installed: make test-fp8", exc_type=ImportError)
+
 CPU = torch.device("cpu")
 # torchao's own, when Python compiles it.
 pytestmark = [

@@ -40,7 +40,7 @@ def attention_in_use(
     obstacles = []
     if not versions:
         obstacles.append(
-            "no FlashAttention for it is installed (`pip install flash-attn`; flash_attn_interface for Hopper)"
+            "no FlashAttention for it is installed (`pip install flash-attn`; version 3 from its sources)"
         )
     if device.type != "cuda":
         obstacles.append(f"the device is {device.type}, not a GPU")
