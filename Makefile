@@ -22,7 +22,7 @@ DEV := $(VENV)/.installed-dev
 DECLARED := setup.cfg pyproject.toml constraints.txt
 
 help: ## list these targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
 
 demo: demo-data/synthetic.json ## train the demo on synthetic photos and write its report
 	$(BIN)/accelerate launch --quiet --config_file accelerate_configs/single_gpu.yaml \

@@ -7,6 +7,7 @@ the launcher would have to ask for it to leave no gap, and a process that hangs 
 no signal; a thread that looks who its parent is needs neither.
 """
 
+import atexit
 import logging
 import os
 import threading
@@ -28,6 +29,7 @@ _LAUNCHERS = (b"python", b"torchrun", b"accelerate", b"deepspeed")
 
 _watches: list[threading.Thread] = []
 _to_ask: list[Callable[[], None]] = []
+_ended = threading.Event()
 
 
 def watch_launcher() -> None:
@@ -40,6 +42,7 @@ def watch_launcher() -> None:
             threading.Thread(target=_watch, args=(os.getppid(),), daemon=True, name="launcher watch")
         )
         _watches[0].start()
+        atexit.register(_stop_watching)
 
 
 @contextmanager
@@ -52,9 +55,16 @@ def asked_first(ask: Callable[[], None]) -> Iterator[None]:
         _to_ask.remove(ask)
 
 
+def _stop_watching() -> None:
+    """A thread that still runs while Python ends may be torn out of a library that aborts the process then."""
+    _ended.set()
+    _watches[0].join(LOOK_EVERY_S)
+
+
 def _watch(parent: int) -> None:
     while not _is_orphan(parent):
-        time.sleep(LOOK_EVERY_S)
+        if _ended.wait(LOOK_EVERY_S):
+            return
     asks = list(_to_ask)
     what = "saving, then leaving" if asks else "leaving"
     logger.warning("the launcher (process %d) is gone: %s", parent, what)

@@ -57,13 +57,18 @@ class HangWatch(Callback):
         self.interval = min(timeout / _LOOKS_PER_TIMEOUT, _MOST_BETWEEN_LOOKS_S)
         self.phase = "starting"
         self._ended = threading.Event()
+        self._threads: list[threading.Thread] = []
 
     def on_fit_start(self, run: Run) -> None:
         """Start watching."""
         self.phase, self._ended = "starting", threading.Event()
         arguments = (run, threading.get_ident(), self._ended)
-        for task in (self._watch, self._write):
-            threading.Thread(target=task, args=arguments, daemon=True, name="hang watch").start()
+        self._threads = [
+            threading.Thread(target=task, args=arguments, daemon=True, name="hang watch")
+            for task in (self._watch, self._write)
+        ]
+        for each in self._threads:
+            each.start()
 
     def on_step_end(self, run: Run, result: StepResult) -> None:
         """Training, or what other observers do behind a step."""
@@ -79,11 +84,16 @@ class HangWatch(Callback):
 
     def on_fit_end(self, run: Run) -> None:
         """Stop watching."""
-        self._ended.set()
+        self._stop()
 
     def on_exception(self, run: Run, error: BaseException) -> None:
         """Stop watching."""
+        self._stop()
+
+    def _stop(self) -> None:
         self._ended.set()
+        for each in self._threads:
+            each.join(1.0)  # not for ever: one of them may wait for the file system
 
     def _place(self, run: Run) -> tuple[int, int, str]:
         """What changes as long as the run moves."""

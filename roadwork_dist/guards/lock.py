@@ -75,6 +75,7 @@ class FolderLock:
         """Who has taken the lock over, because this process stood still for too long."""
         self._handle: int | None = None
         self._ended = threading.Event()
+        self._toucher: threading.Thread | None = None
 
     def acquire(self) -> None:
         """Take the lock; waits where it cannot be seen at once whether the owner lives.
@@ -95,13 +96,16 @@ class FolderLock:
             raise
         self._handle, self.lost_to = handle, None
         self._ended.clear()
-        threading.Thread(target=self._touch, args=(handle,), daemon=True, name="run lock").start()
+        self._toucher = threading.Thread(target=self._touch, args=(handle,), daemon=True, name="run lock")
+        self._toucher.start()
 
     def release(self) -> None:
         """Give the lock back. Nothing happens where it is not held."""
         if self._handle is None:
             return
         self._ended.set()
+        if self._toucher is not None:
+            self._toucher.join(1.0)  # it must not touch a number that another file has by then
         if _read(self.path) == self.owner:
             self.path.unlink(missing_ok=True)  # while it is held: nobody can take it in between
         os.close(self._handle)
