@@ -56,7 +56,7 @@ def asked_first(ask: Callable[[], None]) -> Iterator[None]:
 
 
 def _stop_watching() -> None:
-    """A thread that still runs while Python ends may be torn out of a library that aborts the process then."""
+    """A thread that runs while Python ends may be torn out of a library, which then aborts the process."""
     _ended.set()
     _watches[0].join(LOOK_EVERY_S)
 
