@@ -208,8 +208,9 @@ class Chaos:
             SystemExit: it fails.
         """
         start = self.start(run_dir)
-        if start.launcher.wait() != 0:
-            raise SystemExit(f"an undisturbed start failed:\n{start.output.read_text()[-4000:]}")
+        if (code := start.launcher.wait()) != 0:
+            text = start.output.read_text()[-4000:]
+            raise SystemExit(f"an undisturbed start failed (exit code {code}):\n{text}")
 
     def attack(self, run_dir: Path) -> None:
         """Start a run and attack it at a random moment, early ones included."""
