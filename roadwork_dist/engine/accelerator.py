@@ -61,7 +61,11 @@ def _is_on(variable: str) -> bool:
 
 def _sharded_accelerator(kind: Literal["fsdp2", "zero"], use_cpu: bool) -> Accelerator:
     if kind == "zero":
-        require("deepspeed", extra="deepspeed", purpose="DeepSpeed ZeRO")
+        deepspeed = require("deepspeed", extra="deepspeed", purpose="DeepSpeed ZeRO")
+        if use_cpu:
+            # Else it compiles its shared memory collectives, which takes minutes and a C++ compiler, for
+            # inference alone.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if use_cpu:
         # Accelerator(cpu=True) would drop both plugins. The processes' state alone has to know of the CPU;
         # FSDP is taken up only beside what Accelerate calls MULTI_GPU.
