@@ -115,8 +115,9 @@ class Zero(Engine):
                     p.partition()
                 kept[0].all_gather(kept)
             return
+        local = self.weights()
         for name, p in self._named.items():
-            p.copy_(self._whole(name, self.weights()))
+            p.copy_(self._whole(name, local))
 
     def _whole(self, name: str, local: Mapping[str, Tensor]) -> Tensor:
         """A full tensor on every rank, from stretches that do not overlap: their sum."""
@@ -159,7 +160,8 @@ class Zero(Engine):
 
     def _keys(self) -> list[str]:
         """The optimizer's moments on all ranks; ``step`` counts, the others are like parameters."""
-        keys = {key for state in self.optimizer.state.values() for key, v in state.items() if _is_tensor(v)}
+        states = self.optimizer.state.values()
+        keys = {key for state in states for key, value in state.items() if isinstance(value, Tensor)}
         gathered: list[set[str]] = [set()] * self.processes
         dist.all_gather_object(gathered, keys)
         return sorted(set().union(*gathered))
@@ -251,7 +253,3 @@ class _Moment:
         for name in into.keys() - {n.removesuffix(f"/{self.key}") for n in there}:
             into[name].zero_()  # a parameter that never had a gradient where it was saved
         self.source.read(there)
-
-
-def _is_tensor(value: object) -> bool:
-    return isinstance(value, Tensor)

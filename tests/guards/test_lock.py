@@ -79,7 +79,9 @@ def die_before_its_child(run_dir: Path) -> None:
 
 def test_a_child_that_outlives_its_killed_run_is_waited_for(tmp_path: Path) -> None:
     spawn(die_before_its_child, tmp_path)
-    FolderLock(tmp_path).acquire()
+    lock = FolderLock(tmp_path)
+    lock.acquire()
+    assert json.loads((tmp_path / LOCK).read_text()) == asdict(lock.owner)
 
 
 def without_flock(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,7 +168,9 @@ def test_a_run_whose_folder_was_taken_over_stops_writing(tmp_path: Path) -> None
 @pytest.mark.parametrize("content", ["", "{", '{"process": 3}'])
 def test_a_lock_whose_owner_died_while_writing_it_is_nobodys(tmp_path: Path, content: str) -> None:
     (tmp_path / LOCK).write_text(content)
-    FolderLock(tmp_path).acquire()
+    lock = FolderLock(tmp_path)
+    lock.acquire()
+    assert json.loads((tmp_path / LOCK).read_text()) == asdict(lock.owner)
 
 
 def test_a_process_is_told_from_another_of_the_same_number() -> None:

@@ -94,5 +94,7 @@ def die_before_the_meeting(run_dir: Path) -> None:
 def test_an_orphan_that_waits_for_its_peers_is_ended(tmp_path: Path) -> None:
     spawn(die_before_the_meeting, tmp_path)
     process = ProcessIdentity(**json.loads((tmp_path / "pid").read_text()))
-    while is_alive(process):
+    deadline = time.monotonic() + 60
+    while is_alive(process) and time.monotonic() < deadline:
         time.sleep(0.05)
+    assert not is_alive(process)
