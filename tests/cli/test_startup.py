@@ -69,7 +69,7 @@ def one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["pretrain", "--config", "demmo"], "did you mean 'demo'?"),
         (["pretrain", "--epochs", "0"], "epochs is 0, expected an integer >= 1"),
         (["pretrain", "--epochs", "many"], "epochs"),
-        (["pretrain", "--precision", "fp8"], "precision"),
+        (["pretrain", "--precision", "fp6"], "precision"),
         (["data", "chekc"], "did you mean 'data check'?"),
         (["data", "check", "--data.trian", "x"], "did you mean 'data.train'?"),
         (["predict", "--modle", "runs/x"], "did you mean --model;"),
