@@ -16,7 +16,6 @@ import argparse
 import io
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -33,6 +32,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from measuring import hardware
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -258,14 +258,6 @@ def resumes_table(found: dict[int, list[Resume]]) -> str:
         read = max(resume.rows for resume in resumes)
         lines.append(f"| {place:,} | {seconds:.3f} | {read} | {len(resumes)} |")
     return "\n".join(lines)
-
-
-def hardware() -> str:
-    """Processor, cores and how busy they are."""
-    info = Path("/proc/cpuinfo")
-    names = [s for s in info.read_text().splitlines() if s.startswith("model name")] if info.exists() else []
-    model = names[0].split(": ")[-1] if names else platform.processor()
-    return f"{model}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
 
 
 def main(words: list[str] | None = None) -> int:

@@ -13,7 +13,6 @@ import argparse
 import io
 import logging
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -30,6 +29,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from measuring import hardware, median_and_spread
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -235,12 +235,6 @@ def measure(loops: dict[str, Loop], steps: int, turns: int) -> Times:
     return times
 
 
-def median_and_spread(values: list[float], sign: str = "") -> str:
-    """Median and interquartile range, as two cells of a table."""
-    low, _, high = statistics.quantiles(values, n=4)
-    return f"{statistics.median(values):{sign}.3f} | {high - low:.3f}"
-
-
 def table(times: Times) -> str:
     """Markdown: time a step and added time of every loop, with interquartile ranges (IQR)."""
     first = times["bare PyTorch"]
@@ -258,14 +252,6 @@ def table(times: Times) -> str:
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def hardware() -> str:
-    """Processor, cores and how busy they are."""
-    info = Path("/proc/cpuinfo")
-    names = [s for s in info.read_text().splitlines() if s.startswith("model name")] if info.exists() else []
-    model = names[0].split(": ")[-1] if names else platform.processor()
-    return f"{model}, {os.cpu_count()} cores, 1 thread, load {os.getloadavg()[0]:.1f}"
 
 
 def main() -> None:
