@@ -1,0 +1,101 @@
+"""Open files of a process, bounded: 10,000 tars are read at random through at most 64 descriptors."""
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+MOST_OPEN = 64
+"""Descriptors kept open by a process; a common limit for all is 1,024."""
+
+
+@dataclass(slots=True)
+class _Open:
+    descriptor: int
+    readers: int = 0
+    is_evicted: bool = False
+
+
+class Descriptors:
+    """Least recently used cache of read-only file descriptors, for threads and over forks.
+
+    A file that is being read is closed by its last reader, so more than ``most`` are open only while
+    more than ``most`` threads read at once.
+
+    Args:
+        most: descriptors to keep open.
+    """
+
+    def __init__(self, most: int = MOST_OPEN) -> None:
+        self.most = most
+        self._open: OrderedDict[str, _Open] = OrderedDict()
+        self._lock = threading.Lock()
+        # A child must find the table whole and the lock free. It shares the open files: pread has no
+        # position that processes could move for each other. Readers of other threads stay behind.
+        os.register_at_fork(
+            before=self._lock.acquire, after_in_parent=self._lock.release, after_in_child=self._in_child
+        )
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def read(self, path: str, offset: int, length: int) -> bytes:
+        """``length`` bytes from ``offset``; fewer where the file ends before.
+
+        Raises:
+            OSError: the file cannot be opened or read.
+        """
+        with self._borrow(path) as descriptor:
+            data = os.pread(descriptor, length, offset)
+            while len(data) < length:  # a read may stop short of the file's end
+                more = os.pread(descriptor, length - len(data), offset + len(data))
+                if not more:
+                    break
+                data += more
+            return data
+
+    def forget(self, path: str) -> None:
+        """Close a file, so that the next read opens what then lies at ``path``."""
+        with self._lock:
+            entry = self._open.pop(path, None)
+            if entry is not None:
+                _retire(entry)
+
+    @contextmanager
+    def _borrow(self, path: str) -> Iterator[int]:
+        entry = self._take(path)
+        try:
+            yield entry.descriptor
+        finally:
+            with self._lock:
+                entry.readers -= 1
+                if entry.is_evicted and entry.readers == 0:
+                    os.close(entry.descriptor)
+
+    def _take(self, path: str) -> _Open:
+        with self._lock:
+            entry = self._open.get(path)
+            if entry is None:
+                entry = self._open[path] = _Open(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+            self._open.move_to_end(path)
+            entry.readers += 1
+            while len(self._open) > self.most:
+                _retire(self._open.popitem(last=False)[1])
+            return entry
+
+    def _in_child(self) -> None:
+        for entry in self._open.values():
+            entry.readers = 0
+        self._lock.release()
+
+
+def _retire(entry: _Open) -> None:
+    entry.is_evicted = True
+    if entry.readers == 0:
+        os.close(entry.descriptor)
+
+
+open_files = Descriptors()
+"""Those of this process."""
