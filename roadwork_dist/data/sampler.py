@@ -15,8 +15,7 @@ import numpy.typing as npt
 
 from roadwork_dist.common.errors import ConfigError
 from roadwork_dist.common.random import generator_for
-
-Indices = npt.NDArray[np.int64]
+from roadwork_dist.data.order import Indices, ShardOrder, keep_to_shards, part
 
 
 @dataclass(frozen=True)
@@ -49,9 +48,12 @@ class Sampler:
             None = every row once, shuffled.
         effective_batch: rows of a full optimizer step over all ranks; None = ``batch_size`` x
             ``accumulation`` x ``world_size``.
+        shard_order: where the rows lie, to keep each rank to few shards at a time; None = rows are
+            shuffled over the whole data set.
+        lanes: ranks that the shards were dealt to when the run was started; None = ``world_size``.
 
     Raises:
-        ConfigError: the data set is empty or the weights do not fit it.
+        ConfigError: the data set is empty, or the weights or the shards do not fit it.
     """
 
     length: int
@@ -62,10 +64,14 @@ class Sampler:
     seed: int = 0
     weights: Sequence[float] | None = None
     effective_batch: int | None = None
+    shard_order: ShardOrder | None = None
+    lanes: int | None = None
 
     def __post_init__(self) -> None:
         if self.length < 1:
             raise ConfigError("the training data set has 0 rows, expected at least 1")
+        if self.shard_order is not None and len(self.shard_order.shards) != self.length:
+            raise ConfigError(f"shards of {len(self.shard_order.shards)} rows for {self.length} rows")
         if self.weights is not None:
             self._check_weights(np.asarray(self.weights, dtype=np.float64))
 
@@ -94,9 +100,19 @@ class Sampler:
         """All rows of an epoch in the order of training, the same on every rank."""
         generator = generator_for(self.seed, "order", epoch)
         if self.weights is None:
-            return generator.permutation(self.length)
-        chances = np.asarray(self.weights, dtype=np.float64)
-        return generator.choice(self.length, size=self.length, p=chances / chances.sum())
+            rows = generator.permutation(self.length)
+        else:
+            chances = np.asarray(self.weights, dtype=np.float64)
+            rows = generator.choice(self.length, size=self.length, p=chances / chances.sum())
+        if self.shard_order is None:
+            return rows
+        return keep_to_shards(
+            rows,
+            self.shard_order,
+            lanes=self.lanes or self.world_size,
+            rows_per_step=self.rows_per_step,
+            generator=generator,
+        )
 
     def steps(self, epoch: int, start: int = 0) -> Iterator[list[MicroBatch]]:
         """This rank's micro-batches of each optimizer step of an epoch, from step ``start`` on."""
@@ -108,20 +124,13 @@ class Sampler:
         largest_share = -(-len(rows) // self.world_size)
         # Every rank runs the same number of micro-batches, so that only the last one syncs.
         chunks = -(-largest_share // self.batch_size)
-        share = rows[_part(len(rows), self.world_size, self.rank)].tolist()
-        micros = (share[_part(len(share), chunks, number)] for number in range(chunks))
+        share = rows[part(len(rows), self.world_size, self.rank)].tolist()
+        micros = (share[part(len(share), chunks, number)] for number in range(chunks))
         filler = MicroBatch(rows[:1].tolist(), is_filler=True)
         return [MicroBatch(micro) if micro else filler for micro in micros]
 
 
-def _part(length: int, parts: int, number: int) -> slice:
-    """Part ``number`` of ``length`` things in ``parts`` that differ by one at most, larger ones first."""
-    size, extra = divmod(length, parts)
-    start = number * size + min(number, extra)
-    return slice(start, start + size + (number < extra))
-
-
 def evaluation_batches(length: int, batch_size: int, rank: int = 0, world_size: int = 1) -> list[list[int]]:
     """This rank's batches of a pass in which every row is read exactly once by exactly one rank."""
-    share = range(length)[_part(length, world_size, rank)]
+    share = range(length)[part(length, world_size, rank)]
     return [list(share[start : start + batch_size]) for start in range(0, len(share), batch_size)]

@@ -2,11 +2,12 @@
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from roadwork_dist.common.errors import CheckpointError
 from roadwork_dist.data.sampler import Sampler
@@ -14,6 +15,7 @@ from roadwork_dist.data.sampler import Sampler
 logger = logging.getLogger(__name__)
 
 PER_STEP = "rows per optimizer step (batch_size x accumulation x processes)"
+LANES = "lanes that the shards are dealt to (processes when the run was started)"
 _PARTS = ("batch_size", "accumulation", PER_STEP)
 
 
@@ -25,8 +27,8 @@ def row_plan(sampler: Sampler, ids: str) -> dict[str, int | str]:
         ids: digest of the rows' ids.
     """
     weights = sampler.weights
-    return {
-        "digest of the sampling weights": "none" if weights is None else _digest(weights),
+    plan: dict[str, int | str] = {
+        "digest of the sampling weights": "none" if weights is None else _digest(weights, np.float64),
         "rows of the training data": sampler.length,
         "digest of the rows' ids": ids,
         "seed": sampler.seed,
@@ -34,6 +36,11 @@ def row_plan(sampler: Sampler, ids: str) -> dict[str, int | str]:
         "accumulation": sampler.accumulation,
         PER_STEP: sampler.rows_per_step,
     }
+    if sampler.shard_order is not None:
+        plan["digest of the rows' shards"] = _digest(sampler.shard_order.shards, np.int64)
+        plan["shards that are mixed"] = sampler.shard_order.window
+        plan[LANES] = sampler.lanes or sampler.world_size
+    return plan
 
 
 def keep_row_plan(sampler: Sampler, ids: str, was: Mapping[str, int | str], run_dir: Path) -> Sampler:
@@ -51,12 +58,16 @@ def keep_row_plan(sampler: Sampler, ids: str, was: Mapping[str, int | str], run_
     Raises:
         CheckpointError: the order of rows was another one, so its place in the epoch means nothing.
     """
+    if sampler.shard_order is not None and LANES in was:
+        sampler = replace(sampler, lanes=int(was[LANES]))
     now = row_plan(sampler, ids)
-    changed = [name for name in now if was.get(name) != now[name]]
+    changed = [name for name in {**now, **was} if was.get(name) != now.get(name)]
     if now[PER_STEP] == was[PER_STEP] or not {"batch_size", "accumulation"} & set(changed):
         changed = [name for name in changed if name not in _PARTS]
     if changed:
-        told = "; ".join(f"{name} was {was.get(name)}, is {now[name]}" for name in changed)
+        told = "; ".join(
+            f"{name} was {was.get(name, 'none')}, is {now.get(name, 'none')}" for name in changed
+        )
         raise CheckpointError(
             f"cannot go on from the checkpoint in {run_dir}: {told}; set it back, or train into another "
             "output_dir"
@@ -71,5 +82,5 @@ def keep_row_plan(sampler: Sampler, ids: str, was: Mapping[str, int | str], run_
     return replace(sampler, effective_batch=int(was[PER_STEP]))
 
 
-def _digest(weights: Sequence[float]) -> str:
-    return hashlib.sha256(np.asarray(weights, dtype=np.float64).tobytes()).hexdigest()[:12]
+def _digest(values: ArrayLike, dtype: type[np.generic]) -> str:
+    return hashlib.sha256(np.asarray(values, dtype=dtype).tobytes()).hexdigest()[:12]
