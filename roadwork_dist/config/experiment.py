@@ -30,8 +30,8 @@ class DataConfig:
     """Which photos to train, validate and aim at.
 
     A source is a path or a hub id: a CSV or Parquet table, a folder that holds
-    ``metadata.csv`` or ``metadata.parquet``, a Hugging Face data set saved to disk, a hub id as
-    ``hf:owner/name:split``, or CMU ROADWork's COCO JSON.
+    ``metadata.csv`` or ``metadata.parquet``, a folder of shards, a Hugging Face data set saved to disk, a
+    hub id as ``hf:owner/name:split``, or CMU ROADWork's COCO JSON.
     """
 
     train: str = "demo-data/train.csv"
@@ -78,12 +78,17 @@ class ViewsConfig:
     """Tiles per axis."""
     scale: float = 2.5
     """Long side of the shared image in units of S."""
+    select: int | None = None
+    """Crops that go through the backbone beside the global view when photos are predicted; a selector, \
+distilled after training, chooses them. null = all. Training always sees all views."""
 
     def __post_init__(self) -> None:
         if self.size != "auto":
             check(self.size >= 32, "views.size", self.size, "'auto' or an integer >= 32")
         check(1 <= self.grid <= 8, "views.grid", self.grid, "an integer from 1 to 8")
         check(1.0 <= self.scale <= 8.0, "views.scale", self.scale, "a number from 1 to 8")
+        if self.select is not None:
+            check(self.select >= 1, "views.select", self.select, "null or an integer >= 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,9 +158,19 @@ dinov3_vith16plus on a GPU, efficientnet_lite0 on a CPU."""
     """Attention of transformers backbones: flash where installed, else SDPA."""
     gradient_checkpointing: bool = False
     """Recompute activations of an unfrozen backbone in the backward pass."""
+    token_merging: float = 0.0
+    """Share of the patch tokens that are merged into similar ones by the last block (DINOv2 and DINOv3 \
+of transformers); faster, and other features. 0 = off."""
 
     def __post_init__(self) -> None:
         check(self.last_n >= 1, "backbone.last_n", self.last_n, "an integer >= 1")
+        merging = self.token_merging
+        check(0 <= merging <= 0.9, "backbone.token_merging", merging, "a share from 0 to 0.9")
+        if merging and self.attention == "flash":
+            raise ConfigError(
+                "backbone.attention is 'flash' with backbone.token_merging on, which weighs tokens by what they "
+                "stand for, and FlashAttention cannot: set backbone.attention to auto or sdpa"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ def content_hashes(
     """Hash the bytes of photos, reading only those that changed.
 
     Args:
-        sources: the photos.
+        sources: the photos; one with a ``content_hash`` of its own (out of a shard's index) is not read.
         root: folder of the feature store, where hashes are remembered; ``None`` = nowhere. Several
             processes may use it at once.
         threads: photos read at once.
@@ -35,7 +35,10 @@ def content_hashes(
     index = None if root is None else Path(root) / INDEX_NAME
     known = {} if index is None else _load(index)
     states = [_file_state(source) for source in sources]
-    hashes: list[str | None] = [known.get(state) if state else None for state in states]
+    told = [getattr(source, "content_hash", None) for source in sources]
+    hashes: list[str | None] = [
+        known.get(state) if state else own for state, own in zip(states, told, strict=True)
+    ]
     unknown = [row for row, value in enumerate(hashes) if value is None]
     with ThreadPoolExecutor(max(1, threads)) as pool:  # reading and hashing release the GIL
         for row, value in zip(unknown, pool.map(lambda row: _hash(sources[row]), unknown), strict=True):

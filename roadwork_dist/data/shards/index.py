@@ -22,6 +22,8 @@ FORMAT = 1
 
 SET_FILE = "shards.json"
 INDEX_FILE = "index.parquet"
+PLAN_FILE = ".plan.json"
+"""In the folder of a set that is being written: what it will be made of."""
 
 METADATA = (
     *("id", "label", "latitude", "longitude", "weather", "daytime", "scene"),
@@ -75,8 +77,8 @@ class ShardSet:
 
 
 def is_shard_set(folder: Path) -> bool:
-    """Whether a folder holds a finished set."""
-    return (folder / SET_FILE).is_file()
+    """Whether a folder holds a set, finished or not; :func:`read_set` refuses those that are not."""
+    return (folder / SET_FILE).is_file() or (folder / PLAN_FILE).is_file()
 
 
 def parse_set(content: bytes, name: str) -> ShardSet:

@@ -5,10 +5,11 @@ from pathlib import Path
 from roadwork_dist.common.errors import DataError
 from roadwork_dist.config.experiment import DataConfig
 from roadwork_dist.data.manifest import Manifest
+from roadwork_dist.data.shards.index import is_shard_set
 
 _UNDERSTOOD = (
-    "a .csv or .parquet table, a folder with metadata.csv or metadata.parquet, a Hugging Face data set on "
-    "disk (folder or folder:split), hf:owner/name:split, or a COCO .json of CMU ROADWork"
+    "a .csv or .parquet table, a folder with metadata.csv or metadata.parquet, a folder of shards, a Hugging "
+    "Face data set on disk (folder or folder:split), hf:owner/name:split, or a COCO .json of CMU ROADWork"
 )
 
 
@@ -24,7 +25,7 @@ def load_manifest(source: str, config: DataConfig, *, name: str, setting: str | 
     Raises:
         DataError: the source is absent or of no known form, or its rows cannot be used.
     """
-    from roadwork_dist.data.sources import huggingface, roadwork_coco, table
+    from roadwork_dist.data.sources import huggingface, roadwork_coco, shards, table
 
     setting = setting or f"data.{name}"
     if source.startswith("hf:"):
@@ -42,6 +43,8 @@ def load_manifest(source: str, config: DataConfig, *, name: str, setting: str | 
         for metadata in (path / "metadata.csv", path / "metadata.parquet"):
             if metadata.is_file():
                 return table.read_table(metadata, config)
+        if is_shard_set(path):  # before Hugging Face's, for the index is a Parquet file too
+            return shards.read_shards(path, config)
         if huggingface.is_dataset(path):
             return huggingface.read_folder(path, split, config)
     elif path.suffix.lower() in (".csv", ".parquet"):
