@@ -89,7 +89,8 @@ class RoadworkHead(nn.Module):
             features: of the views [B, V, D], V from 1 to 12.
             view_mask: [B, V] bool, False = padding; at least one view a row. What stands at
                 padding does not matter.
-            batch: gives the metadata; see :meth:`MetadataEncoder.forward`.
+            batch: gives the metadata, see :meth:`MetadataEncoder.forward`, and ``views_of_photo`` where views
+                were left out before; pruning counts by it.
 
         Raises:
             DataError: the features are not [B, V, D] of this head's D, or the mask is not [B, V].
@@ -97,7 +98,7 @@ class RoadworkHead(nn.Module):
         self._check_shapes(features, view_mask)
         features = features.to(self.input_proj.weight.dtype).masked_fill(~view_mask.unsqueeze(-1), 0.0)
         prune = keep_all if self.pruning is None else self.pruning
-        features, mask, kept = prune(features, view_mask)
+        features, mask, kept = prune(features, view_mask, batch.get("views_of_photo"))
 
         x, balance = self._views(features, mask)  # [B, V', H]
         pooled, gates = (masked_mean if self.view_fusion is None else self.view_fusion)(x, mask)

@@ -27,8 +27,8 @@ class KeptViews(NamedTuple):
     kept: Tensor  # [B, V'] int64
 
 
-def keep_all(features: Tensor, mask: Tensor) -> KeptViews:
-    """No pruning: all V views of ``features`` [B, V, D] with ``mask`` [B, V]."""
+def keep_all(features: Tensor, mask: Tensor, of: Tensor | None = None) -> KeptViews:
+    """No pruning: all V views of ``features`` [B, V, D] with ``mask`` [B, V], of however many."""
     positions = torch.arange(mask.shape[1], device=mask.device)
     return KeptViews(features, mask, torch.where(mask, positions, 0))
 
@@ -60,19 +60,23 @@ class ViewPruning(nn.Module):
         """Views kept of ``views`` real ones."""
         return max(1, math.floor(self.keep * views + _ROUNDING))
 
-    def forward(self, features: Tensor, mask: Tensor) -> KeptViews:
+    def forward(self, features: Tensor, mask: Tensor, of: Tensor | None = None) -> KeptViews:
         """Score, choose and weight.
 
         Args:
             features: [B, V, D]; padding must be finite.
             mask: [B, V] bool, False = padding; at least one view a row.
+            of: [B] number of views that n is counted by, where some were left out before and look like
+                padding; null = the real ones. A row never keeps more than its real views.
         """
         scores = self.score(F.gelu(self.hidden(features))).squeeze(-1).float()  # [B, V]
         views = mask.shape[1]
         # By rank of a stable sort: ties go to the earlier view on every device.
         order = scores.detach().masked_fill(~mask, -torch.inf).argsort(dim=1, descending=True, stable=True)
         order = order[:, : self.count(views)]  # [B, V']
-        counts = (mask.sum(dim=1).double() * self.keep + _ROUNDING).floor().clamp(min=1)  # [B]
+        there = mask.sum(dim=1)
+        wanted = (there if of is None else of).double() * self.keep + _ROUNDING
+        counts = wanted.floor().clamp(min=1).minimum(there)  # [B]
         real = torch.arange(order.shape[1], device=mask.device) < counts.unsqueeze(1)  # [B, V']
         kept = torch.where(real, order, views).sort(dim=1).values  # views = "none" sorts last
         mask_kept = kept < views

@@ -1,0 +1,234 @@
+"""Teaching a view selector what the full model's gates say, and keeping it beside the model.
+
+N photos · C crops · D width of the backbone
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+from torch.nn import functional as F
+
+from roadwork_dist.common.errors import CheckpointError, DataError
+from roadwork_dist.common.files import write_atomic
+from roadwork_dist.common.random import isolated_rng, torch_generator_for
+from roadwork_dist.models.pretrained import WEIGHTS_FILE
+from roadwork_dist.models.selection import ViewSelector
+
+SELECTOR_FILE = "selector.safetensors"
+"""Beside the weights that it was distilled from."""
+
+FORMAT = 1
+
+EPOCHS, BATCH, LEARNING_RATE, WEIGHT_DECAY, PATIENCE = 200, 32, 1e-3, 0.1, 30
+"""Recipe of the distillation. Epochs without a better held-out figure end it."""
+
+LEAST_STD = 1e-3
+"""Features that hardly change are not blown up when they are standardised."""
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """What the full model says about photos.
+
+    Attributes:
+        features: of the global views [N, D].
+        gates: of the crops [N, C], >= 0.
+        held_out: [N] bool: photos that decide when to stop, and nothing else.
+    """
+
+    features: Tensor
+    gates: Tensor
+    held_out: Tensor
+
+
+@dataclass(frozen=True)
+class DistillationFigures:
+    """How well a selector knows gates that it has not seen (of the held-out photos)."""
+
+    photos: int
+    """Photos it learned from."""
+    held_out: int
+    divergence: float
+    """Mean KL(gates ‖ scores) in nats."""
+    divergence_of_order: float
+    """The same of one fixed order, the mean gates of the photos it learned from."""
+    captured: dict[int, tuple[float, ...]]
+    """By number of crops: the share of the gates' sum that the selector's choice holds, that of the fixed
+    order, and that of the best possible choice. A random choice holds crops / C."""
+
+
+def gate_shares(gates: Tensor) -> Tensor:
+    """Gates [N, C] scaled to sum to 1 over a photo's crops.
+
+    Raises:
+        DataError: a photo has no crop with a gate above 0.
+    """
+    total = gates.sum(dim=1, keepdim=True)
+    if not bool((total > 0).all()):
+        raise DataError(
+            f"{int((total <= 0).sum())} photos have no crop with a gate above 0: nothing can be "
+            "distilled from them"
+        )
+    return gates / total
+
+
+def distil(teaching: Teaching, *, seed: int) -> tuple[ViewSelector, DistillationFigures]:
+    """Train a selector to predict the shares of the gates from the global view.
+
+    The loss is KL(shares ‖ softmax(scores)) (ListNet's top-one loss, Cao et al., ICML 2007, with the gates as
+    relevance). The weights with the least held-out loss are kept; they start as the fixed order that suits
+    most photos, so the result is not worse than that on the held-out photos.
+
+    Raises:
+        DataError: there is nothing to learn from.
+    """
+    shares, held_out = gate_shares(teaching.gates.float()), teaching.held_out
+    features = teaching.features.float()
+    learn, check = ~held_out, held_out
+    if int(learn.sum()) < 2 or int(check.sum()) < 1:
+        raise DataError(f"{len(held_out)} photos with crops are too few to distil a selector: train on more")
+    with isolated_rng(seed):
+        selector = _started(features[learn], shares[learn])
+        _train(selector, features, shares, learn, check, torch_generator_for(seed, "distil"))
+    return selector.eval(), _figures(selector, features, shares, learn, check)
+
+
+def _started(features: Tensor, shares: Tensor) -> ViewSelector:
+    """A selector that knows the scale of features, and the mean shares as its bias."""
+    selector = ViewSelector(features.shape[1], shares.shape[1])
+    with torch.no_grad():
+        selector.mean.copy_(features.mean(dim=0))
+        selector.std.copy_(features.std(dim=0).clamp(min=LEAST_STD))
+        selector.scores.weight.zero_()
+        selector.scores.bias.copy_(shares.mean(dim=0).clamp(min=1e-6).log())
+    return selector
+
+
+def _train(
+    selector: ViewSelector,
+    features: Tensor,
+    shares: Tensor,
+    learn: Tensor,
+    check: Tensor,
+    generator: torch.Generator,
+) -> None:
+    optimizer = torch.optim.AdamW(selector.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    rows = learn.nonzero().squeeze(1)
+    best, best_state, waited = _divergence(selector, features[check], shares[check]), _state(selector), 0
+    for _ in range(EPOCHS):
+        selector.train()
+        for picked in rows[torch.randperm(len(rows), generator=generator)].split(BATCH):  # type: ignore[no-untyped-call]
+            loss = _kl(selector(features[picked]), shares[picked])
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+        now = _divergence(selector, features[check], shares[check])
+        waited += 1
+        if now < best:
+            best, best_state, waited = now, _state(selector), 0
+        if waited >= PATIENCE:
+            break
+    selector.load_state_dict(best_state)
+
+
+def _kl(scores: Tensor, shares: Tensor) -> Tensor:
+    return F.kl_div(scores.log_softmax(dim=1), shares, reduction="batchmean")
+
+
+def _divergence(selector: ViewSelector, features: Tensor, shares: Tensor) -> float:
+    selector.eval()
+    with torch.no_grad():
+        return float(_kl(selector(features), shares))
+
+
+def _state(selector: ViewSelector) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in selector.state_dict().items()}
+
+
+def _figures(
+    selector: ViewSelector, features: Tensor, shares: Tensor, learn: Tensor, check: Tensor
+) -> DistillationFigures:
+    mean = shares[learn].mean(dim=0)
+    truth = shares[check]
+    fixed = mean.clamp(min=1e-6).log().expand_as(truth)
+    with torch.no_grad():
+        scores = selector(features[check])
+    captured = {
+        count: tuple(_captured(by, truth, count) for by in (scores, fixed, truth))
+        for count in range(1, truth.shape[1])
+    }
+    return DistillationFigures(
+        photos=int(learn.sum()),
+        held_out=int(check.sum()),
+        divergence=float(_kl(scores, truth)),
+        divergence_of_order=float(_kl(fixed, truth)),
+        captured=captured,
+    )
+
+
+def _captured(scores: Tensor, shares: Tensor, count: int) -> float:
+    best = scores.argsort(dim=1, descending=True, stable=True)[:, :count]
+    return float(shares.gather(1, best).sum(dim=1).mean())
+
+
+def write_selector(folder: Path, selector: ViewSelector, identity: Mapping[str, Any]) -> Path:
+    """Write ``selector.safetensors`` beside the weights that a selector was distilled from.
+
+    Args:
+        folder: holds ``model.safetensors``.
+        selector: the selector.
+        identity: what it belongs to (backbone, views); JSON. The hash of the weights is added.
+
+    Raises:
+        CheckpointError: the folder has no weights.
+        OSError: the file cannot be written.
+    """
+    about = {"format": FORMAT, "crops": selector.crops, **identity, "weights": _weights_hash(folder)}
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in selector.state_dict().items()}
+    path = folder / SELECTOR_FILE
+    write_atomic(path, save(tensors, metadata={"selector": json.dumps(about, sort_keys=True)}))
+    return path
+
+
+def read_selector(folder: Path, identity: Mapping[str, Any]) -> ViewSelector:
+    """The selector beside a model's weights, in eval mode on the CPU.
+
+    Raises:
+        CheckpointError: it is absent or damaged, or was distilled from another model, backbone or views.
+    """
+    path = folder / SELECTOR_FILE
+    again = f"`roadwork-dist distil {folder.parent if folder.name == 'best' else folder}` writes it"
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist, and views.select needs it: {again}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {})["selector"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no mapping
+        expected = {"format": FORMAT, **identity, "weights": _weights_hash(folder)}
+        for name, value in expected.items():
+            if about.get(name) != value:
+                raise CheckpointError(
+                    f"{path} was distilled for another model ({name} is {about.get(name)!r}, expected "
+                    f"{value!r}): {again} anew"
+                )
+        selector = ViewSelector(len(tensors["mean"]), about["crops"])
+        selector.load_state_dict(tensors)
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}): {again} anew") from error
+    return selector.eval()
+
+
+def _weights_hash(folder: Path) -> str:
+    try:
+        with (folder / WEIGHTS_FILE).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"{folder / WEIGHTS_FILE} cannot be read ({error}): train first") from error

@@ -1,0 +1,217 @@
+"""Choosing crops before the backbone, and learning to."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from roadwork_dist.common.errors import CheckpointError, DataError
+from roadwork_dist.common.types import VOCABULARIES, Batch
+from roadwork_dist.config.experiment import ModelConfig
+from roadwork_dist.models.detector import RoadworkHead, RoadworkModel
+from roadwork_dist.models.distillation import Teaching, distil, gate_shares, read_selector, write_selector
+from roadwork_dist.models.selection import SelectiveDetector, ViewSelector, choose_views
+
+SIDE, WIDTH, VIEWS = 8, 16, 12
+
+
+class CountingBackbone(nn.Module):
+    """A linear map of the pixels that remembers how many views each call had."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(3 * SIDE * SIDE, WIDTH).requires_grad_(False)
+        self.calls: list[int] = []
+
+    def forward(self, views: Tensor) -> Tensor:
+        self.calls.append(len(views))
+        out: Tensor = self.linear(views.flatten(1).float() / 255)
+        return out
+
+
+def detector(**settings: object) -> RoadworkModel:
+    torch.manual_seed(1)
+    config = ModelConfig(width=64, heads=1, layers=1, **settings)  # type: ignore[arg-type]
+    model = RoadworkModel(RoadworkHead(WIDTH, config, mask_head=False), CountingBackbone()).eval()
+    if model.head.view_fusion is not None:  # gates start alike
+        nn.init.normal_(model.head.view_fusion.gate.weight)
+    return model
+
+
+def batch_of(*counts: int) -> Batch:
+    """Photos with so many views each; noise stands at padding."""
+    generator = torch.Generator().manual_seed(len(counts))
+    rows, width = len(counts), max(counts)
+    batch: Batch = {
+        "views": torch.randint(0, 256, (rows, width, 3, SIDE, SIDE), dtype=torch.uint8, generator=generator),
+        "view_mask": torch.arange(width) < torch.tensor(counts)[:, None],
+        "gps": torch.zeros(rows, 2),
+        "gps_known": torch.zeros(rows, dtype=torch.bool),
+        "text": torch.zeros(rows, 384),
+        "text_known": torch.zeros(rows, dtype=torch.bool),
+    }
+    for name, words in VOCABULARIES.items():
+        batch[name] = torch.full((rows,), len(words))  # type: ignore[literal-required]
+    return batch
+
+
+def preferring(*crops: int) -> nn.Module:
+    """A scorer that gives every photo these crops, best first (crop c is view c + 1)."""
+    scores = torch.zeros(VIEWS - 1)
+    scores[list(crops)] = torch.arange(len(crops), 0, -1).float()
+
+    class Fixed(nn.Module):
+        def forward(self, features: Tensor) -> Tensor:
+            return scores.expand(len(features), -1)
+
+    return Fixed()
+
+
+def test_only_the_chosen_views_go_through_the_backbone() -> None:
+    model = detector(prune_keep=1.0)
+    counting = model.backbone
+    assert isinstance(counting, CountingBackbone)
+    batch = batch_of(12, 1, 12, 3)
+    with torch.no_grad():
+        output = SelectiveDetector(model, preferring(4, 0, 9, 7), 4)(batch)
+    # four global views at once; then 4 + 0 + 4 + 2 crops of all photos at once
+    assert counting.calls == [4, 10]
+    looked = [row.nonzero().flatten().tolist() for row in output.view_gates]
+    assert looked == [[0, 1, 5, 8, 10], [0], [0, 1, 5, 8, 10], [0, 1, 2]]
+
+
+def test_it_is_the_detector_on_photos_that_have_these_views_only() -> None:
+    model = detector(prune_keep=1.0)
+    batch = batch_of(12, 12)
+    alone: Batch = {
+        **batch,
+        "views": batch["views"][:, [0, 3, 6]],
+        "view_mask": torch.ones(2, 3, dtype=torch.bool),
+    }
+    with torch.no_grad():
+        output, expected = SelectiveDetector(model, preferring(2, 5), 2)(batch), model(alone)
+    torch.testing.assert_close(output.logits, expected.logits)
+    torch.testing.assert_close(output.view_gates[:, [0, 3, 6]], expected.view_gates)
+
+
+def test_all_crops_and_photos_without_crops_change_nothing() -> None:
+    model = detector()
+    batch = batch_of(12, 1, 12)
+    with torch.no_grad():
+        expected = model(batch)
+        for crops in (11, 40):
+            output = SelectiveDetector(model, preferring(3), crops)(batch)
+            torch.testing.assert_close(output.logits, expected.logits)
+            assert torch.equal(output.kept, expected.kept)
+        small = batch_of(1, 1)
+        output, expected = SelectiveDetector(model, preferring(3), 4)(small), model(small)
+    assert torch.equal(output.logits, expected.logits)
+    counting = model.backbone
+    assert isinstance(counting, CountingBackbone)
+    assert counting.calls[-2:] == [2, 2]  # the global views once each time; no empty call
+
+
+def test_stored_features_give_what_views_give() -> None:
+    model = detector()
+    batch = batch_of(12, 1, 12)
+    selective = SelectiveDetector(model, ViewSelector(WIDTH, VIEWS - 1).eval(), 4)
+    with torch.no_grad():
+        stored: Batch = {**batch, "features": model.features(batch["views"], batch["view_mask"])}
+        del stored["views"]
+        of_features, of_views = selective(stored), selective(batch)
+    torch.testing.assert_close(of_features.logits, of_views.logits)
+    assert torch.equal(of_features.kept, of_views.kept)
+
+
+@pytest.mark.parametrize(("crops", "kept"), [(4, 5), (7, 8), (9, 8)])
+def test_pruning_counts_by_the_views_of_the_photo(crops: int, kept: int) -> None:
+    """8 of 12 views are kept of all; of 5 that were looked at, none is thrown away again."""
+    with torch.no_grad():
+        output = SelectiveDetector(detector(prune_keep=0.67), preferring(*range(11)), crops)(batch_of(12))
+    assert int(output.view_mask.sum()) == kept
+
+
+def test_a_batch_with_neither_views_nor_features_is_told() -> None:
+    with pytest.raises(DataError, match="neither features nor views"):
+        SelectiveDetector(detector(), preferring(0), 2)({"view_mask": torch.ones(1, 2, dtype=torch.bool)})
+
+
+def test_the_choice_against_a_loop() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(40, VIEWS - 1, generator=generator).round()  # many ties
+    mask = torch.rand(40, VIEWS, generator=generator) < 0.7
+    mask[:, 0] = True
+    for crops in (1, 4, 11):
+        chosen = choose_views(scores, mask, crops)
+        for row in range(40):
+            there = [v for v in range(1, VIEWS) if mask[row, v]]
+            best = sorted(there, key=lambda v: (-float(scores[row, v - 1]), v))[:crops]
+            assert chosen[row].nonzero().flatten().tolist() == [0, *sorted(best)]
+
+
+def lesson(rows: int = 200) -> Teaching:
+    """Photos whose global view tells which crop has the gate: feature c is high where crop c matters."""
+    generator = torch.Generator().manual_seed(2)
+    matters = torch.randint(0, 5, (rows,), generator=generator)
+    features = torch.randn(rows, WIDTH, generator=generator)
+    features[torch.arange(rows), matters] += 6
+    gates = torch.full((rows, 5), 0.2)
+    gates[torch.arange(rows), matters] = 0.9
+    return Teaching(features, gates, torch.arange(rows) % 5 == 0)
+
+
+def test_a_selector_learns_which_crop_the_global_view_points_at() -> None:
+    teaching = lesson()
+    selector, figures = distil(teaching, seed=0)
+    assert (figures.photos, figures.held_out) == (160, 40)
+    assert figures.divergence < 0.25 * figures.divergence_of_order
+    best = selector(teaching.features[teaching.held_out]).argmax(dim=1)
+    assert (best == teaching.gates[teaching.held_out].argmax(dim=1)).float().mean() > 0.9
+    learned, order, possible = figures.captured[1]
+    assert order < learned <= possible + 1e-6
+    again, _ = distil(teaching, seed=0)
+    assert all(torch.equal(a, b) for a, b in zip(selector.parameters(), again.parameters(), strict=True))
+
+
+def test_without_anything_to_see_it_falls_back_to_the_mean_order() -> None:
+    noise = torch.Generator().manual_seed(3)
+    gates = torch.tensor([0.1, 0.5, 0.2, 0.9, 0.3]).expand(60, -1)
+    teaching = Teaching(torch.randn(60, WIDTH, generator=noise), gates, torch.arange(60) % 5 == 0)
+    selector, figures = distil(teaching, seed=0)
+    assert figures.divergence <= figures.divergence_of_order + 1e-6
+    assert selector(teaching.features).argsort(dim=1, descending=True).tolist() == [[3, 1, 4, 2, 0]] * 60
+
+
+def test_shares_of_gates_by_hand() -> None:
+    torch.testing.assert_close(
+        gate_shares(torch.tensor([[0.2, 0.6, 0.0]])), torch.tensor([[0.25, 0.75, 0.0]])
+    )
+    with pytest.raises(DataError, match="1 photos have no crop with a gate above 0"):
+        gate_shares(torch.tensor([[0.1, 0.0], [0.0, 0.0]]))
+    with pytest.raises(DataError, match="too few"):
+        distil(Teaching(torch.zeros(2, 4), torch.ones(2, 3), torch.tensor([True, False])), seed=0)
+
+
+def test_a_selector_is_kept_beside_its_model_and_refuses_another(tmp_path: Path) -> None:
+    folder = tmp_path / "best"
+    identity = {"backbone": "abc", "views": {"size": 64}}
+    detector().save_pretrained(folder)
+    with pytest.raises(CheckpointError, match=rf"does not exist.*`roadwork-dist distil {tmp_path}`"):
+        read_selector(folder, identity)
+    selector = distil(lesson(), seed=0)[0]
+    write_selector(folder, selector, identity)
+    loaded = read_selector(folder, identity)
+    features = torch.randn(3, WIDTH)
+    assert torch.equal(loaded(features), selector(features))
+    with pytest.raises(CheckpointError, match=r"another model \(backbone is 'abc', expected 'xyz'\)"):
+        read_selector(folder, {**identity, "backbone": "xyz"})
+    whole = (folder / "selector.safetensors").read_bytes()
+    (folder / "selector.safetensors").write_bytes(whole[:100])
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        read_selector(folder, identity)
+    (folder / "selector.safetensors").write_bytes(whole)
+    (folder / "model.safetensors").write_bytes(b"trained on")
+    with pytest.raises(CheckpointError, match="another model \\(weights is"):
+        read_selector(folder, identity)
