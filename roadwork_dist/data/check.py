@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -102,14 +102,14 @@ def check_images(
 
 def _examine_all(manifest: Manifest, max_pixels: int, workers: int) -> Iterator[tuple[tuple[int, int], str]]:
     if workers <= 1:
-        yield from (_examine(sample, max_pixels) for sample in manifest)
+        yield from (examine(sample, max_pixels) for sample in manifest)
         return
     with ThreadPoolExecutor(workers) as pool:
-        yield from pool.map(lambda sample: _examine(sample, max_pixels), manifest)
+        yield from pool.map(lambda sample: examine(sample, max_pixels), manifest)
 
 
-def _examine(sample: Sample, max_pixels: int) -> tuple[tuple[int, int], str]:
-    """Height and width of a photo, and what is wrong with it ("" = nothing)."""
+def examine(sample: Sample, max_pixels: int) -> tuple[tuple[int, int], str]:
+    """Height and width in px of a sample's photo, and what is wrong with it or its mask ("" = nothing)."""
     try:
         height, width = verify(sample.image, max_pixels=max_pixels)
         if sample.mask is not None:
@@ -141,18 +141,31 @@ def drop_unreadable(manifest: Manifest, unreadable: Mapping[int, str], max_share
     Raises:
         DataError: more rows than ``max_share`` are unreadable.
     """
-    count, total = len(unreadable), len(manifest)
-    if not count:
+    if not unreadable:
         return manifest
-    reasons = "; ".join(list(unreadable.values())[:3])
-    reasons += f"; and {count - 3} more" if count > 3 else ""
+    reasons = list(unreadable.values())
+    refuse_too_many(manifest.name, reasons, len(manifest), max_share)
+    logger.warning(
+        "%s: left out %d of %d photos that are unreadable: %s",
+        *(manifest.name, len(unreadable), len(manifest), _first_of(reasons)),
+    )
+    return manifest.subset(row for row in range(len(manifest)) if row not in unreadable)
+
+
+def refuse_too_many(name: str, reasons: Sequence[str], total: int, max_share: float) -> None:
+    """Stop where too many photos of ``total`` are unreadable.
+
+    Raises:
+        DataError: ``reasons`` (one for each unreadable photo) are more than ``max_share`` of ``total``.
+    """
+    count = len(reasons)
     if count > max_share * total:
         raise DataError(
-            f"{manifest.name}: {count} of {total} photos ({count / total:.1%}) are unreadable, "
+            f"{name}: {count} of {total} photos ({count / total:.1%}) are unreadable, "
             f"expected at most {max_share:.1%}: mend or remove them, or raise "
-            f"data.max_unreadable_share. {reasons}"
+            f"data.max_unreadable_share. {_first_of(reasons)}"
         )
-    logger.warning(
-        "%s: left out %d of %d photos that are unreadable: %s", manifest.name, count, total, reasons
-    )
-    return manifest.subset(row for row in range(total) if row not in unreadable)
+
+
+def _first_of(reasons: Sequence[str]) -> str:
+    return "; ".join(reasons[:3]) + (f"; and {len(reasons) - 3} more" if len(reasons) > 3 else "")

@@ -22,7 +22,7 @@ def shield_worker(number: int) -> None:
         return
     numbers = {getattr(signal, name) for name in _FOR_THE_TRAINER}
     parent = os.getppid()
-    _end_with_parent()
+    end_with_parent()
     # Blocked rather than ignored: a waiting thread learns who has sent a signal, and the trainer's own
     # SIGTERM (multiprocessing ends its children with it) must still work. Threads inherit the mask.
     signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
@@ -36,7 +36,7 @@ def _obey(numbers: set[int], parent: int) -> None:
             os._exit(0)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """SIGKILL when the parent dies: torch looks for that every 5 s, and only between rows."""
     import ctypes
 

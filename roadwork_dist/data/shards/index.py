@@ -42,6 +42,8 @@ class ShardFile:
     sha256: str
     """Hex, of the whole file."""
     samples: int
+    plan: str = ""
+    """Hex digest of what it was planned to hold, by which a writer knows its finished tars again."""
 
 
 @dataclass(frozen=True)
