@@ -1,0 +1,102 @@
+"""Files that reading will need next, fetched in the background.
+
+Which rows come when is known beforehand, so which files they lie in is known as well: nothing is guessed.
+"""
+
+import logging
+import queue
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+
+from roadwork_dist.common.errors import RoadworkError
+from roadwork_dist.data.remote.cache import RemoteCache
+from roadwork_dist.data.remote.download import RemoteFile
+from roadwork_dist.data.remote.retry import Stop, StoppedError
+
+logger = logging.getLogger(__name__)
+
+MOST_BATCHES = 100_000
+"""Batches looked ahead at most, however few files they lie in."""
+_JOIN_S = 5.0
+
+
+class Fetcher:
+    """Fetches files one after another in a thread, until it is closed.
+
+    A file that cannot be fetched is passed over: whoever reads it meets the error.
+
+    Args:
+        cache: where they go.
+    """
+
+    def __init__(self, cache: RemoteCache) -> None:
+        self._cache, self._stop = cache, Stop()
+        self._wanted: queue.SimpleQueue[RemoteFile | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, daemon=True, name="read-ahead")
+        self._thread.start()
+
+    def want(self, file: RemoteFile) -> None:
+        """Fetch a file, after those that were wanted before."""
+        self._wanted.put(file)
+
+    def close(self) -> None:
+        """End the download at hand, which a later one goes on with, and the thread."""
+        self._stop.set()
+        self._wanted.put(None)
+        self._thread.join(_JOIN_S)
+
+    def _work(self) -> None:
+        while (file := self._wanted.get()) is not None and not self._stop:
+            try:
+                self._cache.fetch_unless_busy(file, self._stop)
+            except StoppedError:
+                return
+            except (RoadworkError, OSError) as error:
+                logger.debug("read-ahead: %s", error)
+
+
+def read_ahead(
+    batches: Iterable[list[int]],
+    file_of: Callable[[int], RemoteFile | None],
+    cache: RemoteCache,
+    files: int,
+) -> Iterator[list[int]]:
+    """Pass batches of rows on as they are, while the files of the coming ones are fetched.
+
+    Args:
+        batches: row numbers of each batch.
+        file_of: the file that a row lies in; None = it needs no fetching.
+        cache: where they go.
+        files: so many files that reading has not reached are fetched, or asked for.
+
+    Yields:
+        The batches.
+    """
+    fetcher = Fetcher(cache)
+    coming: deque[tuple[list[int], list[RemoteFile]]] = deque()
+    left: Counter[RemoteFile] = Counter()  # coming batches that read from a file
+    unread: set[RemoteFile] = set()  # files that no batch passed on has read from
+    source = iter(batches)
+    try:
+        while True:
+            while len(unread) < files and len(coming) < MOST_BATCHES:
+                batch = next(source, None)
+                if batch is None:
+                    break
+                own = list(dict.fromkeys(file for row in batch if (file := file_of(row)) is not None))
+                coming.append((batch, own))
+                for file in own:
+                    if not left[file]:
+                        unread.add(file)
+                        fetcher.want(file)
+                    left[file] += 1
+            if not coming:
+                return
+            batch, own = coming.popleft()
+            for file in own:
+                unread.discard(file)
+                left[file] -= 1
+            yield batch
+    finally:
+        fetcher.close()
