@@ -26,12 +26,34 @@ class ColumnsConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RemoteConfig:
+    """Photos on a server (``https://``, ``s3://``, ``gs://``, …): how they come to this machine."""
+
+    cache_dir: str = "~/.cache/roadwork_dist/shards"
+    """Folder for shards on a disk of this machine; runs and processes share it."""
+    cache_gb: float = 50.0
+    """GiB that shards may take there; those not read for longest make way."""
+    read_ahead: int = 2
+    """Shards per process fetched before reading gets to them; 0 = none."""
+    attempts: int = 8
+    """Tries in a row without progress after which a server is given up."""
+    timeout: float = 30.0
+    """Seconds to wait for a connection and for the next bytes."""
+
+    def __post_init__(self) -> None:
+        check(self.cache_gb > 0, "data.remote.cache_gb", self.cache_gb, "a number > 0")
+        check(self.read_ahead >= 0, "data.remote.read_ahead", self.read_ahead, "an integer >= 0")
+        check(self.attempts >= 1, "data.remote.attempts", self.attempts, "an integer >= 1")
+        check(self.timeout > 0, "data.remote.timeout", self.timeout, "seconds > 0")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Which photos to train, validate and aim at.
 
     A source is a path or a hub id: a CSV or Parquet table, a folder that holds
-    ``metadata.csv`` or ``metadata.parquet``, a folder of shards, a Hugging Face data set saved to disk, a
-    hub id as ``hf:owner/name:split``, or CMU ROADWork's COCO JSON.
+    ``metadata.csv`` or ``metadata.parquet``, a folder of shards or its URL, a Hugging Face data set
+    saved to disk, a hub id as ``hf:owner/name:split``, or CMU ROADWork's COCO JSON.
     """
 
     train: str = "demo-data/train.csv"
@@ -50,6 +72,13 @@ class DataConfig:
     """Share of unreadable photos above which the run stops before training."""
     max_pixels: int = 200_000_000
     """Photos with more pixels are refused (decompression bombs)."""
+    order: Literal["auto", "shuffled", "shards"] = "auto"
+    """``shuffled`` draws every photo from the whole set; ``shards`` keeps each process to few shards at a \
+time; auto = shards where the training photos are on a server."""
+    shuffle_shards: int = 4
+    """Shards whose photos a process mixes at a time, in the order ``shards``."""
+    remote: RemoteConfig = field(default_factory=RemoteConfig)
+    """Photos on a server."""
     text_encoder: str = "all-minilm-l6-v2"
     """Frozen sentence encoder: the packaged MiniLM, a sentence-transformers id, or a folder."""
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
@@ -64,6 +93,7 @@ class DataConfig:
             "a share in [0, 1]",
         )
         check(self.max_pixels > 0, "data.max_pixels", self.max_pixels, "an integer > 0")
+        check(self.shuffle_shards >= 1, "data.shuffle_shards", self.shuffle_shards, "an integer >= 1")
 
 
 @dataclass(frozen=True, kw_only=True)

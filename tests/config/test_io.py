@@ -33,6 +33,8 @@ tracking tracking.tensorboard tracking.progress tracking.health_every
 tracking.wandb tracking.wandb.mode tracking.wandb.project tracking.wandb.entity
 data data.train data.val data.target data.val_share data.folds data.image_root
 data.max_unreadable_share data.max_pixels data.text_encoder
+data.order data.shuffle_shards data.remote data.remote.cache_dir data.remote.cache_gb
+data.remote.read_ahead data.remote.attempts data.remote.timeout
 data.columns data.columns.id data.columns.image data.columns.label data.columns.latitude
 data.columns.longitude data.columns.weather data.columns.daytime data.columns.scene
 data.columns.description data.columns.mask data.columns.group
