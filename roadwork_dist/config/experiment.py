@@ -108,6 +108,9 @@ class ViewsConfig:
     """Tiles per axis."""
     scale: float = 2.5
     """Long side of the shared image in units of S."""
+    quality: Literal["fast", "exact"] = "fast"
+    """``fast`` = large JPEGs are decoded at 1/2, 1/4 or 1/8 of their size; ``exact`` = every pixel is, \
+for half as much time again. Features of the two are kept apart."""
     select: int | None = None
     """Crops that go through the backbone beside the global view when photos are predicted; a selector, \
 distilled after training, chooses them. null = all. Training always sees all views."""

@@ -151,7 +151,7 @@ def decode(
     name: str | None = None,
     max_pixels: int = MAX_PIXELS,
     min_side: int = 64,
-    draft_long_side: int | None = None,
+    reduction: int = 1,
 ) -> Tensor:
     """Decode a photo, upright and in RGB.
 
@@ -163,8 +163,8 @@ def decode(
         name: what messages call the photo; None = the source's name.
         max_pixels: more pixels than this are refused before any is decoded.
         min_side: least width and height in px.
-        draft_long_side: the caller needs a long side of only so many px: JPEGs are decoded at 1/2, 1/4 or
-            1/8 where that leaves at least as many, which is several times faster. None = full size.
+        reduction: decode JPEGs at 1/2, 1/4 or 1/8 (2, 4 or 8) of their size, which is several times faster;
+            sides are rounded up. Other formats are not reduced.
 
     Returns:
         ``[3, H, W]`` uint8. The strides are those of an interleaved picture (channels last), which
@@ -174,9 +174,8 @@ def decode(
         DataError: the bytes are no whole photo within the limits.
     """
     data, name = _bytes_and_name(source, name)
-    image = _open(data, name, max_pixels=max_pixels, min_side=min_side)
-    if draft_long_side is not None:
-        _reduce(image, draft_long_side)
+    image = open_picture(data, name, max_pixels=max_pixels, min_side=min_side)
+    _reduce(image, reduction)
     pixels = np.array(_to_rgb(_load_upright(image, name)))  # H W 3, a copy: Pillow's memory is read-only
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
@@ -190,11 +189,11 @@ def photo_size(
         DataError: the header cannot be read, or the size is out of the limits.
     """
     data, name = _bytes_and_name(source, name)
-    image = _open(data, name, max_pixels=max_pixels, min_side=min_side)
+    image = open_picture(data, name, max_pixels=max_pixels, min_side=min_side)
     if isinstance(image, PngImageFile) and "exif" not in image.info:
         _load(image, name)  # a PNG may carry its EXIF after the pixels
     width, height = image.size
-    return (width, height) if _orientation(image) >= 5 else (height, width)
+    return (width, height) if orientation_of(image) >= 5 else (height, width)
 
 
 def verify(
@@ -209,11 +208,11 @@ def verify(
         DataError: :func:`decode` would raise it.
     """
     data, name = _bytes_and_name(source, None)
-    image = _open(data, name, max_pixels=max_pixels, min_side=min_side)
+    image = open_picture(data, name, max_pixels=max_pixels, min_side=min_side)
     width, height = image.size
-    _reduce(image, 1)  # every coded byte is still read, but an eighth of the rows and columns computed
+    _reduce(image, 8)  # every coded byte is still read, but an eighth of the rows and columns computed
     _load(image, name)
-    return (width, height) if _orientation(image) >= 5 else (height, width)
+    return (width, height) if orientation_of(image) >= 5 else (height, width)
 
 
 class MaskSource(Protocol):
@@ -256,7 +255,7 @@ class PngMask:
         Raises:
             DataError: the PNG cannot be read, is not 8-bit greyscale or has bits above the sixth.
         """
-        image = _open(self.image.read(), self.name, max_pixels=self.max_pixels, min_side=1)
+        image = open_picture(self.image.read(), self.name, max_pixels=self.max_pixels, min_side=1)
         _load(image, self.name)
         if image.mode not in ("L", "P"):
             raise DataError(
@@ -316,8 +315,12 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def _open(data: bytes, name: str, *, max_pixels: int, min_side: int) -> ImageFile:
-    """Read the header and check the size; no pixel is decoded."""
+def open_picture(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS, min_side: int = 64) -> ImageFile:
+    """Read the header and check the size; no pixel is decoded.
+
+    Raises:
+        DataError: it is no picture, or its size is out of the limits.
+    """
     if not data:
         raise DataError(
             f"{name}: the file is empty (0 bytes), expected a JPEG or PNG: restore it or remove its row"
@@ -363,27 +366,26 @@ def _load(image: ImageFile, name: str) -> None:
         raise _broken(name, error) from error
 
 
-def _reduce(image: ImageFile, long_side: int) -> None:
-    """Let libjpeg decode at 1/2, 1/4 or 1/8 (its DCT scaling) where ``long_side`` px still remain."""
-    width, height = image.size
-    scale = max((s for s in (1, 2, 4, 8) if max(width, height) // s >= long_side), default=1)
-    if scale > 1:
-        image.draft(None, (width // scale, height // scale))
+def _reduce(image: ImageFile, reduction: int) -> None:
+    """Let libjpeg decode at 1/2, 1/4 or 1/8 (its DCT scaling)."""
+    if reduction > 1:
+        width, height = image.size
+        image.draft(None, (max(1, width // reduction), max(1, height // reduction)))
 
 
-def _orientation(image: ImageFile) -> int:
+def orientation_of(image: ImageFile) -> int:
     """EXIF orientation, 1 (upright) to 8; 1 where the EXIF block cannot be read."""
     try:
         with quiet():
             value = image.getexif().get(ExifTag.Orientation, 1)
     except Exception:  # a broken EXIF block does not make the pixels unreadable
         return 1
-    return value if value in _UPRIGHT else 1
+    return int(value) if value in _UPRIGHT else 1
 
 
 def _load_upright(image: ImageFile, name: str) -> Image.Image:
     _load(image, name)
-    method = _UPRIGHT.get(_orientation(image))
+    method = _UPRIGHT.get(orientation_of(image))
     return image if method is None else image.transpose(method)
 
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from roadwork_dist.data.augment import Augmenter
-from roadwork_dist.data.images import MAX_PIXELS, ImageSource, decode, photo_size
-from roadwork_dist.data.views import ViewGeometry, draft_long_side, make_views
+from roadwork_dist.data.images import MAX_PIXELS, ImageSource
+from roadwork_dist.data.jpeg import decode_for_views
+from roadwork_dist.data.views import ViewGeometry, make_views
 
 
 def views_of_photo(
@@ -34,13 +35,12 @@ def views_of_photo(
     Raises:
         DataError: the photo cannot be read; the message names it.
     """
+    original_size = getattr(source, "original_size", None)  # of a compact photo: views lie as in its original
     if not isinstance(source, bytes):
         name = name or source.name
         source = source.read()
-    height, width = photo_size(source, name=name, max_pixels=max_pixels)
-    draft = draft_long_side(geometry, width, height)
-    image = decode(source, name=name, max_pixels=max_pixels, draft_long_side=draft)
-    return make_views(image, geometry, (width, height))
+    stored = decode_for_views(source, geometry, name=name or "photo", max_pixels=max_pixels)
+    return make_views(stored.pixels, geometry, original_size or stored.photo_size, stored.orientation)
 
 
 @dataclass(frozen=True)

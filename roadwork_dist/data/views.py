@@ -6,7 +6,8 @@ centre square, and the rightmost square (portrait: the bottom one). Long photos 
 ``scale``) have their short side scaled to S instead; above ``grid`` the long side is ``grid`` · S and
 the short side is padded, so that the tiles always cover every pixel.
 
-Positions are (x, y) and sizes (width, height) in px; tensors are [3, H, W] uint8 RGB.
+Positions are (x, y) and sizes (width, height) in px; tensors are [3, H, W] uint8 RGB, fastest where
+their strides are those of an interleaved picture (channels last), as decoders give them.
 """
 
 import math
@@ -22,6 +23,25 @@ from roadwork_dist.config.experiment import ViewsConfig
 
 GLOBAL_ONLY_BELOW = 1.5
 """Under policy ``auto`` a photo whose short side is below this many S gets the global view only."""
+
+VERSION = 2
+"""Raised whenever the same photo would give other views, so that stored features are not mixed."""
+
+REDUCTIONS = (8, 4, 2)
+"""A JPEG can be decoded at one of these fractions of its size for less than the whole (DCT scaling)."""
+
+# What turns stored pixels upright by the value of EXIF's tag (EXIF 2.32, 0x0112), the transposition first:
+# (swap the axes, then flip these axes of [..., H, W]).
+_TURNS: dict[int, tuple[bool, tuple[int, ...]]] = {
+    1: (False, ()),
+    2: (False, (-1,)),
+    3: (False, (-2, -1)),
+    4: (False, (-2,)),
+    5: (True, ()),
+    6: (True, (-1,)),
+    7: (True, (-2, -1)),
+    8: (True, (-2,)),
+}
 
 
 class Box(NamedTuple):
@@ -43,6 +63,7 @@ class ViewGeometry:
         scale: long side of the shared image in units of S.
         policy: ``auto`` (global view only for small photos), ``all`` or ``global``.
         pad_colour: RGB 0…255 that pads very long photos; the backbone's mean colour.
+        quality: ``fast`` cuts from a reduced decode of large JPEGs, ``exact`` from every pixel.
 
     Raises:
         ConfigError: the tiles would leave gaps (``scale`` > ``grid``).
@@ -53,6 +74,7 @@ class ViewGeometry:
     scale: float = 2.5
     policy: Literal["auto", "all", "global"] = "auto"
     pad_colour: tuple[int, int, int] = (124, 116, 104)
+    quality: Literal["fast", "exact"] = "fast"
 
     def __post_init__(self) -> None:
         if self.scale > self.grid:
@@ -68,7 +90,7 @@ class ViewGeometry:
 
     def identity(self) -> dict[str, object]:
         """All that decides the pixels of the views, for keys of stored features."""
-        return {**asdict(self), "pad_colour": list(self.pad_colour), "filter": "lanczos", "version": 1}
+        return {**asdict(self), "pad_colour": list(self.pad_colour), "filter": "lanczos", "version": VERSION}
 
 
 @dataclass(frozen=True)
@@ -96,7 +118,7 @@ def geometry_for(config: ViewsConfig, size: int, pad_colour: tuple[int, int, int
         pad_colour: the backbone's mean colour, RGB 0…255.
     """
     side = size if config.size == "auto" else config.size
-    return ViewGeometry(side, config.grid, config.scale, config.policy, pad_colour)
+    return ViewGeometry(side, config.grid, config.scale, config.policy, pad_colour, config.quality)
 
 
 def tile_offsets(side: int, tile: int, count: int) -> tuple[int, ...]:
@@ -161,11 +183,41 @@ def photo_boxes(geometry: ViewGeometry, width: int, height: int) -> list[Box]:
     return boxes
 
 
+def reduction_of(geometry: ViewGeometry, width: int, height: int) -> int:
+    """At which fraction (1, 2, 4 or 8 = an eighth) a JPEG of ``width`` × ``height`` px may be decoded.
+
+    The largest from which nothing is enlarged and that divides both sides: the last column of a
+    decode at half of an odd width stands for a column that is not there, and would shift the rest.
+    """
+    if geometry.quality == "exact":
+        return 1
+    shared = layout_of(geometry, width, height).shared
+    for reduction in REDUCTIONS:
+        divides = width % reduction == 0 and height % reduction == 0
+        if divides and width // reduction >= shared[0] and height // reduction >= shared[1]:
+            return reduction
+    return 1
+
+
+def turn_upright(image: Tensor, orientation: int) -> Tensor:
+    """Apply EXIF's orientation, 1 to 8, to stored pixels [..., H, W]."""
+    swaps, flipped = _TURNS[orientation]
+    if swaps:
+        image = image.transpose(-2, -1)
+    return image.flip(flipped) if flipped else image
+
+
 def _resize(image: Tensor, width: int, height: int) -> Tensor:
     """Antialiased Lanczos resize of [3, H, W] uint8; the memory layout is kept (no repacking)."""
     if image.shape[-2:] == (height, width):
         return image
     return F.interpolate(image[None], size=(height, width), mode="lanczos", antialias=True)[0]
+
+
+def _resize_axis(image: Tensor, axis: int, length: int) -> Tensor:
+    """Resize one axis: -1 = across, -2 = down."""
+    height, width = image.shape[-2:]
+    return _resize(image, length, height) if axis == -1 else _resize(image, width, length)
 
 
 def _pad(image: Tensor, layout: Layout, colour: tuple[int, int, int]) -> Tensor:
@@ -178,39 +230,77 @@ def _pad(image: Tensor, layout: Layout, colour: tuple[int, int, int]) -> Tensor:
     return canvas
 
 
-def make_views(image: Tensor, geometry: ViewGeometry, photo_size: tuple[int, int] | None = None) -> Tensor:
+def _interleaved(image: Tensor) -> Tensor:
+    return image[None].contiguous(memory_format=torch.channels_last)[0]
+
+
+def shared_image(image: Tensor, layout: Layout, orientation: int = 1) -> Tensor:
+    """The photo at the size of the shared image, upright; not padded.
+
+    Args:
+        image: [3, H, W] uint8 as stored; may be a reduced decode.
+        layout: of the upright photo at full size.
+        orientation: EXIF's, 1 to 8. Only the small image is turned, which costs a millisecond or two.
+
+    Returns:
+        [3, H, W] uint8 with the strides of an interleaved picture.
+    """
+    width, height = layout.shared[::-1] if orientation >= 5 else layout.shared
+    return _interleaved(turn_upright(_resize(image, width, height), orientation))
+
+
+def _shared_and_strip(image: Tensor, layout: Layout, size: int, orientation: int) -> tuple[Tensor, Tensor]:
+    """The shared image, and the photo with the same long side and a short side of ``size`` px.
+
+    The global view and the two squares have the short side in common, so it is resized for all
+    three at once, and from the photo's own rows: resized twice, edges would lose 1 dB.
+    """
+    long_is_across = (layout.shared[0] >= layout.shared[1]) == (orientation < 5)  # in the stored picture
+    long, short = (-1, -2) if long_is_across else (-2, -1)
+    half_way = _resize_axis(image, long, max(layout.shared))
+    shared = _resize_axis(half_way, short, min(layout.shared))
+    strip = _resize_axis(half_way, short, size)
+    return tuple(_interleaved(turn_upright(part, orientation)) for part in (shared, strip))  # type: ignore[return-value]
+
+
+def make_views(
+    image: Tensor,
+    geometry: ViewGeometry,
+    photo_size: tuple[int, int] | None = None,
+    orientation: int = 1,
+) -> Tensor:
     """Cut the views of one photo: global, tiles row by row (portrait: column by column), two squares.
 
     Args:
-        image: [3, H, W] uint8 RGB, upright; may be a reduced decode of the photo.
+        image: [3, H, W] uint8 RGB; may be a reduced decode of the photo.
         geometry: which views.
-        photo_size: (width, height) of the photo where ``image`` is a reduced decode of it: the
+        photo_size: (width, height) of the upright photo where ``image`` is a reduced decode of it: the
             layout is that of the photo, not of the decode.
+        orientation: EXIF's orientation of ``image``, 1 (upright) to 8.
 
     Returns:
         [V, 3, S, S] uint8, contiguous.
     """
     size = geometry.size
-    layout = layout_of(geometry, *(photo_size or (image.shape[2], image.shape[1])))
-    shared = _resize(image, *layout.shared)
+    own_size = (image.shape[2], image.shape[1])
+    layout = layout_of(geometry, *(photo_size or (own_size[::-1] if orientation >= 5 else own_size)))
     if not layout.tiles:
-        return shared[None].contiguous()
+        return shared_image(image, layout, orientation)[None].contiguous()
+    shared, strip = _shared_and_strip(image, layout, size, orientation)
     views = torch.empty((geometry.max_views, 3, size, size), dtype=torch.uint8)
-    views[0] = _resize(shared, size, size)
-    padded = _pad(shared, layout, geometry.pad_colour)
+    # Torch copies planes fast, and to planes slowly unless the whole is made contiguous at once.
+    padded = _pad(shared.contiguous(), layout, geometry.pad_colour)
     for view, (x, y) in zip(views[1:-2], layout.tiles, strict=True):
         view.copy_(padded[:, y : y + size, x : x + size])
-    side = min(layout.shared)
-    for view, (x, y) in zip(views[-2:], layout.squares, strict=True):
-        view.copy_(_resize(shared[:, y : y + side, x : x + side], size, size))
+    _cut_squares(strip, layout, views)
     return views
 
 
-def draft_long_side(geometry: ViewGeometry, width: int, height: int) -> int:
-    """Least long side of a reduced decode from which the views lose no detail, in px."""
-    layout = layout_of(geometry, width, height)
-    long, short = max(width, height), min(width, height)
-    needed = max(layout.shared) / long
-    if not layout.tiles:  # the photo is squeezed: its short side must still have S px
-        needed = geometry.size / short
-    return min(long, math.ceil(needed * long))
+def _cut_squares(strip: Tensor, layout: Layout, views: Tensor) -> None:
+    """The global view and the two squares, in place, from the strip of :func:`_shared_and_strip`."""
+    size, (width, height) = views.shape[-1], layout.shared
+    axis = -1 if width >= height else -2
+    starts = [max(position) for position in layout.squares]  # along the short side they start at 0
+    cuts = [(0, max(width, height)), *((start, min(width, height)) for start in starts)]
+    for view, (start, extent) in zip((views[0], *views[-2:]), cuts, strict=True):
+        view.copy_(_resize_axis(strip.narrow(axis, start, extent), axis, size).contiguous())

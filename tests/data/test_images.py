@@ -74,8 +74,8 @@ def test_every_exif_orientation_is_shown_upright(orientation: int, kind: str) ->
     exif[0x0112] = orientation
     stored = Image.fromarray(np.ascontiguousarray(STORED[orientation](upright)))
     data = encoded(stored, kind, exif=exif)
-    for draft in (None, 80):
-        shown = decode(data, draft_long_side=draft)
+    for reduction in (1, 2):
+        shown = decode(data, reduction=reduction)
         assert shown.shape[2] > shown.shape[1]
         full = torch.nn.functional.interpolate(shown[None].float(), size=(96, 160))[0]
         wanted = torch.from_numpy(upright.copy()).permute(2, 0, 1).float()
@@ -124,12 +124,11 @@ def test_16_bit_colour_png_is_converted() -> None:
     assert decode(data)[:, 5, 5].tolist() == [255, 128, 1]
 
 
-@pytest.mark.parametrize(
-    ("asked", "got"), [(None, 1600), (1601, 1600), (801, 1600), (800, 800), (500, 800), (400, 400), (7, 200)]
-)
-def test_draft_is_the_smallest_scale_that_has_the_asked_side(asked: int | None, got: int) -> None:
+@pytest.mark.parametrize(("reduction", "got"), [(1, (900, 1600)), (2, (450, 800)), (8, (113, 200))])
+def test_a_reduced_decode_has_that_fraction_of_the_size(reduction: int, got: tuple[int, int]) -> None:
     data = encoded(corners(1600, 900))
-    assert max(decode(data, draft_long_side=asked).shape) == got
+    assert decode(data, reduction=reduction).shape == (3, *got)
+    assert decode(encoded(corners(), "PNG"), reduction=reduction).shape == (3, 96, 160)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +157,7 @@ def test_unusable_bytes_give_one_clear_line(data: bytes, said: str, read) -> Non
 def test_truncation_is_found_at_reduced_scale_too() -> None:
     data = encoded(corners(1600, 900))
     with pytest.raises(DataError, match="is broken"):
-        decode(data[: len(data) // 2], draft_long_side=200)
+        decode(data[: len(data) // 2], reduction=8)
 
 
 def test_missing_file_is_named_with_advice(tmp_path: Path) -> None:
