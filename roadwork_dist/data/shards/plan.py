@@ -84,6 +84,9 @@ class ShardJob:
     plan: str
     """Hex digest of which samples the tar holds, and in what form."""
     expected_bytes: int
+    """Of the tar; for compact photos an estimate."""
+    source_bytes: int
+    """Of the photos that go into it."""
 
 
 def plan_shards(manifest: Manifest, options: ShardOptions) -> list[ShardJob]:
@@ -112,7 +115,9 @@ def plan_shards(manifest: Manifest, options: ShardOptions) -> list[ShardJob]:
         samples = manifest.samples[start:end]
         plan = _digest(start, samples, lengths[start:end], options)
         name = f"{options.name}-{number:06d}.tar"
-        jobs.append(ShardJob(number, name, start, samples, plan, sum(sizes[start:end]) + _END_OF_TAR))
+        expected = sum(sizes[start:end]) + _END_OF_TAR
+        photos = sum(image for image, _ in lengths[start:end])
+        jobs.append(ShardJob(number, name, start, samples, plan, expected, photos))
     return jobs
 
 

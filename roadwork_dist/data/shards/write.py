@@ -33,6 +33,10 @@ class Written:
     """Tars written now."""
     kept: int
     """Tars that were there, and whole."""
+    source_bytes: int
+    """Of the photos of the source."""
+    photo_bytes: int
+    """Of the photos in the set."""
 
 
 def write_shards(
@@ -76,7 +80,8 @@ def write_shards(
                 parts[missing[number].number] = part
                 _refuse(manifest, parts, options)
         shards = _finish(out, manifest.name, options, [parts[job.number] for job in jobs])
-    return Written(shards, len(missing), kept)
+    photo_bytes = sum(row["length"] for part in parts.values() for row in part.rows)
+    return Written(shards, len(missing), kept, sum(job.source_bytes for job in jobs), photo_bytes)
 
 
 def _kept(
