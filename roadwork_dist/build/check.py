@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from roadwork_dist.build.data import Manifests, split_off
 from roadwork_dist.build.progress import progress_bar
@@ -13,6 +14,8 @@ from roadwork_dist.config.experiment import ExperimentConfig
 from roadwork_dist.data.check import check_images, drop_unreadable
 from roadwork_dist.data.gps import gps_weights
 from roadwork_dist.data.manifest import Manifest
+from roadwork_dist.data.shards.index import is_shard_set
+from roadwork_dist.data.shards.verify import verify_shards
 from roadwork_dist.data.sources import load_manifest
 
 Say = Callable[[str], None]
@@ -69,12 +72,14 @@ def _checked(
     """The readable rows of a source; None where it cannot be used, which is noted."""
     try:
         manifest = load_manifest(source, config.data, name=role, setting=setting)
+        if is_shard_set(Path(source)):
+            _check_shards(Path(source), say, problems)
         with progress_bar(f"checking {manifest.name}") as tell:
             report = check_images(
                 manifest,
                 max_share=1.0,
                 max_pixels=config.data.max_pixels,
-                workers=min(MOST_THREADS, len(os.sched_getaffinity(0))),
+                workers=_threads(),
                 on_progress=tell,
             )
     except DataError as error:
@@ -92,6 +97,24 @@ def _checked(
     except DataError as error:
         problems.append(str(error))
         return None
+
+
+def _check_shards(folder: Path, say: Say, problems: list[str]) -> None:
+    """The tars of a set: what is wrong is said per tar, and stops a run as one problem."""
+    with progress_bar(f"checking the tars of {folder}") as tell:
+        found = verify_shards(folder, workers=_threads(), on_progress=tell)
+    for problem in found:
+        say(f"  {folder / problem.shard}: {problem.reason}")
+    if found:
+        are = "1 tar is" if len(found) == 1 else f"{len(found)} tars are"
+        problems.append(
+            f"{folder}: {are} not what shards.json and the index tell: copy again what is damaged, or run the "
+            "same `roadwork-dist shard` again, which writes only that"
+        )
+
+
+def _threads() -> int:
+    return min(MOST_THREADS, len(os.sched_getaffinity(0)))
 
 
 def _check_together(

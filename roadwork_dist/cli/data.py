@@ -12,8 +12,9 @@ EXIT_PROBLEMS = 2
 USAGE = """usage: roadwork-dist data check [SOURCE] [--config NAME] [--data.train …] [any setting of pretrain]
 
 Read every table and decode every photo that a run with these settings would use, and tell what would
-stop it before training. With SOURCE only that one: a table, a folder with metadata.csv, a Hugging Face
-data set, hf:owner/name:split or a COCO file.
+stop it before training. With SOURCE only that one: a table, a folder with metadata.csv, a folder of
+shards (whose sizes, checksums and members are checked too), a Hugging Face data set,
+hf:owner/name:split or a COCO file.
 
 Exit code: 0 = nothing would stop a run, 2 = something would.
 roadwork-dist pretrain --help lists the settings."""
