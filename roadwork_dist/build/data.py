@@ -16,12 +16,12 @@ from roadwork_dist.data.check import check_images, drop_unreadable
 from roadwork_dist.data.content import content_hashes
 from roadwork_dist.data.dataset import RoadworkDataset
 from roadwork_dist.data.extract import extract
-from roadwork_dist.data.features import FeatureSpace, FeatureStore
 from roadwork_dist.data.manifest import Manifest
 from roadwork_dist.data.masks import mask_targets
 from roadwork_dist.data.photo import PhotoViews
 from roadwork_dist.data.sources import load_manifest
 from roadwork_dist.data.splits import groups_of, stratified_group_split
+from roadwork_dist.data.store import FeatureSpace, FeatureStore
 from roadwork_dist.data.text import TextCache, TextEmbeddings, embed_descriptions
 from roadwork_dist.engine.collectives import gather_objects
 from roadwork_dist.inference.predictor import plain_views

@@ -3,7 +3,7 @@
 A row is what :class:`Batch` holds without the axis B. V views · S side in px · D width of the backbone
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,10 +13,11 @@ from torch.utils.data import Dataset, default_collate
 
 from roadwork_dist.common.errors import DataError
 from roadwork_dist.common.types import TEXT_WIDTH, UNLABELLED, VOCABULARIES, Batch
-from roadwork_dist.data.features import FeatureStore
 from roadwork_dist.data.manifest import Manifest, Sample
 from roadwork_dist.data.masks import MaskTargets
 from roadwork_dist.data.photo import PhotoViews
+from roadwork_dist.data.remote.read_ahead import read_ahead_of
+from roadwork_dist.data.store import FeatureStore
 from roadwork_dist.data.text import TextEmbeddings
 
 Row = dict[str, Any]
@@ -71,6 +72,12 @@ class RoadworkDataset(Dataset[Row]):
     def sample_id(self, index: int) -> str:
         """Id of a row, for messages about it."""
         return self.manifest[index].id
+
+    def read_ahead(self, batches: Iterable[list[int]]) -> Iterable[list[int]]:
+        """Pass batches of rows on; photos on a server are fetched before reading gets to them."""
+        if self.store is not None:
+            return batches
+        return read_ahead_of([sample.image for sample in self.manifest], batches)
 
     def __getitem__(self, index: int) -> Row:
         """One row.

@@ -5,6 +5,8 @@ N views in one call of the backbone · V views of a photo · D width of the back
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,14 +14,21 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from roadwork_dist.common.errors import BackboneError, DataError
+from roadwork_dist.common.errors import BackboneError, DataError, RoadworkError
 from roadwork_dist.common.random import torch_generator_for
-from roadwork_dist.data.features import FeatureStore
 from roadwork_dist.data.manifest import Sample
 from roadwork_dist.data.photo import PhotoViews
+from roadwork_dist.data.store import FeatureStore
 
 Encoder = Callable[[Tensor], Tensor]
 """[N, 3, S, S] uint8 on the CPU -> [N, D] floating, on any device."""
+
+_BUFFERS = 3
+"""Batches of views that are filled or on their way to a GPU."""
+_AHEAD = 4
+"""Batches of features that may wait for being written."""
+_BLOCK = 256
+"""Neighbouring photos that go to one process."""
 
 Progress = Callable[[int, int], None]
 """Called with (entries done, entries to do) of this process; an entry is one copy of one photo."""
@@ -33,6 +42,9 @@ class _Job:
     sample: Sample
     content: str
     copies: list[int | None]
+
+
+_Entry = tuple[_Job, int | None]
 
 
 @dataclass(frozen=True)
@@ -60,11 +72,14 @@ def extract(
     share: tuple[int, int] = (0, 1),
     on_progress: Progress | None = None,
 ) -> Extraction:
-    """Compute the features that the store lacks.
+    """Compute the features that the store lacks, and close it.
 
     What is there is not decoded again, so a run that was killed goes on where it was. Every call of
     ``encode`` gets exactly ``batch_views`` views (the last is filled up with black ones), so a
     feature does not depend on which photos stood beside it, nor on the point of resume.
+
+    Decoding (in loader processes), computing (here) and writing (in a thread) go on side by side; on a
+    GPU nothing here waits for the device but the thread that writes.
 
     Args:
         samples: the photos.
@@ -79,31 +94,33 @@ def extract(
 
     Raises:
         BackboneError: the backbone gave features that are not finite.
-        OSError: the store cannot be written.
+        ConfigError: the store cannot be written.
     """
+    store.check()
     jobs, found, unreadable = _plan(samples, hashes, views, store, share)
     total = found + sum(len(job.copies) for job in jobs)
     done = found
     if on_progress is not None:
         on_progress(done, total)
 
-    def readable() -> Iterator[tuple[tuple[_Job, int | None], Tensor]]:
+    def readable() -> Iterator[tuple[_Entry, Tensor]]:
         for job_index, copy, item in _decoded(jobs, views, workers):
             if isinstance(item, str):
                 unreadable[jobs[job_index].row] = item
             else:
                 yield (jobs[job_index], copy), item
 
-    for (job, copy), features in _encode_in_batches(readable(), encode, batch_views):
-        if not torch.isfinite(features).all():
-            raise BackboneError(
-                f"the backbone gave features that are not finite for {job.sample.image.name}: "
-                "set backbone.dtype to fp32, or check the backbone's weights"
-            )
-        store.put(job.content, job.sample.id, copy, features)
-        done += 1
-        if on_progress is not None:
-            on_progress(done, total)
+    try:
+        for written in _computed(readable(), encode, _Writing(store), batch_views):
+            for _ in range(written):
+                done += 1
+                if on_progress is not None:
+                    on_progress(done, total)
+    except BaseException:
+        with suppress(RoadworkError):  # the first error is the one to be told
+            store.close()
+        raise
+    store.close()
     broken = {hashes[row]: message for row, message in unreadable.items() if hashes[row] is not None}
     unreadable |= {row: broken[content] for row, content in enumerate(hashes) if content in broken}
     return Extraction(done - found, found, dict(sorted(unreadable.items())))
@@ -121,25 +138,36 @@ def _plan(
     The shares are cut before looking at the store, which other processes are filling meanwhile.
     """
     unreadable: dict[int, str] = {}
-    jobs: list[_Job] = []
-    found = 0
+    rows: list[int] = []
     seen: set[object] = set()
-    rank, world_size = share
+    is_own = _share_of(len(samples), *share)
     for row, (sample, content) in enumerate(zip(samples, hashes, strict=True)):
         entry = content if views.augmenter is None else (content, sample.id)
         if content is not None and entry in seen:
             continue  # the same photo under another id
         seen.add(entry)
-        if row % world_size != rank:
+        if not is_own(row):
             continue
         if content is None:
             unreadable[row] = _why_unreadable(sample)
-            continue
-        missing = [copy for copy in views.copies() if not store.has(content, sample.id, copy)]
-        found += len(views.copies()) - len(missing)
+        else:
+            rows.append(row)
+    contents, ids = [str(hashes[row]) for row in rows], [samples[row].id for row in rows]
+    copies = views.copies()
+    present = [store.present(contents, ids, copy).tolist() for copy in copies]
+    jobs: list[_Job] = []
+    for number, row in enumerate(rows):
+        missing = [copy for copy, is_there in zip(copies, present, strict=True) if not is_there[number]]
         if missing:
-            jobs.append(_Job(row, sample, content, missing))
+            jobs.append(_Job(row, samples[row], contents[number], missing))
+    found = len(rows) * len(copies) - sum(len(job.copies) for job in jobs)
     return jobs, found, unreadable
+
+
+def _share_of(length: int, rank: int, world_size: int) -> Callable[[int], bool]:
+    """Rows are dealt in blocks: neighbours lie in one shard, and after a kill all ranks have some left."""
+    block = min(_BLOCK, max(1, length // (world_size * 16)))
+    return lambda row: row // block % world_size == rank
 
 
 def _why_unreadable(sample: Sample) -> str:
@@ -182,29 +210,123 @@ def _decoded(
     )
 
 
-def _encode_in_batches(
-    entries: Iterable[tuple[tuple[_Job, int | None], Tensor]], encode: Encoder, batch_views: int
-) -> Iterator[tuple[tuple[_Job, int | None], Tensor]]:
-    """Encode views of several photos together; gives each entry its features [V, D], in order."""
-    waiting: deque[tuple[tuple[_Job, int | None], int]] = deque()
-    views: Tensor | None = None  # not yet encoded
-    features: Tensor | None = None  # encoded, not yet given out
-    for key, new in entries:
-        waiting.append((key, len(new)))
-        views = new if views is None or not len(views) else torch.cat([views, new])
-        while len(views) >= batch_views:
-            encoded = encode(views[:batch_views])
-            features = encoded if features is None else torch.cat([features, encoded])
-            views = views[batch_views:]
-        while features is not None and waiting and len(features) >= waiting[0][1]:
-            key, count = waiting.popleft()
-            yield key, features[:count]
-            features = features[count:]
-    if views is not None and len(views):
-        filled = torch.cat([views, views.new_zeros((batch_views - len(views), *views.shape[1:]))])
-        encoded = encode(filled)[: len(views)]
-        features = encoded if features is None else torch.cat([features, encoded])
-    while waiting and features is not None:
-        key, count = waiting.popleft()
-        yield key, features[:count]
-        features = features[count:]
+class _Writing:
+    """Hands the features of batches out to their entries, in order, and puts them into the store."""
+
+    def __init__(self, store: FeatureStore) -> None:
+        self.store = store
+        self._entries: deque[tuple[_Entry, int]] = deque()
+        self._features: Tensor | None = None  # computed, of an entry that is not complete
+
+    def __call__(
+        self, entries: list[tuple[_Entry, int]], features: Tensor, ready: "torch.cuda.Event | None"
+    ) -> int:
+        """Write what is complete.
+
+        Args:
+            entries: those whose first view is in this batch, with their number of views.
+            features: of the batch, [N, D] on the CPU.
+            ready: recorded on the device behind the copy to the CPU.
+
+        Returns:
+            Number of entries written.
+        """
+        if ready is not None:
+            ready.synchronize()
+        self._entries.extend(entries)
+        rest = features if self._features is None else torch.cat([self._features, features])
+        written = 0
+        while self._entries and len(rest) >= self._entries[0][1]:
+            (job, copy), count = self._entries.popleft()
+            if not torch.isfinite(rest[:count]).all():
+                raise BackboneError(
+                    f"the backbone gave features that are not finite for {job.sample.image.name}: "
+                    "set backbone.dtype to fp32, or check the backbone's weights"
+                )
+            self.store.put(job.content, job.sample.id, copy, rest[:count])
+            rest, written = rest[count:], written + 1
+        self._features = rest.clone()  # a slice would keep the whole batch
+        return written
+
+
+def _computed(
+    entries: Iterable[tuple[_Entry, Tensor]], encode: Encoder, write: _Writing, batch_views: int
+) -> Iterator[int]:
+    """Encode views of several photos together and write them; gives numbers of entries written."""
+    written: deque[Future[int]] = deque()
+    with ThreadPoolExecutor(1, thread_name_prefix="features") as thread:
+        for begun, buffer, views in _batches(entries, batch_views):
+            features, ready = _to_host(encode(buffer.views), views, write.store.space.torch_dtype)
+            buffer.in_use(ready)
+            written.append(thread.submit(write, begun, features, ready))
+            while len(written) > _AHEAD or (written and written[0].done()):
+                yield written.popleft().result()
+        while written:
+            yield written.popleft().result()
+
+
+def _to_host(features: Tensor, count: int, dtype: torch.dtype) -> tuple[Tensor, "torch.cuda.Event | None"]:
+    """The first features of a batch in the stored type, on their way to the CPU."""
+    features = features.detach()[:count].to(dtype)
+    if features.device.type != "cuda":
+        return features.to("cpu", copy=True), None
+    host = torch.empty(features.shape, dtype=dtype, pin_memory=True)
+    host.copy_(features, non_blocking=True)
+    ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    ready.record()
+    return host, ready
+
+
+class _Buffer:
+    """Views of one batch, in page-locked memory where the device copies them by itself."""
+
+    def __init__(self, shape: Sequence[int], *, pinned: bool) -> None:
+        self.views = torch.empty(tuple(shape), dtype=torch.uint8, pin_memory=pinned)
+        self.pinned = pinned
+        self.is_on_gpu = False
+        self._ready: torch.cuda.Event | None = None
+
+    def in_use(self, ready: "torch.cuda.Event | None") -> None:
+        """Remember what has to have happened before the buffer is filled again."""
+        self._ready, self.is_on_gpu = ready, ready is not None
+
+    def wait(self) -> None:
+        """Until the device has read the buffer."""
+        if self._ready is not None:
+            self._ready.synchronize()
+
+
+def _batches(
+    entries: Iterable[tuple[_Entry, Tensor]], batch_views: int
+) -> Iterator[tuple[list[tuple[_Entry, int]], _Buffer, int]]:
+    """Batches of exactly ``batch_views`` views: entries that begin in it, the views, how many are real."""
+    ring: deque[_Buffer] = deque()
+    begun: list[tuple[_Entry, int]] = []
+    buffer: _Buffer | None = None
+    filled = 0
+    for entry, views in entries:
+        begun.append((entry, len(views)))
+        start = 0
+        while start < len(views):
+            if buffer is None:
+                buffer = _next_buffer(ring, (batch_views, *views.shape[1:]))
+            part = views[start : start + batch_views - filled]
+            buffer.views[filled : filled + len(part)].copy_(part)
+            start, filled = start + len(part), filled + len(part)
+            if filled == batch_views:
+                yield begun, buffer, filled
+                begun, buffer, filled = [], None, 0
+    if buffer is not None:
+        buffer.views[filled:].zero_()
+        yield begun, buffer, filled
+
+
+def _next_buffer(ring: deque[_Buffer], shape: Sequence[int]) -> _Buffer:
+    """A buffer that nobody reads: on a CPU always the same, for a GPU the oldest of a few."""
+    is_on_gpu = bool(ring) and ring[-1].is_on_gpu
+    if not ring or (is_on_gpu and len(ring) < _BUFFERS):
+        ring.append(_Buffer(shape, pinned=is_on_gpu))
+        return ring[-1]
+    ring.rotate(-1)
+    ring[-1].wait()
+    return ring[-1]

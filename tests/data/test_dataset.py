@@ -13,12 +13,12 @@ from roadwork_dist.data.augment import Augmenter
 from roadwork_dist.data.content import content_hashes
 from roadwork_dist.data.dataset import RoadworkDataset, collate
 from roadwork_dist.data.extract import extract
-from roadwork_dist.data.features import FeatureSpace, FeatureStore
 from roadwork_dist.data.images import FileImage, PngMask, decode_mask
 from roadwork_dist.data.loader import load_batches
 from roadwork_dist.data.manifest import Manifest, Sample
 from roadwork_dist.data.masks import mask_targets
 from roadwork_dist.data.photo import PhotoViews, views_of_photo
+from roadwork_dist.data.store import FeatureSpace, FeatureStore
 from roadwork_dist.data.text import TextCache, embed_descriptions
 from roadwork_dist.data.views import ViewGeometry, make_views
 

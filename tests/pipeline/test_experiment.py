@@ -49,7 +49,7 @@ class DieAt(Callback):
 
 def train_and_die(photos: Path, run_dir: Path, moment: str) -> None:
     if moment == "while features are computed":
-        from roadwork_dist.data.features import FeatureStore
+        from roadwork_dist.data.store import FeatureStore
 
         put, calls = FeatureStore.put, iter(range(999))
 

@@ -1,8 +1,4 @@
-import dataclasses
-import os
-import signal
-import subprocess
-import sys
+import json
 from io import BytesIO
 from pathlib import Path
 
@@ -12,15 +8,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from roadwork_dist.common.errors import BackboneError, ConfigError, DataError
+from roadwork_dist.common.errors import BackboneError
 from roadwork_dist.config.experiment import AugmentConfig
 from roadwork_dist.data.augment import Augmenter
 from roadwork_dist.data.content import INDEX_NAME, content_hashes
 from roadwork_dist.data.extract import Extraction, extract
-from roadwork_dist.data.features import FeatureSpace, FeatureStore
 from roadwork_dist.data.images import BytesImage, FileImage
 from roadwork_dist.data.manifest import Sample
 from roadwork_dist.data.photo import PhotoViews
+from roadwork_dist.data.store import FeatureSpace, FeatureStore
+from roadwork_dist.data.store.index import concatenate
 from roadwork_dist.data.views import ViewGeometry
 
 SIDE = 48
@@ -83,85 +80,17 @@ def run(
     return extract(samples, hashes, views=views, store=store, encode=encode, batch_views=8, **options)  # type: ignore[arg-type]
 
 
-def contents(root: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*.safetensors")}
-
-
-@pytest.mark.parametrize(
-    "change", ["size", "grid", "policy", "augment", "seed", "strength", "backbone", "dtype"]
-)
-def test_every_field_of_the_identity_changes_the_key(change: str) -> None:
-    base = dataclasses.replace(SPACE, augment=Augmenter(AugmentConfig(), 1).identity())
-    changed = {
-        "size": {"views": ViewGeometry(49).identity()},
-        "grid": {"views": ViewGeometry(SIDE, grid=4).identity()},
-        "policy": {"views": ViewGeometry(SIDE, policy="all").identity()},
-        "augment": {"augment": None},
-        "seed": {"augment": Augmenter(AugmentConfig(), 2).identity()},
-        "strength": {"augment": Augmenter(AugmentConfig(strength=0.5), 1).identity()},
-        "backbone": {"backbone": "tiny conv, other weights"},
-        "dtype": {"dtype": "bf16"},
-    }[change]
-    assert dataclasses.replace(base, **changed).key != base.key  # type: ignore[arg-type]
-    assert dataclasses.replace(base).key == base.key
-
-
-def test_the_folder_says_what_it_holds(tmp_path: Path) -> None:
-    store = FeatureStore(tmp_path, SPACE)
-    assert store.folder == tmp_path / SPACE.key
-    text = (store.folder / "manifest.json").read_text()
-    assert '"backbone": "tiny conv"' in text
-    assert '"size": 48' in text
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 0.0), ("bf16", 2**-8)])
-def test_what_is_put_is_got(tmp_path: Path, dtype: str, tolerance: float) -> None:
-    store = FeatureStore(tmp_path, dataclasses.replace(SPACE, dtype=dtype))  # type: ignore[arg-type]
-    features = torch.randn(12, 8)
-    assert not store.has("aabb", "s", None)
-    store.put("aabb", "s", None, features)
-    assert store.has("aabb", "s", None)
-    assert store.get("aabb", "s", None).dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
-    torch.testing.assert_close(store.get("aabb", "s", None).float(), features, rtol=tolerance, atol=0)
-    assert store.has("aabb", "another id", None), "plain features belong to the content"
-    assert store.path("aabb", "s", None) == store.folder / "plain" / "aa" / "aabb.safetensors"
-
-
-def test_augmented_features_belong_to_content_sample_and_copy(tmp_path: Path) -> None:
-    store = FeatureStore(tmp_path, dataclasses.replace(SPACE, augment={"seed": 1}))
-    store.put("aabb", "s", 0, torch.zeros(1, 8))
-    assert store.has("aabb", "s", 0)
-    for other in [("aabb", "s", 1), ("aabb", "t", 0), ("aabc", "s", 0)]:
-        assert not store.has(*other)
-    with pytest.raises(ValueError, match="copy is None"):
-        store.has("aabb", "s", None)
-
-
-@pytest.mark.parametrize("damage", ["torn", "flipped", "empty", "text"])
-def test_a_damaged_file_is_computed_again_with_a_warning(
-    tmp_path: Path, plain: PhotoViews, damage: str
-) -> None:
-    samples, encode = samples_in(tmp_path), TinyEncoder()
-    root = tmp_path / "store"
-    run(samples, plain, root, encode)
-    whole = contents(root)
-    store = FeatureStore(root, SPACE)
-    hashes = content_hashes([s.image for s in samples], root)
-    path = store.path(str(hashes[1]), "s1", None)
-    data = path.read_bytes()
-    flipped = data[:-5] + bytes([data[-5] ^ 4]) + data[-4:]
-    path.write_bytes(
-        {"torn": data[: len(data) // 2], "flipped": flipped, "empty": b"", "text": b"x" * 500}[damage]
-    )
-    with (
-        pytest.warns(RuntimeWarning, match="is damaged"),
-        pytest.raises(DataError, match=r"'s1'.*start the same"),
-    ):
-        store.get(str(hashes[1]), "s1", None)
-    with pytest.warns(RuntimeWarning, match="is damaged .*computed again"):
-        report = run(samples, plain, root, encode)
-    assert (report.computed, report.found) == (1, 4)
-    assert contents(root) == whole
+def contents(root: Path) -> dict[tuple[int, int], tuple[int, bytes]]:
+    """Every entry of the only space of a store: views and bytes by key."""
+    (manifest,) = root.glob("*/manifest.json")
+    fields = json.loads(manifest.read_text())
+    found = {}
+    with FeatureStore(root, FeatureSpace(**fields)) as store:
+        entries = concatenate([store.catalogue.merged, store.catalogue.recent]).in_order()
+        for high, low, offset, part, views, _ in zip(*(c.tolist() for c in entries.columns()), strict=True):
+            values = store.catalogue.parts[part].files.values.read_bytes()
+            found[high, low] = views, values[offset : offset + views * store.view_bytes]
+    return found
 
 
 def test_views_of_photos_are_batched_together_and_told(tmp_path: Path, plain: PhotoViews) -> None:
@@ -198,6 +127,7 @@ def test_stored_bytes_depend_neither_on_workers_nor_shares_nor_order(
     run(samples[::-1], augmenting, tmp_path / "d", TinyEncoder())
     expected = contents(tmp_path / "a")
     assert len(expected) == 10
+    assert {len(values) // views for views, values in expected.values()} == {8 * 4}
     for other in "bcd":
         assert contents(tmp_path / other) == expected
     assert [r.computed for r in reports] == [4, 6]
@@ -237,45 +167,6 @@ def test_features_that_are_not_finite_are_refused(tmp_path: Path, plain: PhotoVi
     samples = samples_in(tmp_path, 1)
     with pytest.raises(BackboneError, match=r"not finite for .*0\.jpg"):
         run(samples, plain, tmp_path / "store", lambda views: torch.full((len(views), 4), torch.nan))  # type: ignore[arg-type]
-
-
-def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"cannot be written .*set features\.dir"):
-        FeatureStore(tmp_path / "file" / "store", SPACE)
-
-
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-sys.path.insert(0, sys.argv[1])
-import test_features as t
-folder, kill_after = Path(sys.argv[2]), int(sys.argv[3])
-replace, count = Path.replace, 0
-def counted(self, target):
-    global count
-    count += str(target).endswith(".safetensors")
-    if count > kill_after:
-        os.kill(os.getpid(), signal.SIGKILL)  # written under its temporary name, not yet renamed
-    return replace(self, target)
-Path.replace = counted
-samples = [t.Sample(f"s{k}", t.FileImage(folder / f"{k}.jpg")) for k in range(5)]
-t.run(samples, t.PhotoViews(t.GEOMETRY), folder / "killed", t.TinyEncoder())
-"""
-
-
-def test_a_killed_extraction_goes_on_and_ends_with_the_same_bytes(tmp_path: Path, plain: PhotoViews) -> None:
-    samples = samples_in(tmp_path)
-    run(samples, plain, tmp_path / "whole", TinyEncoder())
-    command = [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(tmp_path), "2"]
-    result = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
-    assert result.returncode == -signal.SIGKILL
-    assert len(contents(tmp_path / "killed")) == 2
-    report = run(samples, plain, tmp_path / "killed", TinyEncoder())
-    assert (report.computed, report.found) == (3, 2)
-    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
 def test_hashes_are_remembered_until_the_photo_changes(

@@ -1,0 +1,115 @@
+"""What a stored feature is a feature of: the identity that names a space."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from roadwork_dist.common.errors import ConfigError
+
+STORED_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class FeatureSpace:
+    """All that decides the value of a stored feature besides the photo itself.
+
+    The photo is known by the hash of its bytes, which each entry is found by, so there is no field of
+    the data here: photos may be added, moved and renamed.
+
+    Args:
+        views: :meth:`ViewGeometry.identity`.
+        augment: :meth:`Augmenter.identity`, or ``None`` for views as they are.
+        backbone: identity of the backbone: architecture, hash of its weights, arithmetic.
+        dtype: stored type.
+    """
+
+    views: dict[str, object]
+    augment: dict[str, object] | None
+    backbone: str
+    dtype: Literal["bf16", "fp32"]
+
+    def describe(self) -> str:
+        """The fields as JSON with sorted keys."""
+        return json.dumps(asdict(self), sort_keys=True, indent=1)
+
+    @property
+    def key(self) -> str:
+        """Name of the space's folder: 20 hex digits of the SHA-256 of :meth:`describe`."""
+        return hashlib.sha256(self.describe().encode()).hexdigest()[:20]
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Stored type as torch's."""
+        return STORED_DTYPES[self.dtype]
+
+    def differences(self, other: Mapping[str, Any]) -> list[str]:
+        """Where the fields of a manifest differ: ``name is <theirs>, expected <own>`` for each."""
+        own = json.loads(self.describe())
+        return list(_differences("", own, dict(other)))
+
+
+def _differences(prefix: str, own: Any, other: Any) -> Iterator[str]:
+    if isinstance(own, dict) and isinstance(other, dict):
+        for name in sorted(own.keys() | other.keys()):
+            yield from _differences(f"{prefix}.{name}".lstrip("."), own.get(name), other.get(name))
+    elif own != other:
+        yield f"{prefix} is {_short(other)}, expected {_short(own)}"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True)
+    return text if len(text) <= 120 else f"{text[:100]}…"
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The fields of the space that a folder holds.
+
+    Raises:
+        FileNotFoundError: there is no manifest.
+        ConfigError: it is damaged.
+    """
+    path = folder / MANIFEST
+    content = path.read_bytes()
+    try:
+        fields = json.loads(content)
+    except ValueError as error:
+        raise ConfigError(
+            f"{path} cannot be read ({error}), expected the identity of the features beside it: "
+            "restore it, or delete the folder, then its features are computed again"
+        ) from error
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{path} holds {_short(fields)}, expected the identity of the features beside it")
+    return fields
+
+
+def check_manifest(folder: Path, space: FeatureSpace) -> None:
+    """Compare a folder's manifest with the space that is to be read from it.
+
+    Raises:
+        FileNotFoundError: there is no manifest.
+        ConfigError: a field differs; the message names it, what was got and what was expected.
+    """
+    differing = space.differences(read_manifest(folder))
+    if differing:
+        raise ConfigError(
+            f"the features in {folder} are of another kind: {'; '.join(differing)}: use the settings they "
+            "were computed with, or another features.dir"
+        )
+
+
+def in_words(fields: Mapping[str, Any]) -> str:
+    """A manifest's fields as one line for people."""
+    views, augment = fields.get("views") or {}, fields.get("augment")
+    size = views.get("size", "?")
+    kind = ", ".join(f"{name} {value}" for name, value in views.items() if name != "size")
+    drawn = "as they are"
+    if isinstance(augment, dict):
+        shown = {k: v for k, v in augment.items() if isinstance(v, int | float | str)}
+        drawn = "augmented (" + ", ".join(f"{name} {value}" for name, value in shown.items()) + ")"
+    return f"{fields.get('backbone')} · {fields.get('dtype')} · views of {size} px ({kind}) {drawn}"
