@@ -6,6 +6,8 @@ from typing import Any
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from roadwork_dist.events.callback import Callback, Run
 from roadwork_dist.events.state import StepResult
@@ -28,7 +30,7 @@ class Console(Callback):
             return
         accelerator = run.accelerator
         self._console.print(
-            f"training {type(run.model).__name__}: {run.config.epochs} epochs x {run.steps_per_epoch} steps "
+            f"training {_class_name(run.model)}: {run.config.epochs} epochs x {run.steps_per_epoch} steps "
             f"on {accelerator.num_processes} x {accelerator.device.type} → {run.run_dir}"
         )
         if self._console.is_terminal:
@@ -100,6 +102,12 @@ class Console(Callback):
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+
+
+def _class_name(model: nn.Module) -> str:
+    """Of the user's class: ``fully_shard`` puts one of its own in front of it."""
+    cls = type(model)
+    return (cls.__bases__[1] if cls.__bases__[0] is FSDPModule else cls).__name__
 
 
 def health_text(figures: Mapping[str, Any]) -> str:

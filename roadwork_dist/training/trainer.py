@@ -22,6 +22,7 @@ from roadwork_dist.common.errors import ConfigError, NonFiniteLossError
 from roadwork_dist.common.random import seed_everything
 from roadwork_dist.config.schema import TrainConfig
 from roadwork_dist.data.loader import MapDataset, check_map_style, ids_digest, load_batches, sample_id
+from roadwork_dist.data.order import ShardOrder
 from roadwork_dist.data.sampler import Sampler, evaluation_batches
 from roadwork_dist.engine.accelerator import build_accelerator
 from roadwork_dist.engine.agreement import check_agreement
@@ -57,6 +58,8 @@ class Trainer:
         val_data: map-style data set that chooses the best weights; None = no validation.
         task: loss and figures; None = classification of ``(inputs, labels)`` batches.
         sample_weights: chance of each training row, for drawing with replacement.
+        shard_order: which shard each training row lies in, to keep each process to few of them at a time;
+            None = rows are shuffled over the whole data set.
         collate: list of rows -> batch; None = torch's default.
         callbacks: observers besides the default ones (average, figures, checkpoints).
 
@@ -73,6 +76,7 @@ class Trainer:
         *,
         task: Task | None = None,
         sample_weights: Sequence[float] | None = None,
+        shard_order: ShardOrder | None = None,
         collate: Callable[[list[Any]], Any] | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
@@ -97,6 +101,7 @@ class Trainer:
             world_size=self.accelerator.num_processes,
             seed=config.seed,
             weights=sample_weights,
+            shard_order=shard_order,
         )
         self.optimizer = build_optimizer(model, config.optim)
         self.schedule = Schedule(config.optim.lr, self.total_steps, config.schedule)
@@ -182,7 +187,8 @@ class Trainer:
             self._engine.forget_gradients()  # of a step that was not finished
 
     def _tell_exception(self, error: BaseException) -> None:
-        for callback in self.callbacks:
+        # Backwards: the guards, which came first, hold the run's lock until a background save has ended.
+        for callback in reversed(self.callbacks):
             try:
                 callback.on_exception(self, error)
             except Exception:  # must hide neither the first error nor it from the other observers

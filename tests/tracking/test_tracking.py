@@ -12,6 +12,8 @@ import torch
 from rich.console import Console as RichConsole
 from support.ranks import run
 from support.toy import toy_config, toy_data, toy_model
+from torch.distributed import HashStore, destroy_process_group, init_device_mesh, init_process_group
+from torch.distributed.fsdp import fully_shard
 
 from roadwork_dist.common.errors import ConfigError, MissingDependencyError, RoadworkError
 from roadwork_dist.config.io import to_yaml
@@ -230,6 +232,19 @@ def test_without_a_terminal_progress_is_plain_lines(tmp_path: Path) -> None:
     assert step == "epoch 1 step 1/30 loss 0.7500 lr 1.00e-03 64 samples/s wait 25%"
     assert validation == "epoch   1  val  loss 0.5000  mcc 0.9000  *"
     assert end == "stopped early: no better mcc in 5 validations"
+
+
+def test_a_sharded_model_keeps_its_name(tmp_path: Path) -> None:
+    run = fake_run(tmp_path)
+    init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        fully_shard(run.model, mesh=init_device_mesh("cpu", (1,)))
+    finally:
+        destroy_process_group()
+    console, text = Console(), io.StringIO()
+    console._console = RichConsole(file=text, soft_wrap=True)
+    console.on_train_start(run)
+    assert text.getvalue().startswith("training Sequential: ")
 
 
 def test_on_a_terminal_progress_is_a_live_bar(tmp_path: Path) -> None:

@@ -513,6 +513,23 @@ def test_fit_again_without_a_checkpoint_is_refused_and_cuts_nothing(tmp_path: Pa
     assert lines(tmp_path) == before
 
 
+class SeesTheLock(Callback):
+    """Looks for the run's lock when the run has failed."""
+
+    locked = False
+
+    def on_exception(self, run: Any, error: BaseException) -> None:
+        self.locked = (run.run_dir / "run.lock").exists()
+
+
+def test_the_lock_is_given_back_behind_everything_else(tmp_path: Path) -> None:
+    sees = SeesTheLock()
+    with pytest.raises(Stop):
+        Trainer(toy_model(), toy_config(tmp_path), toy_data(64), callbacks=[StopAt(1), sees]).fit()
+    assert sees.locked  # a save in the background still wrote into the folder
+    assert not (tmp_path / "run.lock").exists()
+
+
 class FailsToClose(Callback):
     """Its end fails too."""
 
