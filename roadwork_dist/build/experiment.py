@@ -21,6 +21,7 @@ from roadwork_dist.data.dataset import RoadworkDataset, collate
 from roadwork_dist.data.gps import gps_weights
 from roadwork_dist.data.images import photo_size
 from roadwork_dist.data.manifest import Manifest, Sample
+from roadwork_dist.data.order import shard_order_of
 from roadwork_dist.engine.accelerator import build_accelerator, share_cores
 from roadwork_dist.evaluation.evaluator import evaluate_predictions, summary_lines
 from roadwork_dist.evaluation.predictions import read_predictions, write_predictions
@@ -87,6 +88,11 @@ def build_experiment(config: ExperimentConfig) -> Experiment:
         datasets["val"],
         task=task,
         sample_weights=weights,
+        shard_order=shard_order_of(
+            [sample.image for sample in train.manifest],
+            config.data,
+            reads_photos=config.features.mode == "online",
+        ),
         collate=collate,
     )
     return Experiment(config, trainer, task, model, datasets, is_synthetic(config))

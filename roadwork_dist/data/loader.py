@@ -30,7 +30,8 @@ class MapDataset(Sized, Protocol):
     """Anything with a length that gives a row for an index.
 
     A method ``set_epoch(epoch: int)`` is called before each epoch where there is one, also through
-    torch's ``Subset`` and ``ConcatDataset``.
+    torch's ``Subset`` and ``ConcatDataset``. A method ``read_ahead(batches)`` gets the row numbers of all
+    batches to come and gives them back one by one: it may fetch what they need meanwhile.
     """
 
     def __getitem__(self, index: int, /) -> Any: ...
@@ -153,6 +154,7 @@ def load_batches(
         An iterable, to be gone through once, with as many batches as were asked for.
     """
     _tell_epoch(dataset, epoch)
+    batches = getattr(dataset, "read_ahead", _as_it_is)(batches)
     return DataLoader(
         _SeededBatches(dataset, collate, seed, epoch),  # type: ignore[arg-type]
         batch_sampler=batches,  # read once, in order

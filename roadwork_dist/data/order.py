@@ -17,12 +17,15 @@ most S + L - 1, for each of the L - 1 cuts can part one shard. Rows are never pa
 Every lane has rows to the last step, so no process ends an epoch before another one does.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from roadwork_dist.common.errors import ConfigError
+from roadwork_dist.config.experiment import DataConfig
+from roadwork_dist.data.images import ImageSource
 
 Indices = npt.NDArray[np.int64]
 
@@ -45,6 +48,33 @@ class ShardOrder:
     def __post_init__(self) -> None:
         if self.window < 1:
             raise ConfigError(f"a window of {self.window} shards, expected 1 at least")
+
+
+def shard_order_of(
+    images: Sequence[ImageSource], config: DataConfig, *, reads_photos: bool = True
+) -> ShardOrder | None:
+    """The order that ``data.order`` asks for; None = shuffled over the whole set.
+
+    Args:
+        images: the photo of each row; those in shards have a ``location``, those on a server a ``cache``.
+        config: which order, and the window.
+        reads_photos: each epoch reads the photos, not features that are kept on this machine.
+
+    Raises:
+        ConfigError: the order ``shards`` is asked for, and a photo lies in no shard.
+    """
+    by_itself = reads_photos and any(hasattr(image, "cache") for image in images)
+    if config.order == "shuffled" or (config.order == "auto" and not by_itself):
+        return None
+    number_of: dict[str, int] = {}
+    locations = [getattr(image, "location", None) for image in images]
+    if None in locations:
+        raise ConfigError(
+            f"data.order is 'shards', but {images[locations.index(None)].name} lies in no shard: set it to "
+            "auto, or write shards with `roadwork-dist shard`"
+        )
+    numbers = [number_of.setdefault(str(location), len(number_of)) for location in locations]
+    return ShardOrder(np.array(numbers, dtype=np.int64), config.shuffle_shards)
 
 
 def part(length: int, parts: int, number: int) -> slice:

@@ -9,7 +9,7 @@ V views · S side of a view in px · D width of the backbone · M mask classes
 """
 
 import math
-from collections.abc import Sequence, Sized
+from collections.abc import Iterable, Sequence, Sized
 from typing import Any, Protocol
 
 import numpy as np
@@ -87,6 +87,11 @@ class MixedRows:
     def sample_id(self, row: int) -> str:
         """Id of a row."""
         return self.rows.sample_id(row)
+
+    def read_ahead(self, batches: Iterable[list[int]]) -> Iterable[list[int]]:
+        """Pass batches of rows on; the rows themselves are fetched ahead, their partners are not."""
+        ahead = getattr(self.rows, "read_ahead", None)
+        return batches if ahead is None else ahead(batches)
 
     def __len__(self) -> int:
         return len(self.rows)

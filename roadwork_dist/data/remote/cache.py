@@ -41,10 +41,14 @@ class RemoteCache:
         folder: of the cache, on a local disk; made when it is needed.
         max_bytes: room for files; the least recently read ones make way for new ones.
         patience: when a server is given up; None = the default.
+        read_ahead: files that whoever reads rows in a known order fetches beforehand.
     """
 
-    def __init__(self, folder: Path, max_bytes: int, patience: Patience | None = None) -> None:
-        self.folder, self.max_bytes, self.patience = folder, max_bytes, patience or Patience()
+    def __init__(
+        self, folder: Path, max_bytes: int, patience: Patience | None = None, read_ahead: int = 2
+    ) -> None:
+        self.folder, self.max_bytes, self.read_ahead = folder, max_bytes, read_ahead
+        self.patience = patience or Patience()
         self._made = time.time()  # what was given up before is tried anew
         self._by_range: dict[str, int] = {}  # bytes of a file asked for by range, in this process
         self._without_ranges: set[str] = set()  # hosts

@@ -7,9 +7,10 @@ import logging
 import queue
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from roadwork_dist.common.errors import RoadworkError
+from roadwork_dist.data.images import ImageSource
 from roadwork_dist.data.remote.cache import RemoteCache
 from roadwork_dist.data.remote.download import RemoteFile
 from roadwork_dist.data.remote.retry import Stop, StoppedError
@@ -54,6 +55,22 @@ class Fetcher:
                 return
             except (RoadworkError, OSError) as error:
                 logger.debug("read-ahead: %s", error)
+
+
+def read_ahead_of(images: Sequence[ImageSource], batches: Iterable[list[int]]) -> Iterable[list[int]]:
+    """Pass batches of rows on, while the files that the coming rows' pictures lie in are fetched.
+
+    Args:
+        images: the picture of each row; those on a server have a ``file`` and a ``cache``.
+        batches: row numbers of each batch.
+
+    Returns:
+        The batches.
+    """
+    cache: RemoteCache | None = next((c for i in images if (c := getattr(i, "cache", None))), None)
+    if cache is None or not cache.read_ahead:
+        return batches
+    return read_ahead(batches, lambda row: getattr(images[row], "file", None), cache, cache.read_ahead)
 
 
 def read_ahead(

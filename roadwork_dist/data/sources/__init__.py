@@ -5,11 +5,13 @@ from pathlib import Path
 from roadwork_dist.common.errors import DataError
 from roadwork_dist.config.experiment import DataConfig
 from roadwork_dist.data.manifest import Manifest
+from roadwork_dist.data.shards.image import is_remote
 from roadwork_dist.data.shards.index import is_shard_set
 
 _UNDERSTOOD = (
-    "a .csv or .parquet table, a folder with metadata.csv or metadata.parquet, a folder of shards, a Hugging "
-    "Face data set on disk (folder or folder:split), hf:owner/name:split, or a COCO .json of CMU ROADWork"
+    "a .csv or .parquet table, a folder with metadata.csv or metadata.parquet, a folder of shards or its "
+    "URL, a Hugging Face data set on disk (folder or folder:split), hf:owner/name:split, or a COCO .json of "
+    "CMU ROADWork"
 )
 
 
@@ -17,7 +19,7 @@ def load_manifest(source: str, config: DataConfig, *, name: str, setting: str | 
     """Read a source into a manifest; no photo is decoded.
 
     Args:
-        source: path or hub id; ``DataConfig`` lists the forms.
+        source: path, URL or hub id; ``DataConfig`` lists the forms.
         config: columns, image root and limits.
         name: role of the set, for messages: ``"train"``, ``"val"``, ``"target"``.
         setting: what the user named the source with, for messages; None = ``data.<name>``.
@@ -25,11 +27,13 @@ def load_manifest(source: str, config: DataConfig, *, name: str, setting: str | 
     Raises:
         DataError: the source is absent or of no known form, or its rows cannot be used.
     """
-    from roadwork_dist.data.sources import huggingface, roadwork_coco, shards, table
+    from roadwork_dist.data.sources import huggingface, remote, roadwork_coco, shards, table
 
     setting = setting or f"data.{name}"
     if source.startswith("hf:"):
         return huggingface.read_hub(source, config)
+    if is_remote(source):
+        return remote.read_remote(source, config)
     path, split = _path_and_split(source)
     if not path.exists():
         demo = (
