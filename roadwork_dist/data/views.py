@@ -211,7 +211,9 @@ def _resize(image: Tensor, width: int, height: int) -> Tensor:
     """Antialiased Lanczos resize of [3, H, W] uint8; the memory layout is kept (no repacking)."""
     if image.shape[-2:] == (height, width):
         return image
-    return F.interpolate(image[None], size=(height, width), mode="lanczos", antialias=True)[0]
+    # image[None] has a stride that torch does not take for channels last, and would repack the whole.
+    batch = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
+    return F.interpolate(batch, size=(height, width), mode="lanczos", antialias=True)[0]
 
 
 def _resize_axis(image: Tensor, axis: int, length: int) -> Tensor:
@@ -231,7 +233,7 @@ def _pad(image: Tensor, layout: Layout, colour: tuple[int, int, int]) -> Tensor:
 
 
 def _interleaved(image: Tensor) -> Tensor:
-    return image[None].contiguous(memory_format=torch.channels_last)[0]
+    return image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
 
 
 def shared_image(image: Tensor, layout: Layout, orientation: int = 1) -> Tensor:
