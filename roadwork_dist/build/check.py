@@ -108,8 +108,8 @@ def _check_shards(folder: Path, say: Say, problems: list[str]) -> None:
     if found:
         are = "1 tar is" if len(found) == 1 else f"{len(found)} tars are"
         problems.append(
-            f"{folder}: {are} not what shards.json and the index tell: copy again what is damaged, or run the "
-            "same `roadwork-dist shard` again, which writes only that"
+            f"{folder}: {are} not what shards.json and the index tell: copy again what is damaged, or run "
+            "the same `roadwork-dist shard` again, which writes only that"
         )
 
 

@@ -12,11 +12,10 @@ from roadwork_dist.common.random import generator_for
 from roadwork_dist.data.images import MAX_PIXELS, BytesImage, FileImage, ImageSource, PngMask
 from roadwork_dist.data.manifest import Manifest, Sample
 from roadwork_dist.data.shards.index import METADATA
-from roadwork_dist.data.shards.tar import member_bytes
+from roadwork_dist.data.shards.tar import LEAST_TAR, member_bytes, room_in, tar_bytes
 from roadwork_dist.data.views import ViewGeometry
 
 KEY_DIGITS = 9
-_END_OF_TAR = 10_240
 _COMPACT_BYTES_PER_PIXEL = 0.55
 """Of photos at quality 95, 4:4:4: 0.67 MB for 1280 x 960 px."""
 _READERS = 16
@@ -50,8 +49,8 @@ class ShardOptions:
     max_share: float = 0.01
 
     def __post_init__(self) -> None:
-        if self.size < _END_OF_TAR:
-            raise ConfigError(f"the size of a shard is {self.size} bytes, expected at least {_END_OF_TAR}")
+        if self.size < LEAST_TAR:
+            raise ConfigError(f"the size of a shard is {self.size} bytes, expected at least {LEAST_TAR}")
         if not self.name.isidentifier():
             raise ConfigError(f"the name of shards is {self.name!r}, expected letters, digits and _ only")
         if not 1 <= self.quality <= 100:
@@ -107,15 +106,15 @@ def plan_shards(manifest: Manifest, options: ShardOptions) -> list[ShardJob]:
         manifest = manifest.subset(order.tolist())
     with ThreadPoolExecutor(_READERS) as pool:  # a mounted file system answers each in a millisecond
         lengths = list(pool.map(_lengths, manifest.samples))
-    sizes = [_tar_bytes(sample, *both, options) for sample, both in zip(manifest, lengths, strict=True)]
-    starts = _starts(sizes, options.size - _END_OF_TAR)
+    sizes = [_members_bytes(sample, *both, options) for sample, both in zip(manifest, lengths, strict=True)]
+    starts = _starts(sizes, room_in(options.size))
     ends = [*starts[1:], len(manifest)]
     jobs = []
     for number, (start, end) in enumerate(zip(starts, ends, strict=True)):
         samples = manifest.samples[start:end]
         plan = _digest(start, samples, lengths[start:end], options)
         name = f"{options.name}-{number:06d}.tar"
-        expected = sum(sizes[start:end]) + _END_OF_TAR
+        expected = tar_bytes(sum(sizes[start:end]))
         photos = sum(image for image, _ in lengths[start:end])
         jobs.append(ShardJob(number, name, start, samples, plan, expected, photos))
     return jobs
@@ -159,7 +158,7 @@ def _length(source: ImageSource) -> int:
         return 0  # found unreadable, and told, when it is written
 
 
-def _tar_bytes(sample: Sample, image: int, mask: int, options: ShardOptions) -> int:
+def _members_bytes(sample: Sample, image: int, mask: int, options: ShardOptions) -> int:
     if options.compact is not None:
         side = options.compact.scale * options.compact.size
         image = min(image, int(_COMPACT_BYTES_PER_PIXEL * 0.75 * side**2))

@@ -10,12 +10,26 @@ from typing import Self
 
 from roadwork_dist.common.files import sync_folder
 
+LEAST_TAR = tarfile.RECORDSIZE
+"""Bytes of an empty tar; others have a multiple of it."""
+
 _BLOCK = tarfile.BLOCKSIZE
+_END = 2 * _BLOCK
 
 
 def member_bytes(length: int) -> int:
     """What a member of ``length`` bytes takes in a tar: header and padding included."""
     return _BLOCK + -(-length // _BLOCK) * _BLOCK
+
+
+def tar_bytes(members: int) -> int:
+    """Size of a tar whose members take so many bytes."""
+    return -(-(members + _END) // LEAST_TAR) * LEAST_TAR
+
+
+def room_in(size: int) -> int:
+    """What the members of a tar of at most ``size`` bytes may take."""
+    return size // LEAST_TAR * LEAST_TAR - _END
 
 
 class TarWriter:
@@ -62,8 +76,7 @@ class TarWriter:
     ) -> None:
         try:
             if kind is None:
-                self._write(bytes(2 * _BLOCK))  # the end of a tar, filled up to its record size
-                self._write(bytes(-self.size % tarfile.RECORDSIZE))
+                self._write(bytes(tar_bytes(self.size) - self.size))
                 self._file.flush()
                 os.fsync(self._file.fileno())
                 self._file.close()
