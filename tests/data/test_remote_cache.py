@@ -19,7 +19,7 @@ from roadwork_dist.data.remote.download import RemoteFile, read_whole
 from roadwork_dist.data.remote.read_ahead import read_ahead
 from roadwork_dist.data.remote.retry import Patience, Stop, StoppedError
 
-QUICK = Patience(attempts=4, timeout=0.4, first_pause=0.01)
+QUICK = Patience(attempts=4, timeout=0.25, first_pause=0.01)
 MIB = 1 << 20
 
 

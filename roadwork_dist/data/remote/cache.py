@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from roadwork_dist.common.errors import ConfigError, DataError
 from roadwork_dist.common.files import sha256_of_file, write_atomic
 from roadwork_dist.data.remote.download import RemoteFile, download, read_range
-from roadwork_dist.data.remote.retry import Patience, Stop
+from roadwork_dist.data.remote.retry import Patience, ServerDownError, Stop
 
 GIB = 1 << 30
 RANGE_SHARE = 1 / 16
@@ -211,7 +211,8 @@ class RemoteCache:
         try:
             yield
         except DataError as error:
-            for note, _ in self._notes(file):
+            own, host = (note for note, _ in self._notes(file))
+            for note in (own, host) if isinstance(error, ServerDownError) else (own,):
                 before = _load(note)
                 times = before.times + 1 if before.time > self._made else 1
                 with suppress(OSError):  # a full disk must not hide what the server said

@@ -64,6 +64,10 @@ class Stop:
         self._event.wait(seconds)
 
 
+class ServerDownError(DataError):
+    """A server was tried again and again, and gave nothing; perhaps it is the same with its other files."""
+
+
 class StoppedError(Exception):
     """A download was ended by a :class:`Stop`."""
 
@@ -81,8 +85,8 @@ def persist(url: str, patience: Patience, attempt: Callable[[], T], stop: Stop) 
         stop: ends the pauses.
 
     Raises:
-        DataError: it was refused, or failed too often; names the URL, what the server said and how often it
-            was tried.
+        ServerDownError: it failed too often.
+        DataError: it was refused. Both name the URL, what the server said and how often it was tried.
         StoppedError: it was stopped.
     """
     began, failed, tried = time.monotonic(), 0, 0
@@ -91,22 +95,22 @@ def persist(url: str, patience: Patience, attempt: Callable[[], T], stop: Stop) 
         try:
             return attempt()
         except RefusedError as error:
-            raise _error(url, str(error), tried, began) from error
+            raise DataError(_told(url, str(error), tried, began)) from error
         except TransientError as error:
             if stop:
                 raise StoppedError from error
             failed = 1 if error.moved_on else failed + 1
             if failed >= patience.attempts:
-                raise _error(url, str(error), tried, began) from error
+                raise ServerDownError(_told(url, str(error), tried, began)) from error
             pause = min(LONGEST_WAIT_S, patience.first_pause * 2 ** (failed - 1)) * _jitter.uniform(0.5, 1.0)
             stop.sleep(max(pause, min(error.retry_after, LONGEST_ASKED_WAIT_S)))
         if stop:
             raise StoppedError
 
 
-def _error(url: str, said: str, tried: int, began: float) -> DataError:
+def _told(url: str, said: str, tried: int, began: float) -> str:
     times = "once" if tried == 1 else f"{tried} times in {time.monotonic() - began:.0f} s"
-    return DataError(
+    return (
         f"{url}: cannot be fetched ({said}; tried {times}), expected a file that the server gives whole: "
         "check the address, the server and the network, then start the same command again"
     )
