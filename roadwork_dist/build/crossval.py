@@ -72,6 +72,14 @@ class RowsOf(Dataset[Row]):
         """Id of a row."""
         return self.dataset.manifest[self.rows[row]].id
 
+    @property
+    def in_memory(self) -> bool:
+        """Whether the whole data set is."""
+        return self.dataset.in_memory
+
+    def __getitems__(self, indices: list[int]) -> Sequence[Row]:
+        return self.dataset.__getitems__([self.rows[index] for index in indices])
+
     def __len__(self) -> int:
         return len(self.rows)
 

@@ -1,10 +1,11 @@
 """Rows of a manifest as training rows, and rows as a batch.
 
-A row is what :class:`Batch` holds without the axis B. V views · S side in px · D width of the backbone
+A row is what :class:`Batch` holds without the axis B. Rows of stored features are read a batch at a
+time, which gives the same to the bit. V views · S side in px · D width of the backbone
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -12,12 +13,15 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, default_collate
 
 from roadwork_dist.common.errors import DataError
-from roadwork_dist.common.types import TEXT_WIDTH, UNLABELLED, VOCABULARIES, Batch
+from roadwork_dist.common.types import TEXT_WIDTH, Batch
+from roadwork_dist.data.columns import MetadataColumns, metadata_of
 from roadwork_dist.data.manifest import Manifest, Sample
 from roadwork_dist.data.masks import MaskTargets
 from roadwork_dist.data.photo import PhotoViews
 from roadwork_dist.data.remote.read_ahead import read_ahead_of
 from roadwork_dist.data.store import FeatureStore
+from roadwork_dist.data.store.index import Ints
+from roadwork_dist.data.store.resident import ResidentFeatures, load_resident, pad_views
 from roadwork_dist.data.text import TextEmbeddings
 
 Row = dict[str, Any]
@@ -61,6 +65,25 @@ class RoadworkDataset(Dataset[Row]):
         self.manifest, self.views, self.store = manifest, views, store
         self.hashes, self.text, self.masks = hashes, text, masks
         self.epoch = 0
+        self.resident: ResidentFeatures | None = None
+        self._columns = None if store is None else MetadataColumns(manifest)
+
+    def make_resident(self, device: torch.device) -> bool:
+        """Put all stored features into the memory of a device, if they fit; whether they do.
+
+        Raises:
+            DataError: features are absent or damaged.
+        """
+        if self.store is None or self.hashes is None:
+            return False
+        ids, copies = self.manifest.ids, self.views.copies()
+        self.resident = load_resident(self.store, self.hashes, ids, copies, device)
+        return self.resident is not None
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether reading a batch costs so little that loader processes would only be in the way."""
+        return self.resident is not None
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose augmentation draws are used."""
@@ -86,7 +109,7 @@ class RoadworkDataset(Dataset[Row]):
             DataError: the photo or its features cannot be read; the message names it.
         """
         sample = self.manifest[index]
-        row: Row = {"id": sample.id, "index": index, **_metadata(sample)}
+        row: Row = {"id": sample.id, "index": index, **metadata_of(sample)}
         if self.text is None:
             row |= {"text": torch.zeros(TEXT_WIDTH), "text_known": False}
         else:
@@ -95,37 +118,102 @@ class RoadworkDataset(Dataset[Row]):
             row["mask"], row["mask_known"] = self.masks[index]
         return row | self._pixels_or_features(sample, index)
 
+    def __getitems__(self, indices: list[int]) -> Sequence[Row]:
+        """Several rows; with a store :func:`collate` reads them together.
+
+        Raises:
+            DataError: a photo or its features cannot be read; the message names it.
+        """
+        return [self[index] for index in indices] if self.store is None else StoredRows(self, indices)
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """Rows of stored features as :func:`collate` stacks them, read together.
+
+        Raises:
+            DataError: features are absent or damaged; the message names the sample.
+        """
+        assert self._columns is not None  # StoredRows are made with a store only
+        batch: Batch = self._columns.rows(indices)  # type: ignore[assignment]
+        if self.text is None:
+            batch["text"] = torch.zeros(len(indices), TEXT_WIDTH)
+            batch["text_known"] = torch.zeros(len(indices), dtype=torch.bool)
+        else:
+            batch["text"] = self.text.values[batch["index"]]
+            batch["text_known"] = self.text.known[batch["index"]]
+        if self.masks is not None:
+            batch["mask"], batch["mask_known"] = self.masks.rows(indices)
+        batch["features"], batch["view_mask"] = pad_views(*self._features(indices))
+        return batch
+
+    def _features(self, indices: Sequence[int]) -> tuple[Tensor, Ints]:
+        """Views of rows one behind the other [sum of V, D], and V of each."""
+        assert self.store is not None
+        copy = self.views.copy_of_epoch(self.epoch)
+        contents = [self._content(index) for index in indices]
+        if self.resident is not None:
+            return self.resident.read(indices, copy)
+        return self.store.read(contents, [self.manifest[index].id for index in indices], copy)
+
+    def _content(self, index: int) -> str:
+        content = None if self.hashes is None else self.hashes[index]
+        if content is None:
+            raise DataError(
+                f"{self.manifest[index].image.name}: could not be read when features were computed: restore "
+                "the photo or remove its row"
+            )
+        return content
+
     def _pixels_or_features(self, sample: Sample, index: int) -> dict[str, Tensor]:
         copy = self.views.copy_of_epoch(self.epoch)
         if self.store is None:
             plain = self.views.plain(sample.image)
             return {"views": self.views.augmented(plain, sample.id, copy)}
-        content = None if self.hashes is None else self.hashes[index]
-        if content is None:
-            raise DataError(
-                f"{sample.image.name}: could not be read when features were computed: restore the photo or "
-                "remove its row"
-            )
+        content = self._content(index)
+        # Rows are for who computes with them, as mixing does: on the CPU, so that bits do not depend on
+        # where the features are kept.
+        if self.resident is not None and self.resident.device.type == "cpu":
+            return {"features": self.resident.row(index, copy)}
         return {"features": self.store.get(content, sample.id, copy)}
 
 
-def _metadata(sample: Sample) -> Row:
-    """Label, place and vocabulary fields as :class:`Batch` encodes them; null is never NaN."""
-    known = sample.latitude is not None and sample.longitude is not None
-    place = [sample.latitude, sample.longitude] if known else [0.0, 0.0]
-    row: Row = {
-        "label": UNLABELLED if sample.label is None else sample.label,
-        "gps": torch.tensor(place, dtype=torch.float32),
-        "gps_known": known,
-    }
-    for name, words in VOCABULARIES.items():
-        word = getattr(sample, name)
-        row[name] = len(words) if word is None else words.index(word)
-    return row
+class StoredRows(Sequence[Row]):
+    """Rows of a data set with a feature store, read when they are asked for: singly or together.
+
+    Args:
+        dataset: the data set.
+        indices: which rows.
+    """
+
+    def __init__(self, dataset: RoadworkDataset, indices: Sequence[int]) -> None:
+        self.dataset, self.indices = dataset, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @overload
+    def __getitem__(self, number: int) -> Row: ...
+
+    @overload
+    def __getitem__(self, number: slice) -> "StoredRows": ...
+
+    def __getitem__(self, number: int | slice) -> "Row | StoredRows":
+        if isinstance(number, slice):
+            return StoredRows(self.dataset, self.indices[number])
+        return self.dataset[self.indices[number]]
+
+    def together(self) -> Batch:
+        """All rows as one batch.
+
+        Raises:
+            DataError: features are absent or damaged; the message names the sample.
+        """
+        return self.dataset.batch(self.indices)
 
 
-def collate(rows: list[Row]) -> Batch:
+def collate(rows: Sequence[Row]) -> Batch:
     """Stack rows; photos with fewer views are padded with zeros, marked in ``view_mask``."""
+    if isinstance(rows, StoredRows):
+        return rows.together()
     kind = "features" if "features" in rows[0] else "views"
     per_row = [row[kind] for row in rows]
     counts = torch.tensor([len(item) for item in per_row])

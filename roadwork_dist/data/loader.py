@@ -146,7 +146,8 @@ def load_batches(
         batches: row numbers of each batch; nothing else is read.
         seed: of the random draws inside the data set.
         epoch: handed to ``dataset.set_epoch`` and part of the seeds.
-        workers: loader processes; 0 = read in this process.
+        workers: loader processes; 0 = read in this process, as is always done with a data set that says
+            of itself ``in_memory = True``.
         collate: list of rows -> batch; None = torch's ``default_collate``.
         pin_memory: page-locked host memory, for copies to a GPU.
 
@@ -155,13 +156,15 @@ def load_batches(
     """
     _tell_epoch(dataset, epoch)
     batches = getattr(dataset, "read_ahead", _as_it_is)(batches)
+    # Rows in the memory of this process or of its GPU: no other process is nearer to them.
+    in_memory = getattr(dataset, "in_memory", False)
     return DataLoader(
         _SeededBatches(dataset, collate, seed, epoch),  # type: ignore[arg-type]
         batch_sampler=batches,  # read once, in order
-        num_workers=workers,
+        num_workers=0 if in_memory else workers,
         worker_init_fn=shield_worker,
         collate_fn=_as_it_is,
-        pin_memory=pin_memory,
+        pin_memory=pin_memory and not in_memory,
         # Its own generator, or making the iterator would draw from the global one that dropout uses.
         generator=torch_generator_for(seed, "loader", epoch),
     )

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,11 +38,18 @@ class MaskTargets:
 
     def __getitem__(self, row: int) -> tuple[Tensor, bool]:
         """Target [M, MASK_SIDE, MASK_SIDE] float32 in [0, 1], and whether the row has a mask (else 0)."""
-        packed = self._packed[row]
-        if packed is None:
-            return torch.zeros(SHAPE), False
-        cells = torch.frombuffer(bytearray(zlib.decompress(packed)), dtype=torch.uint8)
-        return cells.view(SHAPE).float() / 255, True
+        masks, known = self.rows([row])
+        return masks[0], bool(known[0])
+
+    def rows(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Targets of several rows, [B, M, MASK_SIDE, MASK_SIDE], and which have a mask, [B] bool."""
+        cells = torch.zeros((len(rows), *SHAPE), dtype=torch.uint8)
+        known = [self._packed[row] is not None for row in rows]
+        for target, row in zip(cells.numpy(), rows, strict=True):
+            packed = self._packed[row]
+            if packed is not None:
+                target[...] = np.frombuffer(zlib.decompress(packed), dtype=np.uint8).reshape(SHAPE)
+        return cells.float() / 255, torch.tensor(known, dtype=torch.bool)
 
 
 def mask_targets(

@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -7,9 +8,10 @@ from PIL import Image
 from torch import Tensor
 
 from roadwork_dist.common.errors import BackboneError, DataError
-from roadwork_dist.common.types import DAYTIME, SCENE, WEATHER
+from roadwork_dist.common.types import DAYTIME, SCENE, WEATHER, Batch
 from roadwork_dist.config.experiment import AugmentConfig
 from roadwork_dist.data.augment import Augmenter
+from roadwork_dist.data.augment.mix import MixedRows
 from roadwork_dist.data.content import content_hashes
 from roadwork_dist.data.dataset import RoadworkDataset, collate
 from roadwork_dist.data.extract import extract
@@ -242,3 +244,91 @@ def test_mask_targets_are_kept_exactly(
     assert not first[1][1]
     assert torch.equal(first[0][0], second[0][0])
     assert torch.equal(first[0][0], decode_mask(manifest[0].mask))  # type: ignore[arg-type]
+
+
+def stored(
+    folder: Path, manifest: Manifest, copies: int | None, dtype: Literal["bf16", "fp32"] = "fp32"
+) -> RoadworkDataset:
+    """The manifest with everything a row can have, read from a store."""
+    augmenter = None if copies is None else Augmenter(AugmentConfig(copies=copies), 3)
+    views = PhotoViews(GEOMETRY, augmenter)
+    identity = None if augmenter is None else augmenter.identity()
+    store = FeatureStore(folder, FeatureSpace(GEOMETRY.identity(), identity, "tiny", dtype))
+    hashes = content_hashes([s.image for s in manifest])
+    extract(manifest.samples, hashes, views=views, store=store, encode=TinyEncoder(), batch_views=10)
+    text = embed_descriptions([s.description for s in manifest], fake_text)
+    masks = mask_targets([s.mask for s in manifest])
+    return RoadworkDataset(manifest, views=views, store=store, hashes=hashes, text=text, masks=masks)
+
+
+def assert_same(one: Batch, other: Batch) -> None:
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        expected = other[name]  # type: ignore[literal-required]
+        if isinstance(value, Tensor):
+            assert value.dtype == expected.dtype, name
+            assert torch.equal(value, expected), name
+        else:
+            assert value == expected, name
+
+
+@pytest.mark.parametrize("resident", [False, True])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("copies", [None, 2])
+def test_rows_that_are_read_together_are_those_read_singly(
+    tmp_path: Path, manifest: Manifest, copies: int | None, dtype: Literal["bf16", "fp32"], resident: bool
+) -> None:
+    dataset = stored(tmp_path / "f", manifest, copies, dtype)
+    plain = RoadworkDataset(manifest, views=dataset.views, store=dataset.store, hashes=dataset.hashes)
+    assert dataset.make_resident(torch.device("cpu")) if resident else not dataset.in_memory
+    for data, epoch in [(dataset, 0), (dataset, 3), (plain, 1)]:
+        data.set_epoch(epoch)
+        for rows in ([0, 1, 2, 3], [3, 1, 1], [1], [2, 0]):
+            together = collate(data.__getitems__(rows))
+            singly = collate([data[row] for row in rows])
+            assert_same(together, singly)
+            (loaded,) = load_batches(data, [rows], epoch=epoch, collate=collate)
+            assert_same(loaded, singly)
+            assert_same(collate(list(data.__getitems__(rows))), singly)
+
+
+def test_the_metadata_columns_are_the_rows_fields(tmp_path: Path, manifest: Manifest) -> None:
+    dataset = stored(tmp_path / "f", manifest, None)
+    online = RoadworkDataset(manifest, views=PhotoViews(GEOMETRY), text=dataset.text, masks=dataset.masks)
+    assert isinstance(online.__getitems__([0, 1]), list)
+    batch, expected = dataset.batch([2, 0, 3]), collate(online.__getitems__([2, 0, 3]))
+    assert_same(
+        {name: value for name, value in batch.items() if name != "features"},  # type: ignore[arg-type]
+        {name: value for name, value in expected.items() if name != "views"},  # type: ignore[arg-type]
+    )
+
+
+def test_a_store_that_does_not_fit_is_left_on_disk(
+    tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = stored(tmp_path / "f", manifest, 2)
+    size = 2 * (12 + 12 + 12 + 1) * 8 * 4  # copies · views · D · bytes; photo 1 is too small for crops
+    for free, fits in [(4 * size - 1, False), (4 * size, True)]:
+        monkeypatch.setattr("roadwork_dist.data.store.resident.free_memory", lambda device, free=free: free)
+        assert dataset.make_resident(torch.device("cpu")) is fits
+        assert dataset.in_memory is fits
+
+
+def test_photos_in_memory_are_read_without_other_processes(tmp_path: Path, manifest: Manifest) -> None:
+    dataset = stored(tmp_path / "f", manifest, None)
+    assert load_batches(dataset, [[0]], workers=1, collate=collate).num_workers == 1
+    dataset.make_resident(torch.device("cpu"))
+    assert load_batches(dataset, [[0]], workers=1, pin_memory=True, collate=collate).num_workers == 0
+
+
+@pytest.mark.parametrize("mix", ["mixup", "cutmix"])
+def test_mixed_rows_are_the_same_wherever_features_are(
+    tmp_path: Path, manifest: Manifest, mix: Literal["mixup", "cutmix"]
+) -> None:
+    dataset = stored(tmp_path / "f", manifest, 2)
+    mixed = MixedRows(dataset, [1, 0, -1, 0], AugmentConfig(mix=mix, mix_alpha=1.0), seed=1)
+    (on_disk,) = load_batches(mixed, [[0, 1, 2, 3]], epoch=1, collate=collate)
+    dataset.make_resident(torch.device("cpu"))
+    (in_memory,) = load_batches(mixed, [[0, 1, 2, 3]], epoch=1, collate=collate)
+    assert_same(on_disk, in_memory)
+    assert on_disk["soft_label"].tolist() != [1, 0, 0, 0]

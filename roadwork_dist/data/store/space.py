@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +12,8 @@ from typing import Any, Literal
 import torch
 
 from roadwork_dist.common.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 STORED_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 MANIFEST = "manifest.json"
@@ -113,3 +117,19 @@ def in_words(fields: Mapping[str, Any]) -> str:
         shown = {k: v for k, v in augment.items() if isinstance(v, int | float | str)}
         drawn = "augmented (" + ", ".join(f"{name} {value}" for name, value in shown.items()) + ")"
     return f"{fields.get('backbone')} · {fields.get('dtype')} · views of {size} px ({kind}) {drawn}"
+
+
+def tell_nearest(root: Path, folder: Path, space: FeatureSpace) -> None:
+    """Say which fields keep the features of the most similar space from being used."""
+    nearest: tuple[int, Path, list[str]] | None = None
+    for manifest in sorted(root.glob(f"*/{MANIFEST}")):
+        if manifest.parent == folder:
+            continue
+        with suppress(ConfigError, OSError):
+            fields = read_manifest(manifest.parent)
+            # Views as they are and augmented ones are no versions of each other.
+            if (fields.get("augment") is None) == (space.augment is None):
+                differing = space.differences(fields)
+                nearest = min(nearest or (99, folder, []), (len(differing), manifest.parent, differing))
+    if nearest is not None:
+        logger.info("features of a new kind; in the most similar folder, %s, %s", nearest[1], nearest[2])

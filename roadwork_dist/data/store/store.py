@@ -22,7 +22,7 @@ from torch import Tensor
 
 from roadwork_dist.common.errors import ConfigError, DataError
 from roadwork_dist.common.files import write_atomic
-from roadwork_dist.data.store.catalogue import INDEX_LOCK, PARTS, Catalogue
+from roadwork_dist.data.store.catalogue import PARTS, Catalogue
 from roadwork_dist.data.store.index import Bools, Entries, Ints, entry_keys
 from roadwork_dist.data.store.locks import FileLock, is_locked
 from roadwork_dist.data.store.part import (
@@ -34,7 +34,7 @@ from roadwork_dist.data.store.part import (
     read_log,
     read_width,
 )
-from roadwork_dist.data.store.space import MANIFEST, FeatureSpace, check_manifest, read_manifest
+from roadwork_dist.data.store.space import MANIFEST, FeatureSpace, check_manifest, tell_nearest
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ class FeatureStore:
         except FileNotFoundError:
             (self.folder / PARTS).mkdir(parents=True, exist_ok=True)
             write_atomic(self.folder / MANIFEST, self.space.describe().encode())
-            _tell_nearest(root, self.folder, self.space)
+            tell_nearest(root, self.folder, self.space)
         self._in_use = FileLock(self.folder / IN_USE, shared=True, wait=True)
         with suppress(PermissionError):
             os.utime(self.folder / IN_USE)
@@ -388,22 +388,3 @@ class FeatureStore:
             dropped += [(part.files.name, offset) for offset in offsets]
         if trusted:
             self._merge(trusted, dropped)
-
-
-def _tell_nearest(root: Path, folder: Path, space: FeatureSpace) -> None:
-    """Say which fields keep the features of the most similar space from being used."""
-    nearest: tuple[int, Path, list[str]] | None = None
-    for manifest in sorted(root.glob(f"*/{MANIFEST}")):
-        if manifest.parent == folder:
-            continue
-        with suppress(ConfigError, OSError):
-            fields = read_manifest(manifest.parent)
-            # Views as they are and augmented ones are no versions of each other.
-            if (fields.get("augment") is None) == (space.augment is None):
-                differing = space.differences(fields)
-                nearest = min(nearest or (99, folder, []), (len(differing), manifest.parent, differing))
-    if nearest is not None:
-        logger.info("features of a new kind; in the most similar folder, %s, %s", nearest[1], nearest[2])
-
-
-__all__ = ["IN_USE", "INDEX_LOCK", "FeatureStore"]
