@@ -152,6 +152,12 @@ class Engine(ABC):
         return nullcontext(tensor)
 
 
+def lay_out_contiguously(model: nn.Module) -> None:
+    """Give every weight rows in order: what cuts weights into shards does not take ``channels_last``."""
+    for p in model.parameters():
+        p.data = p.data.contiguous()
+
+
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters that require a gradient, by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}

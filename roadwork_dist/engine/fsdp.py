@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from roadwork_dist.config.schema import TrainConfig
-from roadwork_dist.engine.base import TensorSource
+from roadwork_dist.engine.base import TensorSource, lay_out_contiguously
 from roadwork_dist.engine.blocks import repeated_classes
 from roadwork_dist.engine.collectives import broadcast_tensors
 from roadwork_dist.engine.native import NativeEngine
@@ -33,6 +33,7 @@ class Fsdp2(NativeEngine):
     ) -> None:
         # fully_shard keeps each rank's own values; DDP and ZeRO start from rank 0's.
         model.to(accelerator.device)
+        lay_out_contiguously(model)
         broadcast_tensors([*(p.data for p in model.parameters()), *model.buffers()])
         plugin = accelerator.state.fsdp_plugin
         if plugin.transformer_cls_names_to_wrap is None:

@@ -18,7 +18,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from roadwork_dist.config.schema import TrainConfig
-from roadwork_dist.engine.base import Engine, TensorSource, moment_names, trained_parameters
+from roadwork_dist.engine.base import (
+    Engine,
+    TensorSource,
+    lay_out_contiguously,
+    moment_names,
+    trained_parameters,
+)
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,7 @@ class Zero(Engine):
         self.shapes = {name: p.shape for name, p in names.items()}  # stage 3 empties the parameters
         logging.getLogger("DeepSpeed").setLevel(os.environ.get("DEEPSPEED_LOG_LEVEL", "WARNING").upper())
         _fill(accelerator.state.deepspeed_plugin.deepspeed_config, config)
+        lay_out_contiguously(model)
         self.deepspeed: Any = accelerator.prepare(model, optimizer)[0]
         self.partitions: Any = self.deepspeed.optimizer
         self.stage = int(self.deepspeed.zero_optimization_stage())
