@@ -19,9 +19,11 @@ from roadwork_dist.data.extract import extract
 from roadwork_dist.data.manifest import Manifest
 from roadwork_dist.data.masks import mask_targets
 from roadwork_dist.data.photo import PhotoViews
+from roadwork_dist.data.remote.image import are_on_server
 from roadwork_dist.data.sources import load_manifest
 from roadwork_dist.data.splits import groups_of, stratified_group_split
 from roadwork_dist.data.store import FeatureSpace, FeatureStore
+from roadwork_dist.data.streamed import StreamedDataset
 from roadwork_dist.data.text import TextCache, TextEmbeddings, embed_descriptions
 from roadwork_dist.engine.collectives import gather_objects
 from roadwork_dist.inference.predictor import plain_views
@@ -118,6 +120,8 @@ class DatasetBuilder:
         if self._reads_text(manifest):
             self._text_encoder()  # what cannot be loaded is told before features are computed
         if self.config.features.mode == "online":
+            if augment and are_on_server(sample.image for sample in manifest):
+                return self._streamed(manifest, views)
             manifest = self._readable(manifest)
             return self._dataset(manifest, views, None, None)
         store = FeatureStore(self.root, self._space(views))
@@ -126,6 +130,17 @@ class DatasetBuilder:
         kept = drop_unreadable(manifest, unreadable, self.config.data.max_unreadable_share)
         hashes = [value for row, value in enumerate(hashes) if row not in unreadable]
         return self._dataset(kept, views, store, hashes)
+
+    def _streamed(self, manifest: Manifest, views: PhotoViews) -> RoadworkDataset:
+        """Photos to train on that lie on a server: unreadable ones show when they are read."""
+        return StreamedDataset(
+            manifest,
+            views=views,
+            text=self._text(manifest) if self._reads_text(manifest) else None,
+            masks=self.masks,
+            max_share=self.config.data.max_unreadable_share,
+            processes=self.accelerator.num_processes,
+        )
 
     def _readable(self, manifest: Manifest) -> Manifest:
         with progress_bar(f"checking {manifest.name}", self.accelerator) as tell:

@@ -26,6 +26,7 @@ import numpy.typing as npt
 from roadwork_dist.common.errors import ConfigError
 from roadwork_dist.config.experiment import DataConfig
 from roadwork_dist.data.images import ImageSource
+from roadwork_dist.data.remote.image import are_on_server
 
 Indices = npt.NDArray[np.int64]
 
@@ -56,14 +57,14 @@ def shard_order_of(
     """The order that ``data.order`` asks for; None = shuffled over the whole set.
 
     Args:
-        images: the photo of each row; those in shards have a ``location``, those on a server a ``cache``.
+        images: the photo of each row; those in shards have a ``location``.
         config: which order, and the window.
         reads_photos: each epoch reads the photos, not features that are kept on this machine.
 
     Raises:
         ConfigError: the order ``shards`` is asked for, and a photo lies in no shard.
     """
-    by_itself = reads_photos and any(hasattr(image, "cache") for image in images)
+    by_itself = reads_photos and are_on_server(images)
     if config.order == "shuffled" or (config.order == "auto" and not by_itself):
         return None
     number_of: dict[str, int] = {}

@@ -125,9 +125,7 @@ def test_a_dead_server_is_not_asked_for_file_after_file(server: FileServer, tmp_
 def test_another_file_than_shards_json_tells_is_refused(server: FileServer, tmp_path: Path) -> None:
     file, _ = put(server, "a.tar", 1000)
     (server.folder / "a.tar").write_bytes(b"x" * 900)
-    with pytest.raises(
-        DataError, match=r"file has 900 bytes, shards.json tells 1,000; tried once"
-    ):
+    with pytest.raises(DataError, match=r"file has 900 bytes, shards.json tells 1,000; tried once"):
         cache_of(tmp_path).fetch(file)
 
 

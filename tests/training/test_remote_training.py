@@ -90,5 +90,4 @@ def test_a_server_that_dies_ends_the_run_with_what_it_said(server: FileServer, t
     ends = ranks.spawn(train_on, source, tmp_path / "run", data, world_size=2, timeout=60)
     assert all(end.code for end in ends)
     told = "".join(end.error for end in ends)
-    assert "ServerDownError" in told
     assert "cannot be fetched (the server answered 500 Internal Server Error; tried 2 times in " in told

@@ -203,7 +203,7 @@ class RemoteCache:
             failure = _load(note)
             is_news = failure.time > max(self._made, time.time() - COOL_DOWN_S)
             if is_news and failure.times >= most:
-                raise DataError(failure.text)
+                raise (ServerDownError if failure.is_down else DataError)(failure.text)
 
     @contextmanager
     def _noting_failure(self, file: RemoteFile) -> Iterator[None]:
@@ -212,12 +212,14 @@ class RemoteCache:
             yield
         except DataError as error:
             own, host = (note for note, _ in self._notes(file))
-            for note in (own, host) if isinstance(error, ServerDownError) else (own,):
+            is_down = isinstance(error, ServerDownError)
+            for note in (own, host) if is_down else (own,):
                 before = _load(note)
                 times = before.times + 1 if before.time > self._made else 1
+                content = json.dumps([time.time(), times, str(error), is_down])
                 with suppress(OSError):  # a full disk must not hide what the server said
                     self.folder.mkdir(parents=True, exist_ok=True)
-                    write_atomic(note, json.dumps([time.time(), times, str(error)]).encode())
+                    write_atomic(note, content.encode())
             raise
         for note, _ in self._notes(file):
             note.unlink(missing_ok=True)
@@ -240,6 +242,7 @@ class _Failure(NamedTuple):
     time: float = 0.0
     times: int = 0
     text: str = ""
+    is_down: bool = False
 
 
 def _load(note: Path) -> _Failure:

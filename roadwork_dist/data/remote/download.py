@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from roadwork_dist.common.errors import DataError
+from roadwork_dist.common.errors import ConfigError
 from roadwork_dist.data.remote.retry import Patience, Stop, StoppedError, persist
 from roadwork_dist.data.remote.transport import RefusedError, Stream, TransientError, open_at
 
@@ -43,6 +43,7 @@ def download(file: RemoteFile, descriptor: int, patience: Patience, stop: Stop) 
 
     Raises:
         DataError: the server is given up, or has another file.
+        ConfigError: the disk is full.
         StoppedError: it was stopped.
     """
     wrong = 0
@@ -141,7 +142,7 @@ def _write(file: RemoteFile, descriptor: int, data: bytes, offset: int) -> None:
             done = os.pwrite(descriptor, view, offset)
             offset, view = offset + done, view[done:]
     except OSError as error:
-        raise DataError(
+        raise ConfigError(
             f"{file.url}: cannot be kept ({error.strerror}), expected room in data.remote.cache_dir: free "
             "some, lower data.remote.cache_gb, or name a folder on another disk"
         ) from error

@@ -1,12 +1,19 @@
 """A picture inside a tar on a server."""
 
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from roadwork_dist.common.errors import DataError
+from roadwork_dist.data.images import ImageSource
 from roadwork_dist.data.remote.cache import RemoteCache
 from roadwork_dist.data.remote.download import RemoteFile
 from roadwork_dist.data.shards.image import ShardImage
+
+
+def are_on_server(images: Iterable[ImageSource]) -> bool:
+    """Whether any picture comes from a server: those have a ``cache``, and the ``file`` that they lie in."""
+    return any(hasattr(image, "cache") for image in images)
 
 
 @dataclass(frozen=True, slots=True)
