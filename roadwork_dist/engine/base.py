@@ -155,7 +155,9 @@ class Engine(ABC):
 def lay_out_contiguously(model: nn.Module) -> None:
     """Give every weight rows in order: what cuts weights into shards does not take ``channels_last``."""
     for p in model.parameters():
-        p.data = p.data.contiguous()
+        # contiguous() would leave a 1x1 convolution as it is: strides of axes of length 1 do not count there.
+        if p.stride() != torch.empty(p.shape, device="meta").stride():
+            p.data = p.data.clone(memory_format=torch.contiguous_format)
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
