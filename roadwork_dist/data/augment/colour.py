@@ -5,14 +5,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from roadwork_dist.data.augment import draws
 from roadwork_dist.data.augment.operations import OPERATIONS, to_uint8
-
-BRIGHTNESS = CONTRAST = 0.20
-SATURATION = 0.15
-HUE = 10 / 360  # of the colour circle
-NOISE_SIGMA = (5.0, 10.0)  # in units of 1/255
-MOTION_LENGTH = (0.015, 0.045)  # of the side
-BLUR_KERNELS = (3, 5)  # px
 
 
 @OPERATIONS.register("brightness")
@@ -20,7 +14,7 @@ def brightness(view: Tensor, rng: np.random.Generator) -> Tensor:
     """Multiply by 0.8 to 1.2."""
     from torchvision.transforms.v2 import functional as tv
 
-    changed: Tensor = tv.adjust_brightness(view, rng.uniform(1 - BRIGHTNESS, 1 + BRIGHTNESS))
+    changed: Tensor = tv.adjust_brightness(view, draws.brightness(rng, view.shape[-1])["factor"])
     return changed
 
 
@@ -29,7 +23,7 @@ def contrast(view: Tensor, rng: np.random.Generator) -> Tensor:
     """Stretch the distance to the mean grey by 0.8 to 1.2."""
     from torchvision.transforms.v2 import functional as tv
 
-    changed: Tensor = tv.adjust_contrast(view, rng.uniform(1 - CONTRAST, 1 + CONTRAST))
+    changed: Tensor = tv.adjust_contrast(view, draws.contrast(rng, view.shape[-1])["factor"])
     return changed
 
 
@@ -38,7 +32,7 @@ def saturation(view: Tensor, rng: np.random.Generator) -> Tensor:
     """Stretch the distance to grey by 0.85 to 1.15."""
     from torchvision.transforms.v2 import functional as tv
 
-    changed: Tensor = tv.adjust_saturation(view, rng.uniform(1 - SATURATION, 1 + SATURATION))
+    changed: Tensor = tv.adjust_saturation(view, draws.saturation(rng, view.shape[-1])["factor"])
     return changed
 
 
@@ -47,22 +41,21 @@ def hue(view: Tensor, rng: np.random.Generator) -> Tensor:
     """Turn the colour circle by up to ±10°."""
     from torchvision.transforms.v2 import functional as tv
 
-    changed: Tensor = tv.adjust_hue(view, rng.uniform(-HUE, HUE))
+    changed: Tensor = tv.adjust_hue(view, draws.hue(rng, view.shape[-1])["turn"])
     return changed
 
 
 @OPERATIONS.register("noise")
 def noise(view: Tensor, rng: np.random.Generator) -> Tensor:
     """Add Gaussian noise of σ 5 to 10 (of 255), each pixel and channel its own."""
-    sigma = rng.uniform(*NOISE_SIGMA)
-    grain = torch.from_numpy(rng.standard_normal(tuple(view.shape), dtype=np.float32))
-    return to_uint8(view + grain * sigma)
+    drawn = draws.noise(rng, view.shape[-1])
+    return to_uint8(view + torch.from_numpy(drawn["grain"]) * drawn["sigma"])
 
 
 @OPERATIONS.register("motion_blur")
 def motion_blur(view: Tensor, rng: np.random.Generator) -> Tensor:
     """Mean over a horizontal stretch of 1.5 to 4.5 % of the side, as of a moving camera."""
-    half = max(1, round(rng.uniform(*MOTION_LENGTH) * view.shape[-1] / 2))
+    half = draws.motion_blur(rng, view.shape[-1])["half"]
     wide = F.pad(view.float(), (half, half), mode="replicate")
     return to_uint8(F.avg_pool2d(wide, kernel_size=(1, 2 * half + 1), stride=1))
 
@@ -72,6 +65,6 @@ def blur(view: Tensor, rng: np.random.Generator) -> Tensor:
     """Gaussian blur with a kernel of 3 or 5 px."""
     from torchvision.transforms.v2 import functional as tv
 
-    kernel = int(rng.choice(BLUR_KERNELS))
+    kernel = draws.blur(rng, view.shape[-1])["kernel"]
     blurred: Tensor = tv.gaussian_blur(view, [kernel, kernel])
     return blurred

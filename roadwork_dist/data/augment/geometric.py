@@ -6,11 +6,8 @@ What comes into view from outside is filled with the view's mean colour.
 import numpy as np
 from torch import Tensor
 
+from roadwork_dist.data.augment import draws
 from roadwork_dist.data.augment.operations import OPERATIONS
-
-MAX_ROTATION = 15.0  # degrees
-ZOOM = (0.8, 1.2)
-MAX_CORNER_SHIFT = 0.1  # of the side
 
 
 def _mean_colour(view: Tensor) -> list[float]:
@@ -43,13 +40,13 @@ def flip(view: Tensor, rng: np.random.Generator) -> Tensor:
 @OPERATIONS.register("rotate")
 def rotate(view: Tensor, rng: np.random.Generator) -> Tensor:
     """Rotate by up to ±15° about the centre."""
-    return _affine(view, angle=rng.uniform(-MAX_ROTATION, MAX_ROTATION), scale=1.0)
+    return _affine(view, **draws.rotate(rng, view.shape[-1]), scale=1.0)
 
 
 @OPERATIONS.register("zoom")
 def zoom(view: Tensor, rng: np.random.Generator) -> Tensor:
     """Scale by 0.8 to 1.2 about the centre."""
-    return _affine(view, angle=0.0, scale=rng.uniform(*ZOOM))
+    return _affine(view, angle=0.0, **draws.zoom(rng, view.shape[-1]))
 
 
 @OPERATIONS.register("perspective")
@@ -58,14 +55,11 @@ def perspective(view: Tensor, rng: np.random.Generator) -> Tensor:
     from torchvision.transforms.v2 import InterpolationMode
     from torchvision.transforms.v2 import functional as tv
 
-    last = view.shape[-1] - 1
-    corners = np.array([[0, 0], [last, 0], [last, last], [0, last]])
-    inwards = np.sign(last / 2 - corners)
-    moved = np.rint(corners + inwards * rng.uniform(0, MAX_CORNER_SHIFT * last, (4, 2))).astype(int)
+    drawn = draws.perspective(rng, view.shape[-1])
     seen: Tensor = tv.perspective(
         view,
-        startpoints=corners.tolist(),
-        endpoints=moved.tolist(),
+        startpoints=drawn["corners"].tolist(),
+        endpoints=drawn["moved"].tolist(),
         interpolation=InterpolationMode.BILINEAR,
         fill=_mean_colour(view),
     )

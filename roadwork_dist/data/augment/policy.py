@@ -5,17 +5,18 @@ depend on the number of workers, the rank, the order of rows or the point of res
 """
 
 from dataclasses import asdict, dataclass
-from functools import cache
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from roadwork_dist.common.random import derive_seed, generator_for, isolated_rng
+from roadwork_dist.common.random import derive_seed, generator_for
 from roadwork_dist.config.experiment import AugmentConfig
 from roadwork_dist.data.augment import colour, geometric, weather  # noqa: F401  (they register)
+from roadwork_dist.data.augment.batched import TRIVIAL, ViewDraws
+from roadwork_dist.data.augment.draws import DRAWS
 from roadwork_dist.data.augment.operations import OPERATIONS
+from roadwork_dist.data.augment.trivial import trivial_augment
 
 PROBABILITIES = {
     "flip": 0.50,
@@ -55,13 +56,6 @@ def chosen_operations(strength: float, rng: np.random.Generator) -> list[str]:
     ]
 
 
-@cache
-def _trivial_augment() -> Any:
-    from torchvision.transforms.v2 import InterpolationMode, TrivialAugmentWide
-
-    return TrivialAugmentWide(interpolation=InterpolationMode.BILINEAR)
-
-
 @dataclass(frozen=True)
 class Augmenter:
     """Augments the views of a photo, each view with draws of its own.
@@ -86,11 +80,22 @@ class Augmenter:
             [V, 3, S, S] uint8, contiguous.
         """
         augment = self._trivial if self.config.policy == "trivial" else self._roadwork
-        names = ("augment", self.config.policy, self.seed, draw_epoch(self.config, epoch), sample_id)
         augmented = torch.empty_like(views)
         for index, view in enumerate(views):
-            augmented[index] = augment(view, (*names, index))
+            augmented[index] = augment(view, self._names(sample_id, epoch, index))
         return augmented
+
+    def draws(self, sample_id: str, epoch: int, views: int, side: int) -> list[ViewDraws]:
+        """What the views of a photo draw, for ``augmented_on_device``; the same as when called.
+
+        Args:
+            sample_id: the photo's id.
+            epoch: epoch of training; see :func:`draw_epoch`.
+            views: how many views the photo has.
+            side: side of a view in px.
+        """
+        of_view = self._draws_trivial if self.config.policy == "trivial" else self._draws_roadwork
+        return [of_view(self._names(sample_id, epoch, index), side) for index in range(views)]
 
     def draw_epoch(self, epoch: int) -> int:
         """See :func:`draw_epoch`."""
@@ -107,19 +112,30 @@ class Augmenter:
             del settings[name]
         return {**settings, "seed": self.seed, "version": VERSION}
 
+    def _names(self, sample_id: str, epoch: int, index: int) -> tuple[int | str, ...]:
+        """What the draws of a view are a pure function of."""
+        epoch = draw_epoch(self.config, epoch)
+        return ("augment", self.config.policy, self.seed, epoch, sample_id, index)
+
     def _roadwork(self, view: Tensor, names: tuple[int | str, ...]) -> Tensor:
         rng = generator_for(*names)
         for name in chosen_operations(self.config.strength, rng):
             view = OPERATIONS[name](view, rng)
         return view
 
+    def _draws_roadwork(self, names: tuple[int | str, ...], side: int) -> ViewDraws:
+        rng = generator_for(*names)
+        return {name: DRAWS[name](rng, side) for name in chosen_operations(self.config.strength, rng)}
+
     def _trivial(self, view: Tensor, names: tuple[int | str, ...]) -> Tensor:
-        """TrivialAugment (arXiv 2103.10158): one operation at a random magnitude."""
+        drawn = self._draws_trivial(names, view.shape[-1])
+        return trivial_augment(view, drawn[TRIVIAL]["seed"]) if drawn else view
+
+    def _draws_trivial(self, names: tuple[int | str, ...], side: int) -> ViewDraws:
+        """A seed for the one operation, or nothing: strength is its chance here."""
         if generator_for(*names, "apply").random() >= self.config.strength:
-            return view
-        with isolated_rng(derive_seed(*names)):  # torchvision draws from torch's global generator
-            augmented: Tensor = _trivial_augment()(view)
-        return augmented
+            return {}
+        return {TRIVIAL: {"seed": derive_seed(*names)}}
 
 
 def augmenter_for(config: AugmentConfig, seed: int) -> Augmenter | None:
