@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from roadwork_dist.common.errors import BackboneError
+from roadwork_dist.common.errors import BackboneError, ConfigError
 from roadwork_dist.config.experiment import BackboneConfig
 from roadwork_dist.models.backbone.attention import Attention, choose_attention
 from roadwork_dist.models.backbone.base import Backbone
@@ -44,9 +44,24 @@ def load_backbone(config: BackboneConfig, *, device: torch.device | None = None)
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     backbone = _load(resolve_name(config.name, device))
     dtype = config.dtype if config.trainable == "none" else "fp32"
-    if isinstance(backbone, TransformersBackbone):
-        choose_attention(backbone.network, config.attention, device, dtype)
+    _set_up(backbone, config.attention, config.token_merging, device, dtype)
     return backbone.settle(config, device)
+
+
+def _set_up(
+    backbone: Backbone, attention: Attention, merging: float, device: torch.device, dtype: str
+) -> None:
+    """Choose the attention and merge tokens, as configured."""
+    if isinstance(backbone, TransformersBackbone):
+        # Merged tokens need a bias on their scores, which FlashAttention does not take.
+        choose_attention(backbone.network, "sdpa" if merging else attention, device, dtype)
+        if merging:
+            backbone.merge_tokens(merging)
+    elif merging:
+        raise ConfigError(
+            f"backbone.token_merging is {merging}, but {backbone.name} is no vision transformer of "
+            "transformers (DINOv2, DINOv3): set it to 0"
+        )
 
 
 def resolve_name(name: str, device: torch.device) -> str:
@@ -62,6 +77,7 @@ def build_random(
     device: torch.device | None = None,
     dtype: torch.dtype = torch.float32,
     attention: Attention = "auto",
+    token_merging: float = 0.0,
 ) -> Backbone:
     """A backbone of the table with RANDOM weights, frozen: for benchmarks and tests, never for results.
 
@@ -69,7 +85,7 @@ def build_random(
     how parameters are counted.
 
     Raises:
-        ConfigError: the table has no such name.
+        ConfigError: the table has no such name, or its tokens cannot be merged.
     """
     device = device or torch.device("cpu")
     spec = BACKBONES[name]
@@ -79,8 +95,7 @@ def build_random(
         else:
             backbone = wrap_timm(name, build_timm(spec.source))
     arithmetic: str = "bf16" if dtype == torch.bfloat16 else "fp32"
-    if isinstance(backbone, TransformersBackbone):
-        choose_attention(backbone.network, attention, device, arithmetic)
+    _set_up(backbone, attention, token_merging, device, arithmetic)
     config = BackboneConfig(name=name, dtype="bf16" if arithmetic == "bf16" else "fp32")
     return backbone.settle(config, device)
 

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from roadwork_dist.common.errors import BackboneError
 from roadwork_dist.models.backbone.base import IMAGENET_MEAN, IMAGENET_STD, Backbone, BackboneInfo, Triple
+from roadwork_dist.models.backbone.token_merging import Merging, merge_tokens
 from roadwork_dist.models.hub import no_progress_bar
 from roadwork_dist.models.identity import weights_identity
 
@@ -35,6 +37,20 @@ class TransformersBackbone(Backbone):
         accepts = inspect.signature(network.forward).parameters
         # Learned position embeddings are resampled only where this is asked for.
         self._options = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in accepts else {}
+        self._merges_tokens = False
+
+    def merge_tokens(self, share: float) -> None:
+        """Merge patch tokens from now on (:mod:`~roadwork_dist.models.backbone.token_merging`).
+
+        The identity becomes another, for features do: stored ones never mix.
+
+        Raises:
+            ConfigError: this network's tokens cannot be merged.
+        """
+        merge_tokens(self.network, share, self.name)
+        self._merges_tokens = True
+        merged = weights_identity({"network": self.identity, "token_merging": share, "version": 1}, {})
+        self.info = replace(self.info, identity=merged)
 
     def forward_operations(self, size: int) -> int:
         """As for any backbone; attention is counted as torch's own, for the counter knows no other."""
@@ -46,7 +62,10 @@ class TransformersBackbone(Backbone):
             config._attn_implementation = chosen
 
     def _extract(self, images: Tensor) -> Tensor:
-        output = self.network(pixel_values=images, **self._options)
+        options: dict[str, Any] = {**self._options}
+        if self._merges_tokens:
+            options["merging"] = Merging()  # the state of this pass
+        output = self.network(pixel_values=images, **options)
         if self._class_token:
             tokens: Tensor = output.last_hidden_state  # [N, 1 + registers + P, D]
             return tokens[:, 0]
