@@ -127,7 +127,6 @@ def damage(own: Path, fault: str) -> None:
     ],
 )
 def test_damage_is_counted_as_unreadable_photos(own: Path, fault: str, says: str, lost: int) -> None:
-    open_files.forget(str(own / "shard-000001.tar"))
     damage(own, fault)
     manifest = load(own)
     with pytest.raises(DataError, match=f"{says}.*expected.*: .*copy|mount") as caught:
@@ -138,6 +137,18 @@ def test_damage_is_counted_as_unreadable_photos(own: Path, fault: str, says: str
     assert len(report.readable) == 12 - lost
     with pytest.raises(DataError, match=rf"{lost} of 12 photos .* are unreadable"):
         check_images(manifest, max_share=0.01)
+
+
+def test_a_tar_that_was_mended_is_read_at_once(own: Path) -> None:
+    """Processes that run for days hold the damaged file open."""
+    tar, image = own / "shard-000001.tar", load(own)[4].image
+    whole = tar.read_bytes()
+    damage(own, "truncated")
+    with pytest.raises(DataError, match="bytes before the picture does"):
+        image.read()
+    (own / "copied").write_bytes(whole)
+    (own / "copied").replace(tar)
+    image.read()
 
 
 def test_a_damaged_mask_names_the_tar(own: Path) -> None:

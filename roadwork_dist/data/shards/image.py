@@ -47,6 +47,9 @@ class ShardImage:
             DataError: the tar is missing, cut short or damaged; the message names tar and key.
         """
         data = _read_range(self.location, self.offset, self.length, self.name)
+        if zlib.crc32(data) != self.crc32:  # of an open file that has been replaced by a whole one since?
+            open_files.forget(self.location)
+            data = _read_range(self.location, self.offset, self.length, self.name)
         if len(data) < self.length:
             raise DataError(
                 f"{self.name}: the tar ends {self.length - len(data):,} bytes before the picture does, "
