@@ -5,25 +5,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 from roadwork_dist.build.progress import progress_bar
+from roadwork_dist.common.errors import RoadworkError
 from roadwork_dist.config.experiment import ExperimentConfig
 from roadwork_dist.data.augment.mix import MixedRows, PhotoRows
 from roadwork_dist.data.augment.policy import augmenter_for
 from roadwork_dist.data.check import check_images, drop_unreadable
 from roadwork_dist.data.content import content_hashes
 from roadwork_dist.data.dataset import RoadworkDataset
-from roadwork_dist.data.extract import extract
+from roadwork_dist.data.extract import Extraction, extract
 from roadwork_dist.data.manifest import Manifest
 from roadwork_dist.data.masks import mask_targets
 from roadwork_dist.data.photo import PhotoViews
-from roadwork_dist.data.remote.image import are_on_server
 from roadwork_dist.data.sources import load_manifest
 from roadwork_dist.data.splits import groups_of, stratified_group_split
 from roadwork_dist.data.store import FeatureSpace, FeatureStore
-from roadwork_dist.data.streamed import StreamedDataset
 from roadwork_dist.data.text import TextCache, TextEmbeddings, embed_descriptions
 from roadwork_dist.engine.collectives import gather_objects
 from roadwork_dist.inference.predictor import plain_views
@@ -70,7 +70,13 @@ def split_off(train: Manifest, config: ExperimentConfig) -> tuple[Manifest, Mani
 def photo_views(config: ExperimentConfig, backbone: Backbone, *, augment: bool) -> PhotoViews:
     """How photos become views for a backbone."""
     plain = plain_views(config.views, backbone, config.data.max_pixels)
-    return replace(plain, augmenter=augmenter_for(config.augment, config.seed)) if augment else plain
+    if not augment:
+        return plain
+    # Photos are mixed when they are augmented already, so those stay with the loader.
+    on_device = (
+        config.features.mode == "online" and config.augment.mix == "off" and backbone.device.type == "cuda"
+    )
+    return replace(plain, augmenter=augmenter_for(config.augment, config.seed), on_device=on_device)
 
 
 def training_rows(
@@ -90,6 +96,18 @@ def training_rows(
     if config.augment.mix == "off" or not config.augment.enabled:
         return rows
     return MixedRows(rows, labels, config.augment, seed=config.seed, weights=weights)
+
+
+@dataclass(frozen=True)
+class KeptFeatures:
+    """The readable photos of a manifest, and where their features are."""
+
+    manifest: Manifest
+    views: PhotoViews
+    store: FeatureStore
+    hashes: Sequence[str | None]
+    done: Extraction
+    """What was computed and found by all ranks together."""
 
 
 class DatasetBuilder:
@@ -116,31 +134,39 @@ class DatasetBuilder:
             DataError: more photos are unreadable than ``data.max_unreadable_share`` allows.
             BackboneError: photos have descriptions and their encoder cannot be loaded.
         """
-        views = photo_views(self.config, self.backbone, augment=augment)
         if self._reads_text(manifest):
             self._text_encoder()  # what cannot be loaded is told before features are computed
-        if self.config.features.mode == "online":
-            if augment and are_on_server(sample.image for sample in manifest):
-                return self._streamed(manifest, views)
-            manifest = self._readable(manifest)
-            return self._dataset(manifest, views, None, None)
+        if not self.config.keeps_features:
+            views = photo_views(self.config, self.backbone, augment=augment)
+            return self._dataset(self._readable(manifest), views, None, None)
+        kept = self.features(manifest, augment=augment)
+        dataset = self._dataset(kept.manifest, kept.views, kept.store, kept.hashes)
+        if self.config.features.on_device == "auto":
+            # Mixing computes with single rows, on the CPU.
+            mixes = augment and self.config.augment.mix != "off"
+            dataset.make_resident(torch.device("cpu") if mixes else self.accelerator.device)
+        return dataset
+
+    def features(self, manifest: Manifest, *, augment: bool) -> KeptFeatures:
+        """Compute the features of a manifest that the store lacks, each rank its share.
+
+        A collective: every rank returns when all shares are computed, or raises when one is not.
+
+        Raises:
+            DataError: more photos are unreadable than ``data.max_unreadable_share`` allows.
+            BackboneError: the backbone gave features that are not finite.
+            ConfigError: the store cannot be written.
+        """
+        views = photo_views(self.config, self.backbone, augment=augment)
         store = FeatureStore(self.root, self._space(views))
         hashes = content_hashes([sample.image for sample in manifest], self.root)
-        unreadable = self._extract(manifest, hashes, views, store)
-        kept = drop_unreadable(manifest, unreadable, self.config.data.max_unreadable_share)
-        hashes = [value for row, value in enumerate(hashes) if row not in unreadable]
-        return self._dataset(kept, views, store, hashes)
-
-    def _streamed(self, manifest: Manifest, views: PhotoViews) -> RoadworkDataset:
-        """Photos to train on that lie on a server: unreadable ones show when they are read."""
-        return StreamedDataset(
-            manifest,
-            views=views,
-            text=self._text(manifest) if self._reads_text(manifest) else None,
-            masks=self.masks,
-            max_share=self.config.data.max_unreadable_share,
-            processes=self.accelerator.num_processes,
-        )
+        done = self._extract(manifest, hashes, views, store)
+        if self.accelerator.is_main_process:
+            store.note(self.backbone.name, manifest.name, len(manifest))
+        store.reload()
+        readable = drop_unreadable(manifest, done.unreadable, self.config.data.max_unreadable_share)
+        hashes = [value for row, value in enumerate(hashes) if row not in done.unreadable]
+        return KeptFeatures(readable, views, store, hashes, done)
 
     def _readable(self, manifest: Manifest) -> Manifest:
         with progress_bar(f"checking {manifest.name}", self.accelerator) as tell:
@@ -154,31 +180,44 @@ class DatasetBuilder:
 
     def _extract(
         self, manifest: Manifest, hashes: Sequence[str | None], views: PhotoViews, store: FeatureStore
-    ) -> dict[int, str]:
-        """Compute missing features, each rank its share; returns what could not be read."""
+    ) -> Extraction:
+        """Compute missing features, each rank its share; what all ranks together did."""
         accelerator = self.accelerator
-        with progress_bar(f"features of {manifest.name}", accelerator) as tell:
-            done = extract(
-                manifest.samples,
-                hashes,
-                views=views,
-                store=store,
-                encode=self.backbone,
-                batch_views=self.config.features.batch_views,
-                workers=self.config.workers,
-                share=(accelerator.process_index, accelerator.num_processes),
-                on_progress=tell,
-            )
-        # Every rank gets here, also one without photos of its own. Nobody reads a feature before all
-        # shares are computed, and all ranks leave out the same photos.
-        return {row: text for share in gather_objects(done.unreadable) for row, text in share.items()}
+        done, error = Extraction(0, 0), None
+        try:
+            with progress_bar(f"features of {manifest.name}", accelerator, unit="images") as tell:
+                done = extract(
+                    manifest.samples,
+                    hashes,
+                    views=views,
+                    store=store,
+                    encode=self.backbone,
+                    batch_views=self.config.features.batch_views,
+                    workers=self.config.workers,
+                    share=(accelerator.process_index, accelerator.num_processes),
+                    on_progress=tell,
+                )
+        except RoadworkError as caught:
+            error = caught
+            logger.error("features of %s: %s", manifest.name, error)  # the others may compute for hours yet
+        # Every rank gets here, also one without photos of its own and one that failed: nobody waits for a
+        # rank that has gone. Nobody reads a feature before all shares are computed, and all ranks leave
+        # out the same photos.
+        shares = gather_objects((done, error))
+        for _, failed in shares:
+            if failed is not None:
+                raise error or failed
+        unreadable = {row: text for each, _ in shares for row, text in each.unreadable.items()}
+        computed, found = (sum(getattr(each, name) for each, _ in shares) for name in ("computed", "found"))
+        return Extraction(computed, found, unreadable)
 
     def _space(self, views: PhotoViews) -> FeatureSpace:
-        augmenter = views.augmenter
+        augmenter, share = views.augmenter, self.config.backbone.token_merging
+        merging = [f"token_merging {share}"] if share else []
         return FeatureSpace(
             views=views.geometry.identity(),
             augment=None if augmenter is None else augmenter.identity(),
-            backbone=f"{self.backbone.identity} {self.config.backbone.dtype}",
+            backbone=" ".join([self.backbone.identity, self.config.backbone.dtype, *merging]),
             dtype=self.config.features.dtype,
         )
 

@@ -78,7 +78,7 @@ def build_experiment(config: ExperimentConfig) -> Experiment:
     }
     model = build_model(config, backbone, mask_head=mask_head)
     task = build_task(config, mask_head=mask_head)
-    if config.features.mode == "online":
+    if not config.keeps_features:
         task.operations_per_view = count_backbone(backbone, backbone.view_size(config.views.size))
     weights = _sample_weights(config, train.manifest, manifests, accelerator)
     trainer = Trainer(
@@ -91,7 +91,7 @@ def build_experiment(config: ExperimentConfig) -> Experiment:
         shard_order=shard_order_of(
             [sample.image for sample in train.manifest],
             config.data,
-            reads_photos=config.features.mode == "online",
+            reads_photos=not config.keeps_features,
         ),
         collate=collate,
     )
@@ -134,7 +134,7 @@ def build_model(config: ExperimentConfig, backbone: Backbone, *, mask_head: bool
     """The detector; with cached features it holds the head alone and names the backbone."""
     torch.manual_seed(config.seed)  # the same first weights on every rank and after every restart
     head = RoadworkHead(backbone.width, config.model, mask_head=mask_head)
-    model = RoadworkModel(head, backbone if config.features.mode == "online" else None)
+    model = RoadworkModel(head, None if config.keeps_features else backbone)
     settings = replace(config.backbone, name=backbone.name)
     model.backbone_identity = {"sha256": backbone.identity, **asdict(settings)}
     size = backbone.view_size(config.views.size)

@@ -1,4 +1,4 @@
-"""Progress of what comes before training: a bar on a terminal, a line at the end elsewhere."""
+"""Progress of what comes before training: a bar on a terminal, lines now and then elsewhere."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -6,27 +6,85 @@ from contextlib import contextmanager
 
 from accelerate import Accelerator
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+LINE_EVERY_S = 30.0
+"""Where there is no terminal, a line is printed so often."""
+
+
+class Pace:
+    """How fast something goes, of which a part was done before.
+
+    Args:
+        clock: seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._started = clock, clock()
+        self.before: int | None = None
+        self.done = self.total = 0
+
+    def tell(self, done: int, total: int) -> None:
+        """Take what is done; the first time, that was done before."""
+        self.before = done if self.before is None else self.before
+        self.done, self.total = done, total
+
+    @property
+    def seconds(self) -> float:
+        """Time since it began."""
+        return self._clock() - self._started
+
+    @property
+    def rate(self) -> float:
+        """Done a second since it began."""
+        return (self.done - (self.before or 0)) / max(self.seconds, 1e-9)
+
+    def left(self) -> str:
+        """Time to the end at this pace, such as ``1:02:03``."""
+        if not self.rate:
+            return "-:--:--"
+        minutes, seconds = divmod(round((self.total - self.done) / self.rate), 60)
+        return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
 
 
 @contextmanager
-def progress_bar(name: str, accelerator: Accelerator | None = None) -> Iterator[Callable[[int, int], None]]:
-    """Give a function that is told (done, total); only the first of several processes shows it."""
+def progress_bar(
+    name: str, accelerator: Accelerator | None = None, unit: str = ""
+) -> Iterator[Callable[[int, int], None]]:
+    """Give a function that is told (done, total); only the first of several processes shows it.
+
+    Args:
+        name: what is done.
+        accelerator: which process this is; ``None`` = the only one.
+        unit: what is counted, to be shown with its rate; "" = only the numbers.
+    """
     if accelerator is not None and not accelerator.is_main_process:
         yield lambda done, total: None
         return
     if accelerator is not None and accelerator.num_processes > 1:
         name += f" (this process's share of {accelerator.num_processes})"
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    started, seen = time.monotonic(), (0, 0)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    pace, next_line = Pace(), LINE_EVERY_S
+    columns = (
+        *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()),
+        TextColumn("{task.fields[pace]}"),
+    )
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        task = progress.add_task(name)
+        task = progress.add_task(name, pace="")
 
         def tell(done: int, total: int) -> None:
-            nonlocal seen
-            seen = (done, total)
-            progress.update(task, completed=done, total=total)
+            nonlocal next_line
+            pace.tell(done, total)
+            speed = f"{pace.rate:.1f} {unit}/s, " if unit else ""
+            progress.update(task, completed=done, total=total, pace=f"{speed}{pace.left()} left")
+            if not console.is_terminal and pace.seconds >= next_line:
+                next_line = pace.seconds + LINE_EVERY_S
+                console.print(f"{name}: {done} of {total}, {speed}{pace.left()} left")
 
         yield tell
-    console.print(f"{name}: {seen[0]} of {seen[1]}, {time.monotonic() - started:.1f} s")
+    line = f"{name}: {pace.done} of {pace.total}, {pace.seconds:.1f} s"
+    if unit and pace.before:
+        line += f", {pace.before} were there"
+    if unit and pace.done > (pace.before or 0):
+        line += f", {pace.rate:.1f} {unit}/s"
+    console.print(line)

@@ -136,7 +136,7 @@ class AugmentConfig:
     """``roadwork`` = the fifteen operations of the recipe; ``trivial`` = TrivialAugment (wide)."""
     copies: int = 4
     """Augmented copies kept in the feature store; epoch e uses copy e mod copies, also online. 0 = \
-fresh draws every epoch, which needs ``features.mode: online``."""
+fresh draws every epoch, which keeps no features."""
     mix: Literal["off", "mixup", "cutmix"] = "off"
     """Mix training photos in pairs, labels too; fresh draws every epoch. Online mixes pixels; cached \
 blends features (``mixup``) or exchanges views (``cutmix``), which is something else: losses differ."""
@@ -182,7 +182,7 @@ class BackboneConfig:
     """Name of the table, any timm or transformers id, or a local folder; auto = \
 dinov3_vith16plus on a GPU, efficientnet_lite0 on a CPU."""
     trainable: Literal["none", "last_n", "all"] = "none"
-    """Which part learns; anything but none needs ``features.mode: online``."""
+    """Which part learns; anything but none keeps no features."""
     last_n: int = 2
     """Blocks that learn with ``last_n``."""
     dtype: Literal["fp32", "bf16"] = "bf16"
@@ -210,14 +210,17 @@ of transformers); faster, and other features. 0 = off."""
 class FeaturesConfig:
     """Keeping what the frozen backbone computes."""
 
-    mode: Literal["cached", "online"] = "cached"
-    """``cached`` computes each view once and keeps it on disk; ``online`` keeps nothing."""
+    mode: Literal["auto", "cached", "online"] = "auto"
+    """``cached`` computes each view once and keeps it on disk; ``online`` keeps nothing; auto = cached \
+where the backbone is frozen and epochs repeat their views (``augment.copies`` above 0), else online."""
     dir: str = "runs/features"
     """Folder of the feature store; shared by runs."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Stored dtype."""
     batch_views: int = 48
     """Views per forward pass of the backbone while features are computed."""
+    on_device: Literal["auto", "never"] = "auto"
+    """``auto`` = stored features that fit into a quarter of the device's free memory are put there whole."""
 
     def __post_init__(self) -> None:
         check(self.batch_views >= 1, "features.batch_views", self.batch_views, "an integer >= 1")
@@ -335,10 +338,18 @@ class ExperimentConfig(TrainConfig):
         if self.backbone.trainable != "none" and self.features.mode == "cached":
             raise ConfigError(
                 f"features.mode is 'cached' but backbone.trainable is {self.backbone.trainable!r}: "
-                "features of a backbone that learns go stale; set features.mode to online"
+                "features of a backbone that learns go stale; set features.mode to online or auto"
             )
         if self.augment.enabled and self.augment.copies == 0 and self.features.mode == "cached":
             raise ConfigError(
                 "augment.copies is 0 (fresh draws every epoch) but features.mode is 'cached': "
-                "set augment.copies to 1 or more, or features.mode to online"
+                "set augment.copies to 1 or more, or features.mode to online or auto"
             )
+
+    @property
+    def keeps_features(self) -> bool:
+        """Whether the backbone's features are kept in the store: what ``features.mode`` comes to."""
+        if self.features.mode != "auto":
+            return self.features.mode == "cached"
+        draws_anew = self.augment.enabled and self.augment.copies == 0
+        return self.backbone.trainable == "none" and not draws_anew

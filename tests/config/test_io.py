@@ -38,13 +38,13 @@ data.remote.read_ahead data.remote.attempts data.remote.timeout
 data.columns data.columns.id data.columns.image data.columns.label data.columns.latitude
 data.columns.longitude data.columns.weather data.columns.daytime data.columns.scene
 data.columns.description data.columns.mask data.columns.group
-views views.size views.policy views.grid views.scale views.quality
+views views.size views.policy views.grid views.scale views.quality views.select
 augment augment.enabled augment.strength augment.policy augment.copies augment.mix
 augment.mix_alpha augment.mix_share
 gps gps.enabled gps.clusters gps.near_weight gps.min_share_100km gps.on_shortfall
 backbone backbone.name backbone.trainable backbone.last_n backbone.dtype backbone.attention
-backbone.gradient_checkpointing
-features features.mode features.dir features.dtype features.batch_views
+backbone.gradient_checkpointing backbone.token_merging
+features features.mode features.dir features.dtype features.batch_views features.on_device
 model model.width model.prune_keep model.pyramid model.layers model.heads model.kv_heads model.gate
 model.experts model.ffn_ratio model.view_fusion model.metadata model.metadata_dropout model.dropout
 model.mask_head
@@ -172,7 +172,7 @@ def test_unknown_keys_of_a_file_are_fatal_with_the_nearest_name(
         ("--resume maybe", "resume is 'maybe', expected 'auto', 'never'"),
         ("--tracking.progress 2", "tracking.progress is '2', expected bool"),
         ("--optim.lr -1", "optim.lr is -1.0, expected a number > 0"),
-        ("--backbone.trainable all", "set features.mode to online"),
+        ("--backbone.trainable all --features.mode cached", "set features.mode to online"),
         ("stray", "unrecognized arguments: stray"),
     ],
 )

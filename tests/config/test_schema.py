@@ -93,16 +93,24 @@ def test_a_value_out_of_its_range_is_told(kind: Any, name: str, value: Any, told
 def test_a_learning_backbone_needs_online_features(trainable: Any) -> None:
     backbone = BackboneConfig(trainable=trainable)
     with pytest.raises(ConfigError, match=r"features of a backbone that learns go stale; set features\.mode"):
-        ExperimentConfig(backbone=backbone)
-    ExperimentConfig(backbone=backbone, features=FeaturesConfig(mode="online"))
+        ExperimentConfig(backbone=backbone, features=FeaturesConfig(mode="cached"))
+    for mode in ("online", "auto"):
+        assert not ExperimentConfig(backbone=backbone, features=FeaturesConfig(mode=mode)).keeps_features
 
 
 def test_fresh_draws_every_epoch_need_online_features() -> None:
     fresh = AugmentConfig(copies=0)
     with pytest.raises(ConfigError, match=r"augment\.copies is 0 \(fresh draws every epoch\)"):
-        ExperimentConfig(augment=fresh)
-    ExperimentConfig(augment=fresh, features=FeaturesConfig(mode="online"))
-    ExperimentConfig(augment=AugmentConfig(copies=0, enabled=False))
+        ExperimentConfig(augment=fresh, features=FeaturesConfig(mode="cached"))
+    for mode in ("online", "auto"):
+        assert not ExperimentConfig(augment=fresh, features=FeaturesConfig(mode=mode)).keeps_features
+    assert ExperimentConfig(augment=AugmentConfig(copies=0, enabled=False)).keeps_features
+
+
+def test_features_of_a_frozen_backbone_are_kept_unless_told_otherwise() -> None:
+    assert ExperimentConfig().features.mode == "auto"
+    assert ExperimentConfig().keeps_features
+    assert not ExperimentConfig(features=FeaturesConfig(mode="online")).keeps_features
 
 
 def test_the_recipe_of_pre_training_is_the_default() -> None:

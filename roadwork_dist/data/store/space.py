@@ -17,6 +17,8 @@ logger = logging.getLogger(__name__)
 
 STORED_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 MANIFEST = "manifest.json"
+NOTES = "notes.json"
+"""What people want to know of a space: names of its backbone and of data sets. Nothing depends on it."""
 
 
 @dataclass(frozen=True)
@@ -107,16 +109,30 @@ def check_manifest(folder: Path, space: FeatureSpace) -> None:
         )
 
 
-def in_words(fields: Mapping[str, Any]) -> str:
+def read_notes(folder: Path) -> dict[str, Any]:
+    """The notes of a space; empty where there are none that can be read."""
+    try:
+        notes = json.loads((folder / NOTES).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return notes if isinstance(notes, dict) else {}
+
+
+def in_words(fields: Mapping[str, Any], notes: Mapping[str, Any]) -> str:
     """A manifest's fields as one line for people."""
+    identity, _, arithmetic = str(fields.get("backbone")).partition(" ")
+    name = f"{notes['backbone']} ({identity[:8]})" if "backbone" in notes else identity[:16]
     views, augment = fields.get("views") or {}, fields.get("augment")
-    size = views.get("size", "?")
-    kind = ", ".join(f"{name} {value}" for name, value in views.items() if name != "size")
+    shown = _listed(views)
     drawn = "as they are"
     if isinstance(augment, dict):
-        shown = {k: v for k, v in augment.items() if isinstance(v, int | float | str)}
-        drawn = "augmented (" + ", ".join(f"{name} {value}" for name, value in shown.items()) + ")"
-    return f"{fields.get('backbone')} · {fields.get('dtype')} · views of {size} px ({kind}) {drawn}"
+        drawn = f"augmented ({_listed(augment)})"
+    return f"{name} in {arithmetic or '?'}, kept in {fields.get('dtype')} · views ({shown}) {drawn}"
+
+
+def _listed(fields: Mapping[str, Any]) -> str:
+    plain = {name: value for name, value in fields.items() if isinstance(value, int | float | str)}
+    return ", ".join(f"{name} {value}" for name, value in plain.items())
 
 
 def tell_nearest(root: Path, folder: Path, space: FeatureSpace) -> None:

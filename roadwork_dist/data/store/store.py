@@ -4,6 +4,7 @@ V views of a photo · D width of the backbone · N entries; an entry is one copy
 """
 
 import errno
+import json
 import logging
 import mmap
 import os
@@ -34,7 +35,14 @@ from roadwork_dist.data.store.part import (
     read_log,
     read_width,
 )
-from roadwork_dist.data.store.space import MANIFEST, FeatureSpace, check_manifest, tell_nearest
+from roadwork_dist.data.store.space import (
+    MANIFEST,
+    NOTES,
+    FeatureSpace,
+    check_manifest,
+    read_notes,
+    tell_nearest,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -353,6 +361,14 @@ class FeatureStore:
             self.catalogue.reload()
             self._maps.clear()
             self._width = None
+
+    def note(self, backbone: str, source: str, photos: int) -> None:
+        """Write down, for people alone, what the backbone is called and whose photos' features are here."""
+        notes = read_notes(self.folder)
+        sources = {**notes.get("sources", {}), source: photos}
+        with suppress(OSError):
+            content = json.dumps({"backbone": backbone, "sources": sources}, indent=1)
+            write_atomic(self.folder / NOTES, content.encode())
 
     def check(self) -> None:
         """Read parts that somebody has touched since they were known to be whole; forget damaged entries.
