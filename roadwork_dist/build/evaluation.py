@@ -25,7 +25,7 @@ from roadwork_dist.data.sampler import evaluation_batches
 from roadwork_dist.data.sources import load_manifest
 from roadwork_dist.engine.accelerator import build_accelerator
 from roadwork_dist.evaluation.predictions import write_predictions
-from roadwork_dist.inference.predictor import Predictor
+from roadwork_dist.inference.predictor import ALL_CROPS, Predictor, crops_to_select
 from roadwork_dist.models.backbone import Backbone
 from roadwork_dist.training.passes import run_pass
 
@@ -44,29 +44,35 @@ def evaluate_run(
     source: str | None = None,
     image_root: str | None = None,
     threshold: float | None = None,
+    select: int | None = None,
     output: Path | None = None,
 ) -> EvaluationFiles:
     """Predict with the best weights of a run, print the figures and write them.
 
-    Features come from and go to the run's feature store where the run used one.
+    Features come from and go to the run's feature store where the run used one; with selected crops only
+    those of the run's own photos do, for of other photos only the selected crops are computed.
 
     Args:
         run_dir: run folder; its ``config.yaml`` says how photos are read.
         source: other photos with labels, in any form that ``data.train`` takes; None = the run's
             own ``val`` and ``target``.
         image_root: folder that relative image paths of ``source`` start from; None = that of its table.
-        threshold: decision threshold; None = the one that the run chose on ``val``.
+        threshold: decision threshold; None = the one that was chosen on ``val``, with as many crops.
+        select: crops looked at beside the global view; as many as there are, or more, = all; None =
+            ``views.select`` of the run.
         output: JSON file for the figures; predictions go beside it as Parquet. None = the run's own
-            ``evaluation.json`` and ``predictions.parquet`` where its own photos are evaluated at its own
-            threshold, else ``evaluations/`` of the run folder.
+            ``evaluation.json`` and ``predictions.parquet`` where all views of its own photos are evaluated
+            at its own threshold, else ``evaluations/`` of the run folder.
 
     Raises:
         DataError: photos or labels cannot be used.
-        CheckpointError: the best weights are absent or damaged, or the backbone is another.
+        CheckpointError: the best weights are absent or damaged, the backbone is another, or no selector
+            was distilled.
         ConfigError: the files cannot be written.
     """
     config = load_experiment(run_dir / "config.yaml")
-    files = _files(run_dir, source, threshold, output)
+    select = crops_to_select(config.views, select)
+    files = _files(run_dir, source, threshold, select, output)
     if source is None:
         splits, synthetic = evaluated(_own_photos(config)), is_synthetic_source(config.data.train)
     else:
@@ -74,7 +80,11 @@ def evaluate_run(
         splits = {source: load_manifest(source, data, name="train", setting="--data").labelled()}
         synthetic = is_synthetic_source(source)
     device = "cpu" if config.device == "cpu" else "auto"
-    predictor = Predictor.from_pretrained(run_dir / "best", device=device, max_pixels=config.data.max_pixels)
+    predictor = Predictor.from_pretrained(
+        run_dir / "best", device=device, max_pixels=config.data.max_pixels, select=select or ALL_CROPS
+    )
+    if select is not None and source is not None:
+        config = replace(config, features=replace(config.features, mode="online"))
     rows = _predict(config, predictor, splits)
     write_predictions(files.predictions, rows, synthetic=synthetic)
     if files.figures == run_dir / "evaluation.json":
@@ -98,15 +108,16 @@ def _own_photos(config: ExperimentConfig) -> Manifests:
 
 
 def _files(
-    run_dir: Path, source: str | None, threshold: float | None, output: Path | None
+    run_dir: Path, source: str | None, threshold: float | None, select: int | None, output: Path | None
 ) -> EvaluationFiles:
     """Where to write; proven to be writable before anything is computed."""
     if output is not None:
         files = EvaluationFiles(output, output.with_suffix(".parquet"))
-    elif source is None and threshold is None:
+    elif source is None and threshold is None and select is None:
         files = EvaluationFiles(run_dir / "evaluation.json", run_dir / "predictions.parquet")
     else:
         name = "own" if source is None else "".join(c if c.isalnum() or c in "-_" else "_" for c in source)
+        name += "" if select is None else f"-select-{select}"
         name += "" if threshold is None else f"-at-{threshold:g}"
         folder = run_dir / "evaluations"
         files = EvaluationFiles(folder / f"{name}.json", folder / f"{name}.parquet")

@@ -29,6 +29,18 @@ class Parser(argparse.ArgumentParser):
             help=f"probability above which a photo is called roadwork (default: {threshold})",
         )
 
+    def add_select(self) -> None:
+        """The option of a command that predicts: how many crops go through the backbone."""
+        self.add_argument(
+            "--views.select",
+            "--select",
+            dest="select",
+            metavar="CROPS",
+            type=whole_number(1),
+            help="crops that go through the backbone beside the global view, chosen by what `roadwork-dist "
+            "distil` has written; 11 = all (default: views.select of the run)",
+        )
+
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
         """Parse.
 

@@ -24,12 +24,13 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--image_root", metavar="DIR", help="folder that relative image paths of SOURCE start from"
     )
+    parser.add_select()
     parser.add_argument(
         "--output",
         metavar="FILE.json",
         type=Path,
         help="where figures go, and beside them predictions as .parquet (default: the run folder's own "
-        "files, or evaluations/ in it with --data or --threshold)",
+        "files, or evaluations/ in it with --data, --threshold or --views.select)",
     )
     options = parser.parse(arguments)
     folder = run_folder(options.run)
@@ -46,6 +47,7 @@ def run(arguments: Sequence[str]) -> int:
         source=options.data,
         image_root=options.image_root,
         threshold=options.threshold,
+        select=options.select,
         output=options.output,
     )
     print(f"figures: {files.figures}\npredictions: {files.predictions}")

@@ -16,9 +16,11 @@ from roadwork_dist.common.registry import nearest
 COMMANDS = {
     "synth": "render a synthetic data set of street scenes",
     "data": "check the photos and tables of a data set: `data check`",
+    "shard": "write photos as WebDataset shards with an index",
     "pretrain": "train, evaluate and report; started again it goes on where it was",
     "evaluate": "evaluate a trained run on its own or another data set",
     "predict": "probabilities of roadwork for photos and folders",
+    "distil": "teach a run which crops are worth the backbone (views.select)",
     "report": "write a run's report anew",
     "checkpoint": "list, verify, consolidate or prune what a run has saved",
     "doctor": "what this machine has, what is missing and how to get it",

@@ -32,7 +32,7 @@ def run(arguments: Sequence[str]) -> int:
 
     set_up_logging()
     output = PredictionFile(options.output)
-    predictor = Predictor.from_pretrained(options.model, device=options.device)
+    predictor = Predictor.from_pretrained(options.model, device=options.device, select=options.select)
     if options.threshold is not None:
         predictor.threshold = options.threshold
     unreadable: list[Unreadable] = []
@@ -117,6 +117,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--threshold", type=probability, help="what is called roadwork (default: the one the run chose)"
     )
+    parser.add_select()
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     parser.add_argument(
         "--batch_size", type=whole_number(1), default=8, help="photos at a time (default: %(default)s)"

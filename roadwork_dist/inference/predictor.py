@@ -27,12 +27,17 @@ from roadwork_dist.data.views import geometry_for
 from roadwork_dist.engine.precision import in_precision
 from roadwork_dist.models.backbone import Backbone, load_backbone
 from roadwork_dist.models.detector import RoadworkModel
+from roadwork_dist.models.distillation import identity_of, read_selector
 from roadwork_dist.models.pretrained import CONFIG_FILE, PretrainedConfig, read_config
+from roadwork_dist.models.selection import SelectiveDetector
 
 logger = logging.getLogger(__name__)
 
 DECISION_FILE = "decision.json"
 """Beside the weights: the decision threshold, and what it was chosen on."""
+
+ALL_CROPS = 1_000
+"""For ``select``: more crops than a photo has, so all of them."""
 
 Photo = str | Path | Sample
 
@@ -50,7 +55,7 @@ class Prediction:
     logit_0: float
     logit_1: float
     view_gates: list[float]
-    """Weight in [0, 1] of each view; 0 = pruned."""
+    """Weight in [0, 1] of each view; 0 = pruned, or not looked at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +79,7 @@ class Predictor:
         threshold: photos with a probability above it are called roadwork.
         text_encoder: name of the encoder of descriptions; loaded when the first one comes.
         precision: arithmetic of the head, ``fp32`` or ``bf16``: that of training.
+        selection: the model again, looking at some crops of a photo only; null = at all.
     """
 
     def __init__(
@@ -84,8 +90,10 @@ class Predictor:
         threshold: float = 0.5,
         text_encoder: str | None = None,
         precision: str = "fp32",
+        selection: SelectiveDetector | None = None,
     ) -> None:
         self.model, self.views, self.threshold = model.eval(), views, threshold
+        self.selection = selection
         self.text_encoder, self.precision = text_encoder, precision
         self._encode_text: TextEncoder | None = None
 
@@ -97,11 +105,16 @@ class Predictor:
     @property
     def forward(self) -> Callable[[Batch], ModelOutput]:
         """The model's forward pass, in the arithmetic that it was trained and validated in."""
-        return in_precision(self.model, self.precision, self.device)
+        return in_precision(self.selection or self.model, self.precision, self.device)
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, *, device: str | torch.device = "auto", max_pixels: int = MAX_PIXELS
+        cls,
+        folder: str | Path,
+        *,
+        device: str | torch.device = "auto",
+        max_pixels: int = MAX_PIXELS,
+        select: int | None = None,
     ) -> Self:
         """Load a model that a run saved, with its backbone and its threshold (0.5 where none was chosen).
 
@@ -109,10 +122,13 @@ class Predictor:
             folder: a run folder, or its ``best/``.
             device: ``auto`` = the first GPU, or the CPU; or torch's name of a device.
             max_pixels: photos with more pixels are refused.
+            select: crops that go through the backbone beside the global view; as many as there are, or
+                more, = all of them; null = ``views.select`` of the run.
 
         Raises:
             CheckpointError: the folder is incomplete or damaged, or the backbone to be had now has
-                other weights than the one the model was trained with.
+                other weights than the one the model was trained with, or crops are to be selected and
+                no selector was distilled.
             BackboneError: the backbone cannot be loaded.
             ConfigError: there is no such device.
         """
@@ -129,12 +145,19 @@ class Predictor:
                 "extra.views, as a run writes it; save the model again"
             ) from error
         views = plain_views(settings, backbone, max_pixels)
+        select = crops_to_select(settings, select)
+        selection, threshold = None, read_threshold(folder)
+        if select is not None:
+            kept = read_selector(folder, identity_of(config))
+            selection = SelectiveDetector(model, kept.selector, select).to(where).eval()
+            threshold = kept.thresholds.get(select, threshold)
         return cls(
             model,
             views,
-            threshold=read_threshold(folder),
+            threshold=threshold,
             text_encoder=config.extra.get("text_encoder") if config.model.metadata else None,
             precision=config.extra.get("precision", "fp32"),
+            selection=selection,
         )
 
     def predict(
@@ -218,6 +241,18 @@ def plain_views(config: ViewsConfig, backbone: Backbone, max_pixels: int = MAX_P
     red, green, blue = (round(255 * channel) for channel in backbone.mean)
     geometry = geometry_for(config, backbone.view_size(config.size), (red, green, blue))
     return PhotoViews(geometry, None, max_pixels)
+
+
+def crops_to_select(config: ViewsConfig, select: int | None = None) -> int | None:
+    """Crops to look at beside the global view; null = all.
+
+    Args:
+        config: how photos are cut into views.
+        select: what is asked for instead of ``views.select``; null = nothing else.
+    """
+    select = config.select if select is None else select
+    has_fewer = select is not None and config.policy != "global" and select < config.grid**2 + 2
+    return select if has_fewer else None
 
 
 def weights_folder(folder: str | Path) -> Path:

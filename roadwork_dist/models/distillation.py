@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from roadwork_dist.common.errors import CheckpointError, DataError
 from roadwork_dist.common.files import write_atomic
 from roadwork_dist.common.random import isolated_rng, torch_generator_for
-from roadwork_dist.models.pretrained import WEIGHTS_FILE
+from roadwork_dist.models.pretrained import WEIGHTS_FILE, PretrainedConfig
 from roadwork_dist.models.selection import ViewSelector
 
 SELECTOR_FILE = "selector.safetensors"
@@ -29,6 +29,9 @@ FORMAT = 1
 
 EPOCHS, BATCH, LEARNING_RATE, WEIGHT_DECAY, PATIENCE = 200, 32, 1e-3, 0.1, 30
 """Recipe of the distillation. Epochs without a better held-out figure end it."""
+
+LEAST_GATE = 0.01
+"""What a pruned crop's gate counts as, whose logarithm would be infinite."""
 
 LEAST_STD = 1e-3
 """Features that hardly change are not blown up when they are standardised."""
@@ -40,7 +43,7 @@ class Teaching:
 
     Attributes:
         features: of the global views [N, D].
-        gates: of the crops [N, C], >= 0.
+        gates: of the crops [N, C], from 0 (pruned) to 1.
         held_out: [N] bool: photos that decide when to stop, and nothing else.
     """
 
@@ -57,44 +60,46 @@ class DistillationFigures:
     """Photos it learned from."""
     held_out: int
     divergence: float
-    """Mean KL(gates ‖ scores) in nats."""
+    """Mean KL(targets ‖ scores) in nats; see :func:`gate_targets`."""
     divergence_of_order: float
-    """The same of one fixed order, the mean gates of the photos it learned from."""
+    """The same of one fixed order, the mean targets of the photos it learned from."""
     captured: dict[int, tuple[float, ...]]
-    """By number of crops: the share of the gates' sum that the selector's choice holds, that of the fixed
-    order, and that of the best possible choice. A random choice holds crops / C."""
+    """By number of crops: the share of the targets that the selector's choice holds, that of the fixed order,
+    and that of the best possible choice. A random choice holds crops / C."""
 
 
-def gate_shares(gates: Tensor) -> Tensor:
-    """Gates [N, C] scaled to sum to 1 over a photo's crops.
+def gate_targets(gates: Tensor, learn: Tensor) -> Tensor:
+    """Gates [N, C] as shares of attention that sum to 1 over a photo's crops.
+
+    The softmax of log gates, centred in each photo and divided by their mean spread over the photos that are
+    learned from: only differences between a photo's crops matter to a choice, and in a trained fusion they
+    may be a few percent. Gates of pruned crops (0) count as :data:`LEAST_GATE`.
 
     Raises:
-        DataError: a photo has no crop with a gate above 0.
+        DataError: all gates of a photo are alike, in every photo.
     """
-    total = gates.sum(dim=1, keepdim=True)
-    if not bool((total > 0).all()):
-        raise DataError(
-            f"{int((total <= 0).sum())} photos have no crop with a gate above 0: nothing can be "
-            "distilled from them"
-        )
-    return gates / total
+    logs = gates.float().clamp(min=LEAST_GATE).log()
+    logs = logs - logs.mean(dim=1, keepdim=True)
+    spread = logs[learn].std(dim=1).mean()
+    if not bool(spread > 0):
+        raise DataError("the model's gates do not differ between crops: there is nothing to distil from them")
+    return (logs / spread).softmax(dim=1)
 
 
 def distil(teaching: Teaching, *, seed: int) -> tuple[ViewSelector, DistillationFigures]:
-    """Train a selector to predict the shares of the gates from the global view.
+    """Train a selector to predict from the global view how a photo's gates differ.
 
-    The loss is KL(shares ‖ softmax(scores)) (ListNet's top-one loss, Cao et al., ICML 2007, with the gates as
-    relevance). The weights with the least held-out loss are kept; they start as the fixed order that suits
-    most photos, so the result is not worse than that on the held-out photos.
+    The loss is KL(targets ‖ softmax(scores)), see :func:`gate_targets` (ListNet's top-one loss, Cao et al.,
+    ICML 2007, with log gates as relevance). The weights with the least held-out loss are kept; they start as
+    the fixed order that suits most photos, so the result is not worse than that on the held-out photos.
 
     Raises:
         DataError: there is nothing to learn from.
     """
-    shares, held_out = gate_shares(teaching.gates.float()), teaching.held_out
-    features = teaching.features.float()
-    learn, check = ~held_out, held_out
+    learn, check = ~teaching.held_out, teaching.held_out
     if int(learn.sum()) < 2 or int(check.sum()) < 1:
-        raise DataError(f"{len(held_out)} photos with crops are too few to distil a selector: train on more")
+        raise DataError(f"{len(learn)} photos with crops are too few to distil a selector: train on more")
+    features, shares = teaching.features.float(), gate_targets(teaching.gates, learn)
     with isolated_rng(seed):
         selector = _started(features[learn], shares[learn])
         _train(selector, features, shares, learn, check, torch_generator_for(seed, "distil"))
@@ -179,27 +184,46 @@ def _captured(scores: Tensor, shares: Tensor, count: int) -> float:
     return float(shares.gather(1, best).sum(dim=1).mean())
 
 
-def write_selector(folder: Path, selector: ViewSelector, identity: Mapping[str, Any]) -> Path:
+def identity_of(config: PretrainedConfig) -> dict[str, Any]:
+    """What a selector of a saved model belongs to: the backbone's weights, and how views are cut."""
+    views = config.extra.get("views", {})
+    return {
+        "backbone": config.backbone.get("sha256"),
+        "views": {name: views.get(name) for name in ("size", "policy", "grid", "scale")},
+    }
+
+
+@dataclass(frozen=True)
+class KeptSelector:
+    """A selector as it is kept beside a model."""
+
+    selector: ViewSelector
+    thresholds: Mapping[int, float]
+    """Decision threshold by number of crops, chosen on validation photos with so many crops."""
+
+
+def write_selector(folder: Path, kept: KeptSelector, identity: Mapping[str, Any]) -> Path:
     """Write ``selector.safetensors`` beside the weights that a selector was distilled from.
 
     Args:
         folder: holds ``model.safetensors``.
-        selector: the selector.
+        kept: the selector and its thresholds.
         identity: what it belongs to (backbone, views); JSON. The hash of the weights is added.
 
     Raises:
         CheckpointError: the folder has no weights.
         OSError: the file cannot be written.
     """
-    about = {"format": FORMAT, "crops": selector.crops, **identity, "weights": _weights_hash(folder)}
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in selector.state_dict().items()}
+    about = {"format": FORMAT, "crops": kept.selector.crops, **identity, "weights": _weights_hash(folder)}
+    about["thresholds"] = {str(crops): value for crops, value in kept.thresholds.items()}
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in kept.selector.state_dict().items()}
     path = folder / SELECTOR_FILE
     write_atomic(path, save(tensors, metadata={"selector": json.dumps(about, sort_keys=True)}))
     return path
 
 
-def read_selector(folder: Path, identity: Mapping[str, Any]) -> ViewSelector:
-    """The selector beside a model's weights, in eval mode on the CPU.
+def read_selector(folder: Path, identity: Mapping[str, Any]) -> KeptSelector:
+    """The selector beside a model's weights, in eval mode on the CPU, with its thresholds.
 
     Raises:
         CheckpointError: it is absent or damaged, or was distilled from another model, backbone or views.
@@ -221,9 +245,10 @@ def read_selector(folder: Path, identity: Mapping[str, Any]) -> ViewSelector:
                 )
         selector = ViewSelector(len(tensors["mean"]), about["crops"])
         selector.load_state_dict(tensors)
+        thresholds = {int(crops): float(value) for crops, value in about["thresholds"].items()}
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}): {again} anew") from error
-    return selector.eval()
+    return KeptSelector(selector.eval(), thresholds)
 
 
 def _weights_hash(folder: Path) -> str:

@@ -10,7 +10,14 @@ from roadwork_dist.common.errors import CheckpointError, DataError
 from roadwork_dist.common.types import VOCABULARIES, Batch
 from roadwork_dist.config.experiment import ModelConfig
 from roadwork_dist.models.detector import RoadworkHead, RoadworkModel
-from roadwork_dist.models.distillation import Teaching, distil, gate_shares, read_selector, write_selector
+from roadwork_dist.models.distillation import (
+    KeptSelector,
+    Teaching,
+    distil,
+    gate_targets,
+    read_selector,
+    write_selector,
+)
 from roadwork_dist.models.selection import SelectiveDetector, ViewSelector, choose_views
 
 SIDE, WIDTH, VIEWS = 8, 16, 12
@@ -184,14 +191,23 @@ def test_without_anything_to_see_it_falls_back_to_the_mean_order() -> None:
     assert selector(teaching.features).argsort(dim=1, descending=True).tolist() == [[3, 1, 4, 2, 0]] * 60
 
 
-def test_shares_of_gates_by_hand() -> None:
-    torch.testing.assert_close(
-        gate_shares(torch.tensor([[0.2, 0.6, 0.0]])), torch.tensor([[0.25, 0.75, 0.0]])
-    )
-    with pytest.raises(DataError, match="1 photos have no crop with a gate above 0"):
-        gate_shares(torch.tensor([[0.1, 0.0], [0.0, 0.0]]))
+def test_targets_of_gates_by_hand() -> None:
+    """Log gates -4, -3, -2 have deviation 1 in the photo that is learned from; the other's are doubled."""
+    logs = torch.tensor([[0.0, 1.0, 2.0], [0.0, 2.0, 4.0]]) - 4
+    learn = torch.tensor([True, False])
+    targets = gate_targets(logs.exp(), learn)
+    torch.testing.assert_close(targets, logs.softmax(dim=1))
+    # Gates that differ a hundred times less say the same: only the order and the proportions count.
+    torch.testing.assert_close(gate_targets((logs / 100).exp(), learn), targets)
+    pruned = gate_targets(torch.tensor([[0.5, 0.0, 0.5]]), torch.tensor([True]))
+    assert pruned[0, 1] < 0.2 < pruned[0, 0] == pruned[0, 2]
+
+
+def test_nothing_to_learn_from_is_told() -> None:
+    with pytest.raises(DataError, match="gates do not differ"):
+        gate_targets(torch.full((4, 3), 0.5), torch.ones(4, dtype=torch.bool))
     with pytest.raises(DataError, match="too few"):
-        distil(Teaching(torch.zeros(2, 4), torch.ones(2, 3), torch.tensor([True, False])), seed=0)
+        distil(Teaching(torch.zeros(2, 4), torch.rand(2, 3), torch.tensor([True, False])), seed=0)
 
 
 def test_a_selector_is_kept_beside_its_model_and_refuses_another(tmp_path: Path) -> None:
@@ -201,10 +217,11 @@ def test_a_selector_is_kept_beside_its_model_and_refuses_another(tmp_path: Path)
     with pytest.raises(CheckpointError, match=rf"does not exist.*`roadwork-dist distil {tmp_path}`"):
         read_selector(folder, identity)
     selector = distil(lesson(), seed=0)[0]
-    write_selector(folder, selector, identity)
+    write_selector(folder, KeptSelector(selector, {2: 0.25, 4: 0.5}), identity)
     loaded = read_selector(folder, identity)
     features = torch.randn(3, WIDTH)
-    assert torch.equal(loaded(features), selector(features))
+    assert torch.equal(loaded.selector(features), selector(features))
+    assert loaded.thresholds == {2: 0.25, 4: 0.5}
     with pytest.raises(CheckpointError, match=r"another model \(backbone is 'abc', expected 'xyz'\)"):
         read_selector(folder, {**identity, "backbone": "xyz"})
     whole = (folder / "selector.safetensors").read_bytes()

@@ -1,0 +1,166 @@
+"""Distilling a view selector for a finished run, from its own training photos.
+
+N photos · V views · D width of the backbone
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor
+from torch.nn import functional as F
+
+from roadwork_dist.build.data import DatasetBuilder, load_manifests
+from roadwork_dist.common.errors import ConfigError
+from roadwork_dist.common.random import generator_for
+from roadwork_dist.common.types import Batch
+from roadwork_dist.config.experiment import ExperimentConfig
+from roadwork_dist.config.io import load_experiment
+from roadwork_dist.data.dataset import RoadworkDataset, collate
+from roadwork_dist.data.loader import load_batches
+from roadwork_dist.data.manifest import Manifest
+from roadwork_dist.data.sampler import evaluation_batches
+from roadwork_dist.data.splits import groups_of
+from roadwork_dist.engine.accelerator import build_accelerator
+from roadwork_dist.engine.precision import in_precision
+from roadwork_dist.inference.predictor import ALL_CROPS, Predictor, weights_folder
+from roadwork_dist.metrics.classification import best_threshold
+from roadwork_dist.models.backbone import Backbone
+from roadwork_dist.models.distillation import (
+    SELECTOR_FILE,
+    DistillationFigures,
+    KeptSelector,
+    Teaching,
+    distil,
+    identity_of,
+    write_selector,
+)
+from roadwork_dist.models.pretrained import read_config
+from roadwork_dist.models.selection import SelectiveDetector, ViewSelector
+
+HELD_OUT = 0.2
+"""Share of the training photos' places and groups that only say when to stop."""
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """What :func:`distil_run` did."""
+
+    path: Path
+    figures: DistillationFigures
+
+
+def distil_run(run_dir: Path) -> Distilled:
+    """Teach a selector which crops the best weights of a run look at, and write it beside them.
+
+    The teacher sees the run's training photos un-augmented: their features are read from the run's store, or
+    computed once and kept there. (Of a flipped global view left is right, so the augmented copies that the
+    head learns from would teach the wrong crops.) Validation photos choose a threshold for every number of
+    crops, as they do for all views; target photos take no part.
+
+    Collective where there are several ranks: each computes its share of missing features; all train alike,
+    and rank 0 writes.
+
+    Raises:
+        ConfigError: the model has no gates that say which views matter, or photos have one view only.
+        DataError: the training photos cannot be used, or are too few.
+        CheckpointError: the best weights are absent or damaged, or the backbone is another.
+    """
+    config = load_experiment(run_dir / "config.yaml")
+    _check_gates(config)
+    folder = weights_folder(run_dir)
+    predictor = Predictor.from_pretrained(
+        folder,
+        device="cpu" if config.device == "cpu" else "auto",
+        max_pixels=config.data.max_pixels,
+        select=ALL_CROPS,
+    )
+    backbone = predictor.model.backbone
+    assert isinstance(backbone, Backbone)  # from_pretrained always gives one
+    accelerator = build_accelerator(device=config.device)
+    builder = DatasetBuilder(config, backbone, accelerator, masks=False)
+    manifests = load_manifests(config)
+    train, val = (builder.build(photos, augment=False) for photos in (manifests.train, manifests.val))
+    selector, figures = distil(teach(predictor, train, config), seed=config.seed)
+    kept = KeptSelector(selector, thresholds_of(predictor, selector, val, config))
+    if accelerator.is_main_process:
+        write_selector(folder, kept, identity_of(read_config(folder)))
+    return Distilled(folder / SELECTOR_FILE, figures)
+
+
+def _check_gates(config: ExperimentConfig) -> None:
+    if config.views.policy == "global":
+        raise ConfigError("views.policy is 'global': photos have no crops to select among")
+    if not config.model.view_fusion and config.model.prune_keep == 1:
+        raise ConfigError(
+            "model.view_fusion is false and model.prune_keep is 1: the model has no gates that say which "
+            "views matter; train with one of them"
+        )
+
+
+@torch.no_grad()
+def teach(predictor: Predictor, dataset: RoadworkDataset, config: ExperimentConfig) -> Teaching:
+    """What the full model says about the photos of a data set that have crops."""
+    features: list[Tensor] = []
+    gates: list[Tensor] = []
+    rows: list[Tensor] = []
+    crops = config.views.grid**2 + 2
+    for batch in feature_batches(predictor, dataset, config):
+        with_crops = batch["view_mask"].sum(dim=1) > 1
+        found = predictor.forward(batch).view_gates[with_crops, 1:].float().cpu()
+        gates.append(F.pad(found, (0, crops - found.shape[1])))
+        features.append(batch["features"][with_crops, 0].float().cpu())
+        rows.append(batch["index"][with_crops].cpu())
+    taught = torch.cat(rows)
+    held_out = hold_out(dataset.manifest, config.seed)[taught]
+    return Teaching(torch.cat(features), torch.cat(gates), held_out)
+
+
+@torch.no_grad()
+def thresholds_of(
+    predictor: Predictor, selector: ViewSelector, dataset: RoadworkDataset, config: ExperimentConfig
+) -> dict[int, float]:
+    """The best decision threshold on labelled photos for every number of crops.
+
+    A model that sees less is less sure, so the threshold for all views is not the best one for some.
+    """
+    scorer = selector.to(predictor.device)
+    answers: dict[int, list[Tensor]] = {count: [] for count in range(1, selector.crops)}
+    labels: list[Tensor] = []
+    for batch in feature_batches(predictor, dataset, config):
+        labels.append(batch["label"].cpu())
+        for count, found in answers.items():
+            selective = SelectiveDetector(predictor.model, scorer, count).eval()
+            logits = in_precision(selective, predictor.precision, predictor.device)(batch).logits
+            found.append(logits.double().softmax(dim=1)[:, 1].cpu())
+    truth = torch.cat(labels).numpy()
+    return {count: best_threshold(truth, torch.cat(found).numpy()) for count, found in answers.items()}
+
+
+def feature_batches(
+    predictor: Predictor, dataset: RoadworkDataset, config: ExperimentConfig
+) -> Iterator[Batch]:
+    """Batches with the features of all views, on the device, read from the store or computed."""
+    batches = load_batches(
+        dataset,
+        evaluation_batches(len(dataset), config.batch_size),
+        workers=config.workers,
+        collate=collate,
+    )
+    for batch in batches:
+        on_device: Batch = send_to_device(batch, predictor.device, non_blocking=True)
+        if "features" not in on_device:
+            views = on_device.pop("views")
+            on_device["features"] = predictor.model.features(views, on_device["view_mask"])
+        yield on_device
+
+
+def hold_out(manifest: Manifest, seed: int) -> Tensor:
+    """[N] bool: photos of a fifth of the places and groups (at least one), drawn by the seed."""
+    groups = torch.from_numpy(groups_of(manifest))
+    distinct = groups.unique()  # type: ignore[no-untyped-call]
+    order = torch.from_numpy(generator_for(seed, "distil-hold-out").permutation(len(distinct)))
+    taken = distinct[order[: max(1, round(HELD_OUT * len(distinct)))]]
+    return torch.isin(groups, taken)
