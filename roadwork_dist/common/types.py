@@ -5,7 +5,7 @@ head · K classes (2: 0 = no roadwork, 1 = roadwork) · M mask classes (6) · S 
 """
 
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from torch import Tensor
 
@@ -36,6 +36,7 @@ class Batch(TypedDict, total=False):
     id: list[str]
     index: Tensor  # [B] int64, row of the manifest
     views: Tensor  # [B, V, 3, S, S] uint8
+    augment: dict[str, dict[str, Any]]  # what views drew that the device augments: of ``stack_draws``
     features: Tensor  # [B, V, D] bfloat16 or float32
     view_mask: Tensor  # [B, V] bool, False = padding (the photo has fewer views)
     views_of_photo: Tensor  # [B] int64, views that the photo has; only where some were not looked at

@@ -9,11 +9,11 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, default_collate
 
 from roadwork_dist.common.errors import DataError
 from roadwork_dist.common.types import TEXT_WIDTH, Batch
+from roadwork_dist.data.augment.batched import stack_draws
 from roadwork_dist.data.columns import MetadataColumns, metadata_of
 from roadwork_dist.data.manifest import Manifest, Sample
 from roadwork_dist.data.masks import MaskTargets
@@ -163,11 +163,10 @@ class RoadworkDataset(Dataset[Row]):
             )
         return content
 
-    def _pixels_or_features(self, sample: Sample, index: int) -> dict[str, Tensor]:
+    def _pixels_or_features(self, sample: Sample, index: int) -> Row:
         copy = self.views.copy_of_epoch(self.epoch)
         if self.store is None:
-            plain = self.views.plain(sample.image)
-            return {"views": self.views.augmented(plain, sample.id, copy)}
+            return self.views.row(sample.image, sample.id, copy)
         content = self._content(index)
         # Rows are for who computes with them, as mixing does: on the CPU, so that bits do not depend on
         # where the features are kept.
@@ -210,15 +209,32 @@ class StoredRows(Sequence[Row]):
         return self.dataset.batch(self.indices)
 
 
+def _pad_views(values: Tensor, count: int) -> Tensor:
+    """The views [V, …] of a row, and zeros up to ``count``."""
+    if len(values) == count:
+        return values
+    return torch.cat([values, values.new_zeros((count - len(values), *values.shape[1:]))])
+
+
 def collate(rows: Sequence[Row]) -> Batch:
-    """Stack rows; photos with fewer views are padded with zeros, marked in ``view_mask``."""
+    """Stack rows; photos with fewer views are padded with zeros, marked in ``view_mask``.
+
+    What views drew for an augmentation on the device becomes ``augment``.
+    """
     if isinstance(rows, StoredRows):
         return rows.together()
     kind = "features" if "features" in rows[0] else "views"
     per_row = [row[kind] for row in rows]
     counts = torch.tensor([len(item) for item in per_row])
-    padded = pad_sequence(per_row, batch_first=True)
-    batch: Batch = default_collate([{k: v for k, v in row.items() if k != kind} for row in rows])
+    most = int(counts.max())
+    # Torch's own function stacks into memory that the processes share: one copy, not two.
+    padded: Tensor = default_collate([_pad_views(item, most) for item in per_row])
+    batch: Batch = default_collate(
+        [{k: v for k, v in row.items() if k not in (kind, "draws")} for row in rows]
+    )
+    if any("draws" in row for row in rows):
+        drawn = [row.get("draws", []) for row in rows]
+        batch["augment"] = stack_draws([view for row in drawn for view in row + [{}] * (most - len(row))])
     if kind == "features":
         batch["features"] = padded
     else:

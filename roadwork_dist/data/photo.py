@@ -5,10 +5,12 @@ pixels for the same draws.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from roadwork_dist.data.augment import Augmenter
+from roadwork_dist.data.augment.batched import ViewDraws
 from roadwork_dist.data.images import MAX_PIXELS, ImageSource
 from roadwork_dist.data.jpeg import decode_for_views
 from roadwork_dist.data.views import ViewGeometry, make_views
@@ -51,11 +53,14 @@ class PhotoViews:
         geometry: which views.
         augmenter: ``None`` for views as they are.
         max_pixels: photos with more pixels are refused.
+        on_device: training rows bring plain views and what these drew, and are augmented behind the copy
+            to the device, in batches; otherwise they bring augmented views.
     """
 
     geometry: ViewGeometry
     augmenter: Augmenter | None = None
     max_pixels: int = MAX_PIXELS
+    on_device: bool = False
 
     def copies(self) -> list[int | None]:
         """The copies that a feature store keeps of each photo; ``[None]`` without augmentation."""
@@ -78,3 +83,20 @@ class PhotoViews:
         if self.augmenter is None or copy is None:
             return views
         return self.augmenter(views, sample_id, copy)
+
+    def draws(self, views: Tensor, sample_id: str, copy: int | None) -> list[ViewDraws]:
+        """What the views of a copy draw, for ``augmented_on_device``: there they become :meth:`augmented`."""
+        if self.augmenter is None or copy is None:
+            return [{} for _ in views]
+        return self.augmenter.draws(sample_id, copy, len(views), views.shape[-1])
+
+    def row(self, source: ImageSource | bytes, sample_id: str, copy: int | None) -> dict[str, Any]:
+        """The views of a training row as ``views``, and with ``on_device`` what they drew as ``draws``.
+
+        Raises:
+            DataError: the photo cannot be read.
+        """
+        plain = self.plain(source)
+        if self.on_device and self.augmenter is not None:
+            return {"views": plain, "draws": self.draws(plain, sample_id, copy)}
+        return {"views": self.augmented(plain, sample_id, copy)}

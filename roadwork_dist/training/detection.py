@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from roadwork_dist.common.types import UNLABELLED, Batch, ModelOutput
+from roadwork_dist.data.augment.batched import with_augmented_views
 from roadwork_dist.losses.composite import RoadworkLoss
 from roadwork_dist.metrics.classification import mcc_accuracy
 from roadwork_dist.training.task import TaskOutput
@@ -40,6 +41,7 @@ class RoadworkTask:
 
     def __call__(self, forward: Callable[..., Any], batch: Batch) -> TaskOutput:
         """Sums of the parts; rows hold ``index``, ``label``, ``logits`` [B, K] and ``view_gates`` [B, V]."""
+        batch = with_augmented_views(batch)
         output: ModelOutput = forward(batch)
         rows = {
             "index": batch["index"],

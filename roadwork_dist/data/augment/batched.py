@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from roadwork_dist.common.types import Batch
 from roadwork_dist.data.augment import draws as table
 from roadwork_dist.data.augment.draws import Draws
 from roadwork_dist.data.augment.operations import to_uint8, unit_grid
@@ -129,6 +130,16 @@ def augmented_on_device(views: Tensor, draws: Sequence[ViewDraws]) -> Tensor:
         [N, 3, S, S] uint8 on the same device.
     """
     return augment_views(views, to_device(stack_draws(draws), views.device))
+
+
+def with_augmented_views(batch: Batch) -> Batch:
+    """A batch on a device whose ``views`` are augmented where it brings what they drew (``augment``)."""
+    if "augment" not in batch:
+        return batch
+    views = augment_views(batch["views"].flatten(0, 1), batch["augment"]).view(batch["views"].shape)
+    rest: Batch = {**batch, "views": views}
+    del rest["augment"]
+    return rest
 
 
 def to_device(draws: StackedDraws, device: torch.device) -> StackedDraws:
