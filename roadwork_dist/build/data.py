@@ -73,7 +73,7 @@ def photo_views(config: ExperimentConfig, backbone: Backbone, *, augment: bool) 
     if not augment:
         return plain
     # Photos are mixed when they are augmented already, so those stay with the loader.
-    can_wait = config.features.mode == "online" and config.augment.mix == "off"
+    can_wait = not config.keeps_features and config.augment.mix == "off"
     on_device = can_wait and next(backbone.buffers()).device.type == "cuda"
     return replace(plain, augmenter=augmenter_for(config.augment, config.seed), on_device=on_device)
 
