@@ -124,8 +124,9 @@ def check_map_style(dataset: object, name: str) -> None:
         raise ConfigError(
             f"{name} is of type {type(dataset).__name__}, expected a map-style data set with __len__ and "
             "__getitem__(row): only such rows can be dealt to processes once each and gone on with in the "
-            "middle of an epoch; give the data set itself, not a loader, and a list for a stream that fits "
-            "into memory"
+            "middle of an epoch; give the data set itself, not a loader, a list for a stream that fits into "
+            "memory, and a large stream as shards or Parquet on its server: their rows are found by number "
+            "(load_manifest of its URL, or of hf:owner/name:split?streaming)"
         )
 
 

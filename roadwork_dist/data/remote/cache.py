@@ -30,6 +30,7 @@ COOL_DOWN_S = 30.0
 _MOST_GIVEN_UP = 3
 """Files of one server given up in a row after which the server counts as down."""
 _TOUCH_S = 5.0
+_ABANDONED_S = 3600.0
 
 
 class RemoteCache:
@@ -62,7 +63,7 @@ class RemoteCache:
         """
         if self._reads_by_range(file, length):
             with self._noting_failure(file):
-                data = read_range(file, offset, length, self.patience)
+                data = read_range(file.url, offset, length, self.patience)
             if data is not None:
                 return data
             self._without_ranges.add(urlsplit(file.url).netloc)
@@ -126,7 +127,7 @@ class RemoteCache:
             self._make_room(file)
             with self._noting_failure(file):
                 download(file, descriptor, self.patience, stop)
-            part.replace(path)
+            file.keep(part, path)
         return path
 
     @contextmanager
@@ -167,8 +168,9 @@ class RemoteCache:
 
     def _reads_by_range(self, file: RemoteFile, length: int) -> bool:
         """Whether so little of a file was asked for that a request for each piece is cheaper."""
-        if file.bytes is None or urlsplit(file.url).netloc in self._without_ranges or self.has(file):
+        if not file.is_read_by_range or urlsplit(file.url).netloc in self._without_ranges or self.has(file):
             return False
+        assert file.bytes is not None
         if self._path(file).with_suffix(f".{file.bytes}.part").exists():  # it is coming
             return False
         key = self._key(file)
@@ -189,7 +191,8 @@ class RemoteCache:
                     stat = path.stat()
                     coming = int(path.suffixes[0][1:]) if path.suffix == ".part" else 0
                     used += max(stat.st_size, coming)
-                    if path.suffix in (".data", ".part"):
+                    is_left_over = path.suffix == ".unpacking" and time.time() - stat.st_mtime > _ABANDONED_S
+                    if path.suffix in (".data", ".part") or is_left_over:
                         old.append((stat.st_mtime, max(stat.st_size, coming), path))
             for _, size, path in sorted(old):
                 if used <= self.max_bytes:
@@ -229,7 +232,9 @@ class RemoteCache:
         return (self._note(file.url), 1), (self._note(urlsplit(file.url).netloc), _MOST_GIVEN_UP)
 
     def _key(self, file: RemoteFile) -> str:
-        return hashlib.sha256(f"{file.url}\n{file.sha256}".encode()).hexdigest()[:32]
+        return hashlib.sha256(
+            f"{file.url}\n{file.sha256}\n{file.start}\n{file.version}".encode()
+        ).hexdigest()[:32]
 
     def _path(self, file: RemoteFile) -> Path:
         return self.folder / f"{self._key(file)}.data"
@@ -261,7 +266,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 def _remove(path: Path) -> bool:
     """Remove a file, unless it is a part that somebody is fetching."""
-    if path.suffix == ".data":
+    if path.suffix != ".part":
         path.unlink(missing_ok=True)
         return True
     with suppress(FileNotFoundError), path.open("rb") as part:

@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from roadwork_dist.common.errors import ConfigError
 from roadwork_dist.data.remote.retry import Patience, Stop, StoppedError, persist
@@ -19,17 +20,30 @@ _MOST_WRONG = 3
 
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
-    """A file on a server, and what is known of it.
+    """A file on a server, or a part of one, and what is known of it.
 
     Attributes:
         url: where it is.
         bytes: its size; None = not known.
         sha256: hex, of its content; None = not known.
+        start: where the part begins; None = the whole file.
+        version: of the content, where that is no checksum of it.
     """
 
     url: str
     bytes: int | None = None
     sha256: str | None = None
+    start: int | None = None
+    version: str = ""
+
+    @property
+    def is_read_by_range(self) -> bool:
+        """Whether what is read are bytes of the file as they are."""
+        return self.start is None and self.bytes is not None
+
+    def keep(self, fetched: Path, path: Path) -> None:
+        """Put what was fetched to where it is read from, whole or not at all."""
+        fetched.replace(path)
 
 
 def download(file: RemoteFile, descriptor: int, patience: Patience, stop: Stop) -> None:
@@ -61,7 +75,7 @@ def download(file: RemoteFile, descriptor: int, patience: Patience, stop: Stop) 
     persist(file.url, patience, attempt, stop)
 
 
-def read_range(file: RemoteFile, offset: int, length: int, patience: Patience) -> bytes | None:
+def read_range(url: str, offset: int, length: int, patience: Patience) -> bytes | None:
     """Bytes out of the middle of a file; None from a server that knows no ranges.
 
     Raises:
@@ -69,7 +83,7 @@ def read_range(file: RemoteFile, offset: int, length: int, patience: Patience) -
     """
 
     def attempt() -> bytes | None:
-        with open_at(file.url, offset, offset + length, timeout=patience.timeout) as stream:
+        with open_at(url, offset, offset + length, timeout=patience.timeout) as stream:
             if stream.start != offset:
                 return None
             data = b"".join(_pieces(stream, length, patience.timeout))
@@ -77,7 +91,7 @@ def read_range(file: RemoteFile, offset: int, length: int, patience: Patience) -
             raise TransientError(f"the answer ended after {len(data):,} of {length:,} bytes")
         return data
 
-    return persist(file.url, patience, attempt, Stop())
+    return persist(url, patience, attempt, Stop())
 
 
 def read_whole(url: str, patience: Patience) -> bytes:
@@ -97,6 +111,22 @@ def read_whole(url: str, patience: Patience) -> bytes:
     return persist(url, patience, attempt, Stop())
 
 
+def size_of(url: str, patience: Patience) -> int:
+    """Bytes of a file.
+
+    Raises:
+        DataError: the server is given up, has no such file or does not tell.
+    """
+
+    def attempt() -> int:
+        with open_at(url, 0, 1, timeout=patience.timeout) as stream:
+            if stream.total is None:
+                raise RefusedError("the server does not tell how large it is")
+            return stream.total
+
+    return persist(url, patience, attempt, Stop())
+
+
 def _append(file: RemoteFile, descriptor: int, patience: Patience, stop: Stop) -> None:
     have = os.fstat(descriptor).st_size
     if file.bytes is not None and have > file.bytes:
@@ -104,10 +134,11 @@ def _append(file: RemoteFile, descriptor: int, patience: Patience, stop: Stop) -
         os.ftruncate(descriptor, 0)
     if have == file.bytes:
         return
-    began = have
-    with open_at(file.url, have, timeout=patience.timeout) as stream:
+    began, base = have, file.start or 0
+    end = None if file.start is None or file.bytes is None else file.start + file.bytes
+    with open_at(file.url, base + have, end, timeout=patience.timeout) as stream:
         _check_size(file, stream)
-        if stream.start != have:  # no ranges: all from the beginning
+        if stream.start != base + have:  # no ranges: all from the beginning
             have = began = 0
             os.ftruncate(descriptor, 0)
         stop.watch(stream)
@@ -131,7 +162,10 @@ def _append(file: RemoteFile, descriptor: int, patience: Patience, stop: Stop) -
 
 
 def _check_size(file: RemoteFile, stream: Stream) -> None:
-    if None not in (file.bytes, stream.total) and stream.total != file.bytes:
+    if file.start is not None:
+        if stream.start < file.start:
+            raise RefusedError("the server knows no ranges, which parts of a file need")
+    elif None not in (file.bytes, stream.total) and stream.total != file.bytes:
         raise RefusedError(f"the server's file has {stream.total:,} bytes, shards.json tells {file.bytes:,}")
 
 

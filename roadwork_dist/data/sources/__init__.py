@@ -27,11 +27,15 @@ def load_manifest(source: str, config: DataConfig, *, name: str, setting: str | 
     Raises:
         DataError: the source is absent or of no known form, or its rows cannot be used.
     """
-    from roadwork_dist.data.sources import huggingface, remote, roadwork_coco, shards, table
+    from roadwork_dist.data.sources import huggingface, remote, remote_parquet, roadwork_coco, shards, table
 
     setting = setting or f"data.{name}"
-    if source.startswith("hf:"):
+    if source.startswith("hf:") and source.endswith(remote_parquet.STREAMING):
+        return remote_parquet.read_hub_stream(source, config)
+    if source.startswith("hf:") and not is_remote(source):
         return huggingface.read_hub(source, config)
+    if is_remote(source) and source.endswith(".parquet"):
+        return remote_parquet.read_parquet_files([source], source, config)
     if is_remote(source):
         return remote.read_remote(source, config)
     path, split = _path_and_split(source)
