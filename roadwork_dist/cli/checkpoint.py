@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from roadwork_dist.cli.arguments import Parser, whole_number
+from roadwork_dist.cli.sizes import age, size
 from roadwork_dist.common.errors import ConfigError
 from roadwork_dist.common.registry import nearest
 
@@ -78,29 +79,12 @@ def _row(each: "Summary") -> list[str]:
         each.path.name.removeprefix("step-").lstrip("0") or "0" if each.step is None else str(each.step),
         "-" if each.epoch is None else str(each.epoch),
         figure,
-        _size(each.size),
+        size(each.size),
         "-" if each.processes is None else str(each.processes),
         each.engine or "-",
-        "-" if each.age is None else _age(each.age),
+        "-" if each.age is None else age(each.age),
         f"no: {each.wrong}" if each.wrong else "yes",
     ]
-
-
-def _size(number: float) -> str:
-    """Bytes for a person."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
-        number /= 1000
-    return f"{number:.1f} TB"
-
-
-def _age(seconds: float) -> str:
-    """A time span for a person."""
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{seconds:.0f} s"
 
 
 def _verify(arguments: Sequence[str]) -> int:
@@ -122,8 +106,8 @@ def _verify(arguments: Sequence[str]) -> int:
         for each in found:
             print(f"{path.name}: DAMAGED: {each}")
         if not found:
-            size = sum(int(entry["bytes"]) for entry in files.values())
-            print(f"{path.name}: whole, {len(files)} files, {_size(size)}")
+            total = sum(int(entry["bytes"]) for entry in files.values())
+            print(f"{path.name}: whole, {len(files)} files, {size(total)}")
         code = EXIT_DAMAGED if found else code
     return code
 

@@ -17,6 +17,7 @@ COMMANDS = {
     "synth": "render a synthetic data set of street scenes",
     "data": "check the photos and tables of a data set: `data check`",
     "shard": "write photos as WebDataset shards with an index",
+    "features": "compute the backbone's features beforehand; list, verify or prune what is kept",
     "pretrain": "train, evaluate and report; started again it goes on where it was",
     "evaluate": "evaluate a trained run on its own or another data set",
     "predict": "probabilities of roadwork for photos and folders",
@@ -47,9 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        0, 1 if a verified checkpoint is damaged, 2 after an error that the user can mend, 3 if some photos
-        could not be predicted, 75 if a run was asked to stop (SIGTERM, SIGUSR1) and has saved its state, 130
-        after Ctrl-C.
+        0, 1 if a verified checkpoint or feature is damaged, 2 after an error that the user can mend, 3 if
+        some photos could not be predicted, 75 if a run was asked to stop (SIGTERM, SIGUSR1) and has saved
+        its state, 130 after Ctrl-C.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words

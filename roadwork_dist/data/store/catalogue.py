@@ -63,7 +63,7 @@ class Catalogue:
         self.merged = empty_entries()
         self.recent = empty_entries()
         """Sorted entries of the logs that are not in the index file yet."""
-        self._index_name = ""
+        self.index_name = ""
         self.reload()
 
     def __len__(self) -> int:
@@ -87,19 +87,19 @@ class Catalogue:
     def _load_merged(self) -> None:
         for _ in range(20):  # the file is replaced, and the old one deleted, by whoever merges
             name, parts = self._read_json()
-            if name and name == self._index_name:
+            if name and name == self.index_name:
                 self.parts = parts
                 return
             index = read_index(self.folder / name) if name else empty_entries()
             if index is not None:
-                self._index_name, self.merged, self.parts = name, index, parts
+                self.index_name, self.merged, self.parts = name, index, parts
                 return
         warnings.warn(
             f"{self.folder / name} is missing or damaged: the index is built again",
             RuntimeWarning,
             stacklevel=2,
         )
-        self._index_name, self.merged = "", empty_entries()
+        self.index_name, self.merged = "", empty_entries()
         self.parts = [KnownPart(part.files) for part in parts]
 
     def _read_json(self) -> tuple[str, list[KnownPart]]:
@@ -161,7 +161,7 @@ class Catalogue:
             self.reload()  # others have merged meanwhile
             numbers = {part.files.name: number for number, part in enumerate(self.parts)}
             gone = [(numbers[name], offset) for name, offset in dropped if name in numbers]
-            name = self._index_name
+            name = self.index_name
             if gone or len(self.recent) or not name:
                 name = f"index-{uuid.uuid4().hex[:12]}.bin"
                 self._write_index(self.folder / name, gone)

@@ -34,6 +34,8 @@ class FileLock:
 
     def __init__(self, path: Path, *, shared: bool, wait: bool = False) -> None:
         self.path = path
+        self.is_real = HAS_FLOCK
+        """False where the file system knows no locks."""
         while True:
             self._handle = _open(path)
             try:
@@ -55,6 +57,7 @@ class FileLock:
         except OSError as error:
             if error.errno not in _NO_FLOCK:
                 raise
+            self.is_real = False
 
     def _is_the_file(self) -> bool:
         try:

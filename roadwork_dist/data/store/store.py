@@ -83,13 +83,17 @@ class FeatureStore:
         self._start()
 
     def _enter(self, root: Path) -> None:
-        try:
-            check_manifest(self.folder, self.space)
-        except FileNotFoundError:
-            (self.folder / PARTS).mkdir(parents=True, exist_ok=True)
-            write_atomic(self.folder / MANIFEST, self.space.describe().encode())
-            tell_nearest(root, self.folder, self.space)
-        self._in_use = FileLock(self.folder / IN_USE, shared=True, wait=True)
+        is_there = False
+        while not is_there:  # once, but where somebody prunes the space at this moment
+            try:
+                check_manifest(self.folder, self.space)
+            except FileNotFoundError:
+                (self.folder / PARTS).mkdir(parents=True, exist_ok=True)
+                write_atomic(self.folder / MANIFEST, self.space.describe().encode())
+                tell_nearest(root, self.folder, self.space)
+            with suppress(FileNotFoundError):
+                self._in_use = FileLock(self.folder / IN_USE, shared=True, wait=True)
+                is_there = (self.folder / MANIFEST).is_file()
         with suppress(PermissionError):
             os.utime(self.folder / IN_USE)
 
