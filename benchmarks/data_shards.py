@@ -78,7 +78,7 @@ def store(folder: Path, count: int, size: tuple[int, int]) -> Stored:
     load = partial(load_manifest, config=DataConfig(), name="train")
     loose = load(str(folder))
     for name, views in (("shards", None), ("compact", GEOMETRY)):
-        write_shards(loose, folder / name, ShardOptions(size=SHARD_BYTES, compact=views), workers=2)
+        write_shards(loose, folder / name, ShardOptions(size=SHARD_BYTES, compact=views))
     saved = datasets.Dataset.from_dict(
         {"image": [str(folder / "photos" / f"{number}.jpg") for number in range(count)]},
         features=datasets.Features({"image": datasets.Image()}),
