@@ -139,7 +139,7 @@ def build_model(config: ExperimentConfig, backbone: Backbone, *, mask_head: bool
     model.backbone_identity = {"sha256": backbone.identity, **asdict(settings)}
     size = backbone.view_size(config.views.size)
     model.extra = {
-        "views": asdict(replace(config.views, size=size)),
+        "views": asdict(replace(config.views, size=size, decoder="cpu")),  # its users may have no GPU
         "text_encoder": config.data.text_encoder,
         "precision": config.precision,
         "synthetic": is_synthetic(config),

@@ -5,6 +5,7 @@ from pathlib import Path
 from roadwork_dist.checkpoint.store import CheckpointStore
 from roadwork_dist.common.errors import ConfigError
 from roadwork_dist.config.experiment import ExperimentConfig
+from roadwork_dist.data.nvjpeg import check_nvjpeg
 from roadwork_dist.optim.optimizers import OPTIMIZERS
 from roadwork_dist.optim.schedules import SHAPES
 from roadwork_dist.training.detection import RoadworkTask
@@ -14,10 +15,12 @@ def check_recipe(config: ExperimentConfig) -> None:
     """Refuse a run that could not start; reads names of files only.
 
     Raises:
-        ConfigError: no optimizer, schedule or validation figure has the configured name, or
-            ``resume`` is ``never`` and the run folder holds checkpoints.
+        ConfigError: no optimizer, schedule or validation figure has the configured name, no GPU can
+            decode photos though one is to, or ``resume`` is ``never`` and the run folder holds checkpoints.
     """
     _ = OPTIMIZERS[config.optim.name], SHAPES[config.schedule.name]
+    if config.views.decoder == "nvjpeg":
+        check_nvjpeg(config.workers)
     figures = ("loss", *RoadworkTask.figures)
     if config.monitor.removeprefix("-") not in figures:
         raise ConfigError(

@@ -7,6 +7,7 @@ pixels for the same draws.
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from roadwork_dist.data.augment import Augmenter
@@ -35,14 +36,26 @@ def views_of_photo(
         [V, 3, S, S] uint8.
 
     Raises:
+        ConfigError: the GPU is to decode, and there is none.
         DataError: the photo cannot be read; the message names it.
     """
     original_size = getattr(source, "original_size", None)  # of a compact photo: views lie as in its original
     if not isinstance(source, bytes):
         name = name or source.name
         source = source.read()
+    if geometry.decoder == "nvjpeg" and original_size is None:
+        return _from_gpu(source, geometry, name or "photo", max_pixels)
     stored = decode_for_views(source, geometry, name=name or "photo", max_pixels=max_pixels)
     return make_views(stored.pixels, geometry, original_size or stored.photo_size, stored.orientation)
+
+
+def _from_gpu(data: bytes, geometry: ViewGeometry, name: str, max_pixels: int) -> Tensor:
+    from roadwork_dist.data.nvjpeg import check_nvjpeg, views_on_gpu
+
+    check_nvjpeg()
+    device = torch.device("cuda", torch.cuda.current_device())
+    (views,) = views_on_gpu([data], geometry, device=device, names=[name], max_pixels=max_pixels)
+    return views.cpu()  # what follows (mixing, page-locked buffers) works with views of the CPU
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from roadwork_dist.common.errors import ConfigError
 from roadwork_dist.config.experiment import ViewsConfig
+from roadwork_dist.data import lanczos
 
 GLOBAL_ONLY_BELOW = 1.5
 """Under policy ``auto`` a photo whose short side is below this many S gets the global view only."""
@@ -64,6 +65,7 @@ class ViewGeometry:
         policy: ``auto`` (global view only for small photos), ``all`` or ``global``.
         pad_colour: RGB 0…255 that pads very long photos; the backbone's mean colour.
         quality: ``fast`` cuts from a reduced decode of large JPEGs, ``exact`` from every pixel.
+        decoder: who decodes JPEGs: ``cpu``, or ``nvjpeg``, which always decodes every pixel.
 
     Raises:
         ConfigError: the tiles would leave gaps (``scale`` > ``grid``).
@@ -75,6 +77,7 @@ class ViewGeometry:
     policy: Literal["auto", "all", "global"] = "auto"
     pad_colour: tuple[int, int, int] = (124, 116, 104)
     quality: Literal["fast", "exact"] = "fast"
+    decoder: Literal["cpu", "nvjpeg"] = "cpu"
 
     def __post_init__(self) -> None:
         if self.scale > self.grid:
@@ -118,7 +121,9 @@ def geometry_for(config: ViewsConfig, size: int, pad_colour: tuple[int, int, int
         pad_colour: the backbone's mean colour, RGB 0…255.
     """
     side = size if config.size == "auto" else config.size
-    return ViewGeometry(side, config.grid, config.scale, config.policy, pad_colour, config.quality)
+    return ViewGeometry(
+        side, config.grid, config.scale, config.policy, pad_colour, config.quality, config.decoder
+    )
 
 
 def tile_offsets(side: int, tile: int, count: int) -> tuple[int, ...]:
@@ -211,6 +216,8 @@ def _resize(image: Tensor, width: int, height: int) -> Tensor:
     """Antialiased Lanczos resize of [3, H, W] uint8; the memory layout is kept (no repacking)."""
     if image.shape[-2:] == (height, width):
         return image
+    if image.device.type != "cpu":
+        return lanczos.resize(image, width, height)
     # image[None] has a stride that torch does not take for channels last, and would repack the whole.
     batch = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
     return F.interpolate(batch, size=(height, width), mode="lanczos", antialias=True)[0]
@@ -226,7 +233,8 @@ def _pad(image: Tensor, layout: Layout, colour: tuple[int, int, int]) -> Tensor:
     width, height = layout.padded
     if layout.padded == layout.shared:
         return image
-    canvas = torch.tensor(colour, dtype=torch.uint8)[:, None, None].repeat(1, height, width)
+    ground = torch.tensor(colour, dtype=torch.uint8, device=image.device)
+    canvas = ground[:, None, None].repeat(1, height, width)
     x, y = layout.origin
     canvas[:, y : y + layout.shared[1], x : x + layout.shared[0]] = image
     return canvas
@@ -274,14 +282,14 @@ def make_views(
     """Cut the views of one photo: global, tiles row by row (portrait: column by column), two squares.
 
     Args:
-        image: [3, H, W] uint8 RGB; may be a reduced decode of the photo.
+        image: [3, H, W] uint8 RGB, on any device; may be a reduced decode of the photo.
         geometry: which views.
         photo_size: (width, height) of the upright photo where ``image`` is a reduced decode of it: the
             layout is that of the photo, not of the decode.
         orientation: EXIF's orientation of ``image``, 1 (upright) to 8.
 
     Returns:
-        [V, 3, S, S] uint8, contiguous.
+        [V, 3, S, S] uint8, contiguous, on the device of ``image``.
     """
     size = geometry.size
     own_size = (image.shape[2], image.shape[1])
@@ -289,7 +297,7 @@ def make_views(
     if not layout.tiles:
         return shared_image(image, layout, orientation)[None].contiguous()
     shared, strip = _shared_and_strip(image, layout, size, orientation)
-    views = torch.empty((geometry.max_views, 3, size, size), dtype=torch.uint8)
+    views = image.new_empty((geometry.max_views, 3, size, size))
     # Torch copies planes fast, and to planes slowly unless the whole is made contiguous at once.
     padded = _pad(shared.contiguous(), layout, geometry.pad_colour)
     for view, (x, y) in zip(views[1:-2], layout.tiles, strict=True):

@@ -38,7 +38,7 @@ data.remote.read_ahead data.remote.attempts data.remote.timeout
 data.columns data.columns.id data.columns.image data.columns.label data.columns.latitude
 data.columns.longitude data.columns.weather data.columns.daytime data.columns.scene
 data.columns.description data.columns.mask data.columns.group
-views views.size views.policy views.grid views.scale views.quality views.select
+views views.size views.policy views.grid views.scale views.quality views.decoder views.select
 augment augment.enabled augment.strength augment.policy augment.copies augment.mix
 augment.mix_alpha augment.mix_share
 gps gps.enabled gps.clusters gps.near_weight gps.min_share_100km gps.on_shortfall

@@ -32,8 +32,8 @@ _TO_STORED = {
 
 
 def photo(width: int, height: int) -> Image.Image:
-    """A photo as sharp at its pixels as a camera's: a lens and a colour filter blur it by about one."""
-    return PHOTO.resize((width, height), Image.Resampling.LANCZOS).filter(ImageFilter.GaussianBlur(1.0))
+    """A photo no sharper at its pixels than a camera's, whose lens and colour filter blur it."""
+    return PHOTO.resize((width, height), Image.Resampling.LANCZOS).filter(ImageFilter.GaussianBlur(1.5))
 
 
 def encoded(upright: Image.Image, orientation: int = 1, **options: object) -> bytes:
@@ -81,14 +81,14 @@ def test_views_of_the_fast_way_are_those_of_the_slow_one(
     views, slow = views_of_photo(data, geometry), slow_views(data, geometry)
     assert views.shape == slow.shape
     assert views.is_contiguous()
-    least = 50 if quality == "exact" else 41  # a shift of one pixel gives less than 39
+    least = 50 if quality == "exact" else 38  # a shift of one pixel gives less than 34
     assert min(psnr(a, b) for a, b in zip(views, slow, strict=True)) >= least
 
 
 def test_a_shift_of_a_pixel_would_be_seen() -> None:
     image = torch.from_numpy(np.array(photo(400, 300))).permute(2, 0, 1)
     views, moved = (make_views(image[..., k : 398 + k], ViewGeometry(48)) for k in (0, 1))
-    assert max(psnr(a, b) for a, b in zip(views, moved, strict=True)) < 39
+    assert min(psnr(a, b) for a, b in zip(views, moved, strict=True)) < 34
 
 
 @pytest.mark.parametrize("size", [(640, 480), (641, 479), (642, 480), (480, 640)])

@@ -1,15 +1,23 @@
 """Augmentation and JPEG decoding on a GPU against the CPU's."""
 
+from io import BytesIO
+
 import pytest
 import torch
+from PIL import Image
+from sklearn.datasets import load_sample_image
 from support.devices import GPU, needs_gpu, random_views
 
+from roadwork_dist.common.errors import DataError
 from roadwork_dist.common.random import generator_for
 from roadwork_dist.config.experiment import AugmentConfig
 from roadwork_dist.data.augment import Augmenter
 from roadwork_dist.data.augment.batched import augmented_on_device
 from roadwork_dist.data.augment.draws import DRAWS
 from roadwork_dist.data.augment.operations import OPERATIONS
+from roadwork_dist.data.nvjpeg import views_on_gpu
+from roadwork_dist.data.photo import views_of_photo
+from roadwork_dist.data.views import ViewGeometry
 
 pytestmark = needs_gpu
 
@@ -42,3 +50,32 @@ def test_a_whole_policy_gives_what_it_gives_on_the_cpu(policy: str) -> None:
         difference = (on_gpu.int() - augmenter(views, sample, 1).int()).abs()
         assert (difference > 3).float().mean() <= 1e-3
         assert difference.float().mean() <= 0.05
+
+
+def camera_photo(orientation: int = 1, **options: object) -> bytes:
+    """A real photograph as a camera stores it, 4:2:0."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    photo = Image.fromarray(load_sample_image("china.jpg")).resize((2016, 1512), Image.Resampling.LANCZOS)
+    file = BytesIO()
+    photo.save(file, "JPEG", quality=90, exif=exif, **options)  # type: ignore[arg-type]
+    return file.getvalue()
+
+
+def test_nvjpeg_gives_the_views_of_the_cpu() -> None:
+    photos = [camera_photo(orientation) for orientation in (1, 3, 6, 8)] + [camera_photo(progressive=True)]
+    on_gpu = views_on_gpu(photos, ViewGeometry(256, decoder="nvjpeg"), device=GPU)
+    for data, got in zip(photos, on_gpu, strict=True):
+        wanted = views_of_photo(data, ViewGeometry(256, quality="exact"))
+        assert got.device.type == "cuda"
+        assert got.shape == wanted.shape
+        error = (got.cpu().float() - wanted.float()).square().mean((1, 2, 3)).clamp_min(1e-3)
+        # nvJPEG takes the nearest colour between pixels, libjpeg-turbo a weighted one.
+        assert (10 * torch.log10(255**2 / error)).min() >= 38
+
+
+def test_a_damaged_jpeg_is_told_on_the_gpu_too() -> None:
+    data = camera_photo()
+    with pytest.raises(DataError, match="is broken"):
+        views_on_gpu([data, data[: len(data) // 2]], ViewGeometry(256), device=GPU)
+    assert views_of_photo(data, ViewGeometry(256, decoder="nvjpeg")).device.type == "cpu"
