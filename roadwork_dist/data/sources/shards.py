@@ -1,7 +1,8 @@
 """Shard sets as a source: every row of the index is a sample that is read by its place in a tar."""
 
+from collections.abc import Iterable
+from itertools import repeat
 from pathlib import Path
-from sys import intern
 from typing import TYPE_CHECKING, Any
 
 from roadwork_dist.common.errors import DataError
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 _BLOCK = 65_536
+_REPEATING = (*VOCABULARIES, "group", "extension")
 
 
 def read_shards(folder: Path, config: DataConfig) -> Manifest:
@@ -46,50 +48,62 @@ def manifest_of(
     """
     if not index.num_rows:
         raise DataError(f"{base}: has no samples, expected at least one photo: write the shards anew")
-    most = max(index["shard"].to_pylist())
+    from pyarrow import compute
+
+    most = compute.max(index["shard"]).as_py()
     if most >= len(shards.shards):
         raise DataError(
             f"{base}/{INDEX_FILE}: names tar {most}, but the set has only {len(shards.shards)}: write the "
             "shards anew"
         )
-    reader = _Rows(shards, base, max_pixels)
+    columns = _Columns(shards, base, max_pixels)
     samples: list[Sample] = []
     for batch in index.to_batches(max_chunksize=_BLOCK):  # a row of Python objects is ten times its size
-        samples += [reader.sample(row) for row in batch.to_pylist()]
+        samples += columns.samples(batch)
     if len({sample.id for sample in samples}) < len(samples):
         raise DataError(f"{base}/{INDEX_FILE}: has an id twice, expected unique ids: write the shards anew")
     return Manifest(base, tuple(samples))
 
 
-class _Rows:
-    """Rows of the index as samples; texts that repeat are kept once."""
+class _Columns:
+    """Columns of the index as samples: by columns, for there may be millions of rows."""
 
     def __init__(self, shards: ShardSet, base: str, max_pixels: int) -> None:
         self.locations = [f"{base}/{shard.name}" for shard in shards.shards]
         self.is_compact = shards.kind == "compact"
         self.max_pixels = max_pixels
 
-    def sample(self, row: dict[str, Any]) -> Sample:
-        known: dict[str, Any] = {column: row[column] for column in METADATA}
-        for column in (*VOCABULARIES, "group"):
-            if known[column] is not None:
-                known[column] = intern(known[column])
-        return Sample(image=self._image(row), mask=self._mask(row), **known)
+    def samples(self, batch: "pyarrow.RecordBatch") -> list[Sample]:
+        cells = {name: _cells(batch.column(name), name in _REPEATING) for name in batch.schema.names}
+        known = zip(*(cells[name] for name in METADATA), strict=True)
+        return [
+            Sample(image=image, mask=mask, **dict(zip(METADATA, values, strict=True)))
+            for image, mask, values in zip(self._images(cells), self._masks(cells), known, strict=True)
+        ]
 
-    def _image(self, row: dict[str, Any]) -> ShardImage:
-        return ShardImage(
-            self.locations[row["shard"]],
-            row["offset"],
-            row["length"],
-            row["crc32"],
-            f"{row['key']}.{row['extension']}",
-            bytes.fromhex(row["sha256"]),
-            (row["width"], row["height"]) if self.is_compact else None,
-        )
+    def _images(self, cells: dict[str, list[Any]]) -> Iterable[ShardImage]:
+        sizes = zip(cells["width"], cells["height"], strict=True) if self.is_compact else repeat(None)
+        locations = [self.locations[shard] for shard in cells["shard"]]
+        members = [f"{key}.{end}" for key, end in zip(cells["key"], cells["extension"], strict=True)]
+        digests = map(bytes.fromhex, cells["sha256"])
+        offsets, lengths, checksums = cells["offset"], cells["length"], cells["crc32"]
+        return map(ShardImage, locations, offsets, lengths, checksums, members, digests, sizes)
 
-    def _mask(self, row: dict[str, Any]) -> MaskSource | None:
-        if row["mask_offset"] is None:
-            return None
-        place = (row["mask_offset"], row["mask_length"], row["mask_crc32"])
-        name = f"{row['key']}.mask.png"
-        return PngMask(ShardImage(self.locations[row["shard"]], *place, name), self.max_pixels)
+    def _masks(self, cells: dict[str, list[Any]]) -> Iterable[MaskSource | None]:
+        places = zip(*(cells[f"mask_{name}"] for name in ("offset", "length", "crc32")), strict=True)
+        for key, shard, place in zip(cells["key"], cells["shard"], places, strict=True):
+            if place[0] is None:
+                yield None
+            else:
+                picture = ShardImage(self.locations[shard], *place, f"{key}.mask.png")
+                yield PngMask(picture, self.max_pixels)
+
+
+def _cells(column: "pyarrow.Array", repeats: bool) -> list[Any]:
+    """A column's cells; texts that repeat are the same object."""
+    if not repeats:
+        cells: list[Any] = column.to_pylist()
+        return cells
+    encoded = column.dictionary_encode()
+    words = encoded.dictionary.to_pylist()
+    return [None if index is None else words[index] for index in encoded.indices.to_pylist()]
