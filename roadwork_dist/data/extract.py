@@ -18,6 +18,7 @@ from roadwork_dist.common.errors import BackboneError, DataError, RoadworkError
 from roadwork_dist.common.random import torch_generator_for
 from roadwork_dist.data.manifest import Sample
 from roadwork_dist.data.photo import PhotoViews
+from roadwork_dist.data.remote.read_ahead import fetch_alongside
 from roadwork_dist.data.store import FeatureStore
 
 Encoder = Callable[[Tensor], Tensor]
@@ -202,12 +203,13 @@ def _decoded(
     jobs: list[_Job], views: PhotoViews, workers: int
 ) -> Iterable[tuple[int, int | None, Tensor | str]]:
     """(index of the job, copy, views or what is wrong with the photo)."""
-    return DataLoader(
+    loader = DataLoader(
         _Decoding(jobs, views),
         batch_size=None,
         num_workers=min(workers, len(jobs)),
         generator=torch_generator_for("extract"),  # or it would draw from the global generator
     )
+    return fetch_alongside([job.sample.image for job in jobs], loader)
 
 
 class _Writing:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from support import ranks
@@ -16,7 +17,7 @@ from roadwork_dist.common.errors import ConfigError, DataError, MissingDependenc
 from roadwork_dist.data.remote import download
 from roadwork_dist.data.remote.cache import RemoteCache
 from roadwork_dist.data.remote.download import RemoteFile, read_whole
-from roadwork_dist.data.remote.read_ahead import read_ahead
+from roadwork_dist.data.remote.read_ahead import fetch_alongside, read_ahead
 from roadwork_dist.data.remote.retry import Patience, Stop, StoppedError
 
 QUICK = Patience(attempts=4, timeout=0.25, first_pause=0.01)
@@ -265,6 +266,21 @@ def test_reading_ahead_fetches_so_many_files_and_passes_rows_on(server: FileServ
     passed += list(ahead)
     assert passed == batches
     assert sum(size for *_, size in server.asked) <= 6000  # none twice
+    assert not [thread for thread in threading.enumerate() if thread.name == "read-ahead"]
+
+
+def test_files_are_fetched_alongside_what_is_made_of_them(server: FileServer, tmp_path: Path) -> None:
+    cache = cache_of(tmp_path)
+    files = [put(server, f"{number}.tar", 1000)[0] for number in range(4)]
+    pictures = [SimpleNamespace(file=file, cache=cache) for file in files for _ in range(5)]
+    made = [(number, copy) for number in range(20) for copy in range(3)]
+    items = fetch_alongside(pictures, made)  # type: ignore[type-var]
+    passed = [next(items) for _ in range(3)]
+    deadline = time.monotonic() + 10
+    while not cache.has(files[1]) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert [cache.has(file) for file in files] == [True, True, False, False]
+    assert passed + list(items) == made
     assert not [thread for thread in threading.enumerate() if thread.name == "read-ahead"]
 
 

@@ -8,12 +8,15 @@ import queue
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 from roadwork_dist.common.errors import RoadworkError
 from roadwork_dist.data.images import ImageSource
 from roadwork_dist.data.remote.cache import RemoteCache
 from roadwork_dist.data.remote.download import RemoteFile
 from roadwork_dist.data.remote.retry import Stop, StoppedError
+
+Item = TypeVar("Item", bound=tuple[Any, ...])
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +82,27 @@ def read_ahead_of(images: Sequence[ImageSource], batches: Iterable[list[int]]) -
     if cache is None or not cache.read_ahead:
         return batches
     return read_ahead(batches, lambda row: getattr(images[row], "file", None), cache, cache.read_ahead)
+
+
+def fetch_alongside(images: Sequence[ImageSource], items: Iterable[Item]) -> Iterator[Item]:
+    """Pass on what is made of pictures in their order, while the files of the coming pictures are fetched.
+
+    Args:
+        images: the pictures, in the order in which they are read.
+        items: begin with the number of their picture; several may come of one.
+
+    Yields:
+        The items.
+    """
+    coming = iter(items)  # loader processes start here, before a thread does
+    ahead = iter(read_ahead_of(images, ([number] for number in range(len(images)))))
+    next(ahead, None)
+    reached = 0
+    for item in coming:
+        for _ in range(reached, item[0]):
+            next(ahead, None)
+        reached = max(reached, item[0])
+        yield item
 
 
 def read_ahead(

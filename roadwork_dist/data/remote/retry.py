@@ -13,7 +13,7 @@ from roadwork_dist.data.remote.transport import RefusedError, Stream, TransientE
 T = TypeVar("T")
 
 LONGEST_WAIT_S = 30.0
-LONGEST_ASKED_WAIT_S = 300.0
+LONGEST_ASKED_WAIT_S = 60.0
 """A server that asks for longer pauses (``Retry-After``) is asked again after this one."""
 
 _jitter = random.Random()  # of its own: the global generator belongs to training
