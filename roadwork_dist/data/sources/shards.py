@@ -86,16 +86,16 @@ class _Columns:
         locations = [self.locations[shard] for shard in cells["shard"]]
         members = [f"{key}.{end}" for key, end in zip(cells["key"], cells["extension"], strict=True)]
         digests = map(bytes.fromhex, cells["sha256"])
-        offsets, lengths, checksums = cells["offset"], cells["length"], cells["crc32"]
-        return map(ShardImage, locations, offsets, lengths, checksums, members, digests, sizes)
+        places = (cells[name] for name in ("offset", "length", "crc32"))
+        return [ShardImage(*own) for own in zip(locations, *places, members, digests, sizes, strict=False)]
 
     def _masks(self, cells: dict[str, list[Any]]) -> Iterable[MaskSource | None]:
-        places = zip(*(cells[f"mask_{name}"] for name in ("offset", "length", "crc32")), strict=True)
-        for key, shard, place in zip(cells["key"], cells["shard"], places, strict=True):
-            if place[0] is None:
+        columns = ("key", "shard", "mask_offset", "mask_length", "mask_crc32")
+        for key, shard, offset, length, crc32 in zip(*(cells[name] for name in columns), strict=True):
+            if offset is None:
                 yield None
             else:
-                picture = ShardImage(self.locations[shard], *place, f"{key}.mask.png")
+                picture = ShardImage(self.locations[shard], offset, length, crc32, f"{key}.mask.png")
                 yield PngMask(picture, self.max_pixels)
 
 
