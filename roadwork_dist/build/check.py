@@ -14,7 +14,7 @@ from roadwork_dist.config.experiment import ExperimentConfig
 from roadwork_dist.data.check import check_images, drop_unreadable
 from roadwork_dist.data.gps import gps_weights
 from roadwork_dist.data.manifest import Manifest
-from roadwork_dist.data.shards.index import is_shard_set
+from roadwork_dist.data.shards.index import is_shard_set, read_set
 from roadwork_dist.data.shards.verify import verify_shards
 from roadwork_dist.data.sources import load_manifest
 
@@ -103,6 +103,9 @@ def _check_shards(folder: Path, say: Say, problems: list[str]) -> None:
     """The tars of a set: what is wrong is said per tar, and stops a run as one problem."""
     with progress_bar(f"checking the tars of {folder}") as tell:
         found = verify_shards(folder, workers=_threads(), on_progress=tell)
+    left_out = read_set(folder).unreadable
+    if left_out:
+        say(f"  {len(left_out):,} photos were left out when it was written, such as: {left_out[0][1]}")
     for problem in found:
         say(f"  {folder / problem.shard}: {problem.reason}")
     if found:

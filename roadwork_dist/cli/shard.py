@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from roadwork_dist.cli.arguments import Parser, whole_number
+from roadwork_dist.cli.sizes import size
 
 if TYPE_CHECKING:
     from roadwork_dist.data.shards.write import Written
@@ -87,12 +88,14 @@ def byte_size(text: str) -> int:
 
 def _tell(done: "Written", out: Path) -> None:
     shards = done.shards
-    size = sum(shard.bytes for shard in shards.shards) / 1e9
+    total = sum(shard.bytes for shard in shards.shards)
     were = f"{done.written} written, {done.kept} were there" if done.kept else f"{done.written} written"
-    print(f"{out}: {len(shards.shards)} shards ({were}), {shards.samples:,} photos, {size:.3f} GB")
+    print(f"{out}: {len(shards.shards)} shards ({were}), {shards.samples:,} photos, {size(total)}")
     if shards.unreadable:
-        total = shards.samples + len(shards.unreadable)
-        print(f"{len(shards.unreadable):,} of {total:,} photos are unreadable and left out:", file=sys.stderr)
+        photos = shards.samples + len(shards.unreadable)
+        print(
+            f"{len(shards.unreadable):,} of {photos:,} photos are unreadable and left out:", file=sys.stderr
+        )
         for _, reason in shards.unreadable[:_MOST_SHOWN]:
             print(f"  {reason}", file=sys.stderr)
         if len(shards.unreadable) > _MOST_SHOWN:

@@ -28,7 +28,7 @@ def test_a_set_is_written_once(table: Path, tmp_path: Path, capsys: pytest.Captu
     said = capsys.readouterr().out
     count = len(list(out.glob("*.tar")))
     assert count > 2
-    assert f"{out}: {count} shards ({count} written), 12 photos, 0.0" in said
+    assert f"{out}: {count} shards ({count} written), 12 photos, " in said
     assert "writing shards of" in said
     assert shard(table, out, "--size", "40KB") == 0
     assert f"{count} shards (0 written, {count} were there), 12 photos" in capsys.readouterr().out
@@ -50,6 +50,8 @@ def test_settings_of_data_apply(table: Path, tmp_path: Path, capsys: pytest.Capt
     assert (tmp_path / "set" / "train-000000.tar").exists()
     labels = load(table).labels.tolist()
     assert load(tmp_path / "set").labels.tolist() == [*labels[:1], *labels[2:]]
+    assert main(["data", "check", str(tmp_path / "set")]) == 0
+    assert "  1 photos were left out when it was written, such as: " in capsys.readouterr().out
 
 
 def test_compact_shards_tell_what_they_cost(
