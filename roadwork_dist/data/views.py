@@ -259,18 +259,26 @@ def shared_image(image: Tensor, layout: Layout, orientation: int = 1) -> Tensor:
     return _interleaved(turn_upright(_resize(image, width, height), orientation))
 
 
-def _shared_and_strip(image: Tensor, layout: Layout, size: int, orientation: int) -> tuple[Tensor, Tensor]:
-    """The shared image, and the photo with the same long side and a short side of ``size`` px.
+def _shared_and_strip(
+    image: Tensor, layout: Layout, geometry: ViewGeometry, orientation: int
+) -> tuple[Tensor, Tensor]:
+    """The shared image, and the photo with the same long side and a short side of S px.
 
-    The global view and the two squares have the short side in common, so it is resized for all
-    three at once, and from the photo's own rows: resized twice, edges would lose 1 dB.
+    The global view and the two squares have the short side in common, so it is resized for all three at
+    once: from the shared image, or with quality ``exact`` from the photo's own rows (edges that
+    are resized twice lose 1 dB). The short side first is faster: torch goes down columns faster than
+    across rows.
     """
+    size, sides = geometry.size, (max(layout.shared), min(layout.shared))
     long_is_across = (layout.shared[0] >= layout.shared[1]) == (orientation < 5)  # in the stored picture
     long, short = (-1, -2) if long_is_across else (-2, -1)
-    half_way = _resize_axis(image, long, max(layout.shared))
-    shared = _resize_axis(half_way, short, min(layout.shared))
-    strip = _resize_axis(half_way, short, size)
-    return tuple(_interleaved(turn_upright(part, orientation)) for part in (shared, strip))  # type: ignore[return-value]
+    if geometry.quality == "exact":
+        half_way = _resize_axis(image, long, sides[0])
+        shared, strip = _resize_axis(half_way, short, sides[1]), _resize_axis(half_way, short, size)
+    else:
+        shared = _resize_axis(_resize_axis(image, short, sides[1]), long, sides[0])
+        strip = _resize_axis(shared, short, size)
+    return _interleaved(turn_upright(shared, orientation)), _interleaved(turn_upright(strip, orientation))
 
 
 def make_views(
@@ -296,7 +304,7 @@ def make_views(
     layout = layout_of(geometry, *(photo_size or (own_size[::-1] if orientation >= 5 else own_size)))
     if not layout.tiles:
         return shared_image(image, layout, orientation)[None].contiguous()
-    shared, strip = _shared_and_strip(image, layout, size, orientation)
+    shared, strip = _shared_and_strip(image, layout, geometry, orientation)
     views = image.new_empty((geometry.max_views, 3, size, size))
     # Torch copies planes fast, and to planes slowly unless the whole is made contiguous at once.
     padded = _pad(shared.contiguous(), layout, geometry.pad_colour)
