@@ -21,9 +21,11 @@ from roadwork_dist.data.extract import Extraction, extract
 from roadwork_dist.data.manifest import Manifest
 from roadwork_dist.data.masks import mask_targets
 from roadwork_dist.data.photo import PhotoViews
+from roadwork_dist.data.remote.image import are_on_server
 from roadwork_dist.data.sources import load_manifest
 from roadwork_dist.data.splits import groups_of, stratified_group_split
 from roadwork_dist.data.store import FeatureSpace, FeatureStore
+from roadwork_dist.data.streamed import StreamedDataset
 from roadwork_dist.data.text import TextCache, TextEmbeddings, embed_descriptions
 from roadwork_dist.engine.collectives import gather_objects
 from roadwork_dist.inference.predictor import plain_views
@@ -137,6 +139,8 @@ class DatasetBuilder:
             self._text_encoder()  # what cannot be loaded is told before features are computed
         if not self.config.keeps_features:
             views = photo_views(self.config, self.backbone, augment=augment)
+            if augment and are_on_server(sample.image for sample in manifest):
+                return self._streamed(manifest, views)
             return self._dataset(self._readable(manifest), views, None, None)
         kept = self.features(manifest, augment=augment)
         dataset = self._dataset(kept.manifest, kept.views, kept.store, kept.hashes)
@@ -166,6 +170,17 @@ class DatasetBuilder:
         readable = drop_unreadable(manifest, done.unreadable, self.config.data.max_unreadable_share)
         hashes = [value for row, value in enumerate(hashes) if row not in done.unreadable]
         return KeptFeatures(readable, views, store, hashes, done)
+
+    def _streamed(self, manifest: Manifest, views: PhotoViews) -> RoadworkDataset:
+        """Photos to train on that lie on a server: unreadable ones show when they are read."""
+        return StreamedDataset(
+            manifest,
+            views=views,
+            text=self._text(manifest) if self._reads_text(manifest) else None,
+            masks=self.masks,
+            max_share=self.config.data.max_unreadable_share,
+            processes=self.accelerator.num_processes,
+        )
 
     def _readable(self, manifest: Manifest) -> Manifest:
         with progress_bar(f"checking {manifest.name}", self.accelerator) as tell:

@@ -1,5 +1,6 @@
 """Files of a server through the cache: faults, bounds, several processes, kills."""
 
+import errno
 import hashlib
 import os
 import random
@@ -14,7 +15,7 @@ from support import ranks
 from support.file_server import FileServer, serve
 
 from roadwork_dist.common.errors import ConfigError, DataError, MissingDependencyError
-from roadwork_dist.data.remote import download
+from roadwork_dist.data.remote import download, locks
 from roadwork_dist.data.remote.cache import RemoteCache
 from roadwork_dist.data.remote.download import RemoteFile, read_whole
 from roadwork_dist.data.remote.read_ahead import fetch_alongside, read_ahead
@@ -174,6 +175,32 @@ def test_a_file_that_rots_in_the_cache_is_fetched_again(server: FileServer, tmp_
     assert not cache.discard_if_damaged(file)
     path.write_bytes(b"\0" * len(content))
     assert cache.discard_if_damaged(file)
+    assert cache.fetch(file).read_bytes() == content
+
+
+def test_a_folder_that_cannot_be_used_is_told(
+    server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, _ = put(server, "a.tar", 1000)
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(ConfigError, match=r"taken: cannot be written to .*data.remote.cache_dir"):
+        RemoteCache(tmp_path / "taken", MIB, QUICK).fetch(file)
+    monkeypatch.setattr(locks, "HAS_FLOCK", False)
+    with pytest.raises(ConfigError, match=r"cache: files there cannot be locked .this system has none."):
+        cache_of(tmp_path).fetch(file)
+
+
+def test_a_full_disk_is_told(server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, content = put(server, "a.tar", 1000)
+    cache = cache_of(tmp_path)
+
+    def full(*arguments: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pwrite", full)
+        with pytest.raises(ConfigError, match=r"cannot be kept .No space left on device., expected room"):
+            cache.fetch(file)
     assert cache.fetch(file).read_bytes() == content
 
 

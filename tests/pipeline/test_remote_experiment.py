@@ -2,21 +2,35 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.file_server import serve
 from support.tiny_run import tiny_arguments, tiny_set
 
+from roadwork_dist.build import data as build_data
 from roadwork_dist.build.experiment import run_experiment
 from roadwork_dist.config.experiment import DataConfig
 from roadwork_dist.config.io import parse_experiment
+from roadwork_dist.data.manifest import Manifest
 from roadwork_dist.data.shards.plan import ShardOptions
 from roadwork_dist.data.shards.write import write_shards
 from roadwork_dist.data.sources import load_manifest
+from roadwork_dist.data.streamed import StreamedDataset
 
 
 @pytest.mark.parametrize("mode", ["online", "cached"])
-def test_a_detector_from_a_server_is_that_from_the_disk(mode: str, tmp_path: Path) -> None:
+def test_a_detector_from_a_server_is_that_from_the_disk(
+    mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    streamed = []
+
+    class Watched(StreamedDataset):
+        def __init__(self, manifest: Manifest, **arguments: Any) -> None:
+            super().__init__(manifest, **arguments)
+            streamed.append(manifest.name)
+
+    monkeypatch.setattr(build_data, "StreamedDataset", Watched)
     data = tiny_set(tmp_path / "photos")
     for name in ("train", "val"):
         manifest = load_manifest(str(getattr(data, name)), DataConfig(), name=name)
@@ -37,4 +51,6 @@ def test_a_detector_from_a_server_is_that_from_the_disk(mode: str, tmp_path: Pat
             losses = [json.loads(line).get("loss") for line in lines]
             told.append((losses, json.loads((folder / "run" / "evaluation.json").read_text())["val"]))
     assert server.sent() > 0
+    # Training photos that are read anew each epoch are not all looked at beforehand.
+    assert streamed == ([f"{server.url}/train"] if mode == "online" else [])
     assert told[0] == told[1]

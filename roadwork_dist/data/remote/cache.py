@@ -6,7 +6,6 @@ who finds the lock taken waits and finds the file. Nothing is ever removed under
 readable when its name goes.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -20,6 +19,7 @@ from urllib.parse import urlsplit
 from roadwork_dist.common.errors import ConfigError, DataError
 from roadwork_dist.common.files import sha256_of_file, write_atomic
 from roadwork_dist.data.remote.download import RemoteFile, download, read_range
+from roadwork_dist.data.remote.locks import locked, open_locked, unlock
 from roadwork_dist.data.remote.retry import Patience, ServerDownError, Stop
 
 GIB = 1 << 30
@@ -117,7 +117,6 @@ class RemoteCache:
         path = self._path(file)
         if path.exists():
             return path
-        self.folder.mkdir(parents=True, exist_ok=True)
         with self._part(file, path, wait=wait) as (part, descriptor):
             if descriptor is None:
                 return None
@@ -134,23 +133,12 @@ class RemoteCache:
     def _part(self, file: RemoteFile, path: Path, *, wait: bool) -> Iterator[tuple[Path, int | None]]:
         """The unfinished file, opened and locked; no descriptor where another one has the lock."""
         part = path.with_suffix(f".{file.bytes or 0}.part")
-        while True:
-            descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                os.close(descriptor)
-                yield part, None
-                return
-            if _is_at(descriptor, part):
-                break
-            os.close(descriptor)  # finished or removed while this one waited
+        descriptor = open_locked(part, wait=wait)
         try:
             yield part, descriptor
         finally:
-            # Not by closing alone: a process forked meanwhile has the lock open as well.
-            fcntl.flock(descriptor, fcntl.LOCK_UN)
-            os.close(descriptor)
+            if descriptor is not None:
+                unlock(descriptor)
 
     def _read_whole_file(self, path: Path, offset: int, length: int) -> bytes:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -184,7 +172,7 @@ class RemoteCache:
                 f"data.remote.cache_gb is {self.max_bytes / GIB:.3g}, expected room for a shard of "
                 f"{(file.bytes or 0) / GIB:.3g} GiB ({file.url}): raise it"
             )
-        with _locked(self.folder / "room.lock"):
+        with locked(self.folder / "room.lock"):
             used, old = 0, []
             for path in self.folder.iterdir():
                 with suppress(FileNotFoundError):
@@ -257,34 +245,14 @@ def _load(note: Path) -> _Failure:
         return _Failure()
 
 
-def _is_at(descriptor: int, path: Path) -> bool:
-    try:
-        return os.fstat(descriptor).st_ino == path.stat().st_ino
-    except FileNotFoundError:
-        return False
-
-
 def _remove(path: Path) -> bool:
     """Remove a file, unless it is a part that somebody is fetching."""
     if path.suffix != ".part":
         path.unlink(missing_ok=True)
         return True
-    with suppress(FileNotFoundError), path.open("rb") as part:
-        try:
-            fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        path.unlink(missing_ok=True)
-        fcntl.flock(part, fcntl.LOCK_UN)
+    descriptor = open_locked(path, wait=False)
+    if descriptor is None:
+        return False
+    path.unlink(missing_ok=True)
+    unlock(descriptor)
     return True
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        fcntl.flock(descriptor, fcntl.LOCK_UN)
-        os.close(descriptor)

@@ -1,5 +1,6 @@
 """Trying again: how often, how long in between, and what is said in the end."""
 
+import logging
 import random
 import threading
 import time
@@ -12,7 +13,11 @@ from roadwork_dist.data.remote.transport import RefusedError, Stream, TransientE
 
 T = TypeVar("T")
 
+logger = logging.getLogger(__name__)
+
 LONGEST_WAIT_S = 30.0
+_TOLD_FROM = 3
+"""Failures in a row from which on a warning tells why reading stands still."""
 LONGEST_ASKED_WAIT_S = 60.0
 """A server that asks for longer pauses (``Retry-After``) is asked again after this one."""
 
@@ -102,6 +107,11 @@ def persist(url: str, patience: Patience, attempt: Callable[[], T], stop: Stop) 
             failed = 1 if error.moved_on else failed + 1
             if failed >= patience.attempts:
                 raise ServerDownError(_told(url, str(error), tried, began)) from error
+            logger.log(
+                logging.WARNING if failed >= _TOLD_FROM else logging.INFO,
+                "%s: %s; trying again (%d of %d)",
+                *(url, error, failed, patience.attempts - 1),
+            )
             pause = min(LONGEST_WAIT_S, patience.first_pause * 2 ** (failed - 1)) * _jitter.uniform(0.5, 1.0)
             stop.sleep(max(pause, min(error.retry_after, LONGEST_ASKED_WAIT_S)))
         if stop:

@@ -123,6 +123,8 @@ def _open_http(url: str, start: int, stop: int | None, timeout: float) -> _HttpS
         if error.code >= 500 or error.code in _PASSING_STATUS:
             raise TransientError(text, retry_after=wait) from None
         raise RefusedError(text) from None
+    except (http.client.InvalidURL, ValueError) as error:
+        raise RefusedError(_text(error)) from error
     except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
         raise TransientError(_text(error)) from error
     if response.status == http.client.PARTIAL_CONTENT:
