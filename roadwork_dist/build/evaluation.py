@@ -25,6 +25,7 @@ from roadwork_dist.data.sampler import evaluation_batches
 from roadwork_dist.data.sources import load_manifest
 from roadwork_dist.engine.accelerator import build_accelerator
 from roadwork_dist.evaluation.predictions import write_predictions
+from roadwork_dist.inference.boxed import BoxedRows
 from roadwork_dist.inference.predictor import ALL_CROPS, Predictor, crops_to_select
 from roadwork_dist.models.backbone import Backbone
 from roadwork_dist.training.passes import run_pass
@@ -49,8 +50,8 @@ def evaluate_run(
 ) -> EvaluationFiles:
     """Predict with the best weights of a run, print the figures and write them.
 
-    Features come from and go to the run's feature store where the run used one; with selected crops only
-    those of the run's own photos do, for of other photos only the selected crops are computed.
+    Features come from and go to the run's feature store where the run used one. Where crops are selected,
+    photos are read and only the global view and those crops go through the backbone.
 
     Args:
         run_dir: run folder; its ``config.yaml`` says how photos are read.
@@ -83,7 +84,7 @@ def evaluate_run(
     predictor = Predictor.from_pretrained(
         run_dir / "best", device=device, max_pixels=config.data.max_pixels, select=select or ALL_CROPS
     )
-    if select is not None and source is not None:
+    if select is not None:  # crops are chosen by what the backbone sees in the photo, which no store keeps
         config = replace(config, features=replace(config.features, mode="online"))
     rows = _predict(config, predictor, splits)
     write_predictions(files.predictions, rows, synthetic=synthetic)
@@ -146,8 +147,9 @@ def _predict(
     rows: list[dict[str, Any]] = []
     for split, manifest in splits.items():
         dataset = builder.build(manifest, augment=False)
+        rows_of = dataset if predictor.selection is None else BoxedRows(dataset, predictor.views)
         batches = load_batches(
-            dataset,
+            rows_of,
             evaluation_batches(len(dataset), config.batch_size),
             workers=config.workers,
             collate=collate,

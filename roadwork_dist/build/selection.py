@@ -1,19 +1,20 @@
 """Distilling a view selector for a finished run, from its own training photos.
 
-N photos · V views · D width of the backbone
+B batch · N photos · K crops · C channels of the backbone's last map
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import repeat
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
-from torch.nn import functional as F
 
 from roadwork_dist.build.data import DatasetBuilder, load_manifests
-from roadwork_dist.common.errors import ConfigError
+from roadwork_dist.common.errors import ConfigError, DataError
 from roadwork_dist.common.random import generator_for
 from roadwork_dist.common.types import Batch
 from roadwork_dist.config.experiment import ExperimentConfig
@@ -24,7 +25,7 @@ from roadwork_dist.data.manifest import Manifest
 from roadwork_dist.data.sampler import evaluation_batches
 from roadwork_dist.data.splits import groups_of
 from roadwork_dist.engine.accelerator import build_accelerator
-from roadwork_dist.engine.precision import in_precision
+from roadwork_dist.inference.boxed import BoxedRows
 from roadwork_dist.inference.predictor import ALL_CROPS, Predictor, weights_folder
 from roadwork_dist.metrics.classification import best_threshold
 from roadwork_dist.models.backbone import Backbone
@@ -38,10 +39,14 @@ from roadwork_dist.models.distillation import (
     write_selector,
 )
 from roadwork_dist.models.pretrained import read_config
-from roadwork_dist.models.selection import SelectiveDetector, ViewSelector
+from roadwork_dist.models.selection import ViewSelector, region_means, select_views
 
 HELD_OUT = 0.2
 """Share of the training photos' places and groups that only say when to stop."""
+
+
+MOST_PHOTOS = 5_000
+"""Training photos that a selector learns from: it has few weights, and each photo is read again."""
 
 
 @dataclass(frozen=True)
@@ -82,12 +87,21 @@ def distil_run(run_dir: Path) -> Distilled:
     accelerator = build_accelerator(device=config.device)
     builder = DatasetBuilder(config, backbone, accelerator, masks=False)
     manifests = load_manifests(config)
+    manifests = replace(manifests, train=_some(manifests.train, config.seed))
     train, val = (builder.build(photos, augment=False) for photos in (manifests.train, manifests.val))
     selector, figures = distil(teach(predictor, train, config), seed=config.seed)
     kept = KeptSelector(selector, thresholds_of(predictor, selector, val, config))
     if accelerator.is_main_process:
         write_selector(folder, kept, identity_of(read_config(folder)))
     return Distilled(folder / SELECTOR_FILE, figures)
+
+
+def _some(manifest: Manifest, seed: int) -> Manifest:
+    """At most :data:`MOST_PHOTOS` photos of a manifest, drawn by the seed."""
+    if len(manifest) <= MOST_PHOTOS:
+        return manifest
+    drawn = generator_for(seed, "distil-photos").permutation(len(manifest))[:MOST_PHOTOS]
+    return manifest.subset(sorted(drawn.tolist()), name=manifest.name)
 
 
 def _check_gates(config: ExperimentConfig) -> None:
@@ -100,22 +114,30 @@ def _check_gates(config: ExperimentConfig) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Seen:
+    """A batch with the features of all views, and what the global views show inside the crops' frames."""
+
+    batch: Batch
+    regions: Tensor  # [B, K, C]
+
+
 @torch.no_grad()
 def teach(predictor: Predictor, dataset: RoadworkDataset, config: ExperimentConfig) -> Teaching:
     """What the full model says about the photos of a data set that have crops."""
-    features: list[Tensor] = []
+    regions: list[Tensor] = []
     gates: list[Tensor] = []
     rows: list[Tensor] = []
-    crops = config.views.grid**2 + 2
-    for batch in feature_batches(predictor, dataset, config):
-        with_crops = batch["view_mask"].sum(dim=1) > 1
-        found = predictor.forward(batch).view_gates[with_crops, 1:].float().cpu()
-        gates.append(F.pad(found, (0, crops - found.shape[1])))
-        features.append(batch["features"][with_crops, 0].float().cpu())
-        rows.append(batch["index"][with_crops].cpu())
-    taught = torch.cat(rows)
-    held_out = hold_out(dataset.manifest, config.seed)[taught]
-    return Teaching(torch.cat(features), torch.cat(gates), held_out)
+    for seen in seen_batches(predictor, dataset, config):
+        with_crops = seen.batch["view_mask"].sum(dim=1) > 1
+        if bool(with_crops.any()):  # else the batch has no place for crops
+            gates.append(predictor.forward(seen.batch).view_gates[with_crops, 1:].float().cpu())
+            regions.append(seen.regions[with_crops].cpu())
+            rows.append(seen.batch["index"][with_crops].cpu())
+    if not rows:
+        raise DataError(f"{dataset.manifest.name}: no photo is large enough to have crops to select among")
+    held_out = hold_out(dataset.manifest, config.seed)[torch.cat(rows)]
+    return Teaching(torch.cat(regions), torch.cat(gates), held_out)
 
 
 @torch.no_grad()
@@ -126,35 +148,44 @@ def thresholds_of(
 
     A model that sees less is less sure, so the threshold for all views is not the best one for some.
     """
-    scorer = selector.to(predictor.device)
+    selector = selector.to(predictor.device)
     answers: dict[int, list[Tensor]] = {count: [] for count in range(1, selector.crops)}
     labels: list[Tensor] = []
-    for batch in feature_batches(predictor, dataset, config):
-        labels.append(batch["label"].cpu())
+    for seen in seen_batches(predictor, dataset, config):
+        labels.append(seen.batch["label"].cpu())
+        scores = selector.of_regions(seen.regions)
         for count, found in answers.items():
-            selective = SelectiveDetector(predictor.model, scorer, count).eval()
-            logits = in_precision(selective, predictor.precision, predictor.device)(batch).logits
+            logits = predictor.forward(select_views(seen.batch, scores, count)).logits
             found.append(logits.double().softmax(dim=1)[:, 1].cpu())
     truth = torch.cat(labels).numpy()
     return {count: best_threshold(truth, torch.cat(found).numpy()) for count, found in answers.items()}
 
 
-def feature_batches(
-    predictor: Predictor, dataset: RoadworkDataset, config: ExperimentConfig
-) -> Iterator[Batch]:
-    """Batches with the features of all views, on the device, read from the store or computed."""
-    batches = load_batches(
-        dataset,
-        evaluation_batches(len(dataset), config.batch_size),
-        workers=config.workers,
-        collate=collate,
-    )
-    for batch in batches:
-        on_device: Batch = send_to_device(batch, predictor.device, non_blocking=True)
-        if "features" not in on_device:
-            views = on_device.pop("views")
-            on_device["features"] = predictor.model.features(views, on_device["view_mask"])
-        yield on_device
+@torch.no_grad()
+def seen_batches(predictor: Predictor, dataset: RoadworkDataset, config: ExperimentConfig) -> Iterator[Seen]:
+    """The photos of a data set, all views of them, on the device.
+
+    Features come from the data set's store where it has one; what the global view shows is kept nowhere, so
+    every photo is read, and its global view goes through the backbone.
+    """
+    backbone = predictor.model.backbone
+    assert isinstance(backbone, Backbone)  # from_pretrained always gives one
+    photos = RoadworkDataset(dataset.manifest, views=dataset.views, text=dataset.text)
+
+    def batches_of(rows: Any) -> Iterable[Batch]:
+        order = evaluation_batches(len(dataset), config.batch_size)
+        return load_batches(rows, order, workers=config.workers, collate=collate)
+
+    stored = repeat(None) if dataset.store is None else batches_of(dataset)
+    for photo_batch, stored_batch in zip(batches_of(BoxedRows(photos, dataset.views)), stored, strict=False):
+        batch: Batch = send_to_device(photo_batch, predictor.device, non_blocking=True)
+        views, mask = batch.pop("views"), batch["view_mask"]
+        _, cells = backbone.forward_cells(views[:, 0])
+        if stored_batch is None:
+            batch["features"] = predictor.model.features(views, mask)
+        else:
+            batch["features"] = stored_batch["features"].to(predictor.device)
+        yield Seen(batch, region_means(cells, batch["boxes"][:, 1 : mask.shape[1]]))
 
 
 def hold_out(manifest: Manifest, seed: int) -> Tensor:

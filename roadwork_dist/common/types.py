@@ -40,6 +40,7 @@ class Batch(TypedDict, total=False):
     features: Tensor  # [B, V, D] bfloat16 or float32
     view_mask: Tensor  # [B, V] bool, False = padding (the photo has fewer views)
     views_of_photo: Tensor  # [B] int64, views that the photo has; only where some were not looked at
+    boxes: Tensor  # [B, V, 4] float32: left, top, width, height of views in shares of the photo; to select by
     label: Tensor  # [B] int64: 0, 1 or UNLABELLED
     soft_label: Tensor  # [B] float32, share of class 1 in a mixed photo; only where photos are mixed
     views_of_two: Tensor  # [B] bool, some views are of another photo; only where photos are mixed

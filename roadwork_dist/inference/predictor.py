@@ -25,6 +25,7 @@ from roadwork_dist.data.sampler import evaluation_batches
 from roadwork_dist.data.text import TextEmbeddings, TextEncoder, embed_descriptions
 from roadwork_dist.data.views import geometry_for
 from roadwork_dist.engine.precision import in_precision
+from roadwork_dist.inference.boxed import BoxedRows
 from roadwork_dist.models.backbone import Backbone, load_backbone
 from roadwork_dist.models.detector import RoadworkModel
 from roadwork_dist.models.distillation import identity_of, read_selector
@@ -194,8 +195,9 @@ class Predictor:
     def _predict(
         self, dataset: RoadworkDataset, batch_size: int, workers: int, on_error: OnError
     ) -> Iterator[Prediction]:
+        rows = dataset if self.selection is None else BoxedRows(dataset, self.views)
         batches = load_batches(
-            _Tolerant(dataset),
+            _Tolerant(rows, dataset.manifest),
             evaluation_batches(len(dataset), batch_size),
             workers=workers,
             collate=_collate_readable,
@@ -344,8 +346,8 @@ class _Tolerant:
 
     pure = True
 
-    def __init__(self, dataset: RoadworkDataset) -> None:
-        self.dataset = dataset
+    def __init__(self, dataset: RoadworkDataset | BoxedRows, manifest: Manifest) -> None:
+        self.dataset, self.manifest = dataset, manifest
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -354,7 +356,7 @@ class _Tolerant:
         try:
             return self.dataset[index]
         except DataError as error:
-            return Unreadable(self.dataset.manifest[index].id, str(error))
+            return Unreadable(self.manifest[index].id, str(error))
 
 
 def _collate_readable(rows: list[Row | Unreadable]) -> tuple[Batch | None, list[Unreadable]]:

@@ -1,6 +1,6 @@
 """Teaching a view selector what the full model's gates say, and keeping it beside the model.
 
-N photos · C crops · D width of the backbone
+N photos · K crops · C channels of the backbone's last map
 """
 
 import hashlib
@@ -42,12 +42,12 @@ class Teaching:
     """What the full model says about photos.
 
     Attributes:
-        features: of the global views [N, D].
-        gates: of the crops [N, C], from 0 (pruned) to 1.
+        regions: what the global view shows inside the crops' frames [N, K, C].
+        gates: of the crops [N, K], from 0 (pruned) to 1.
         held_out: [N] bool: photos that decide when to stop, and nothing else.
     """
 
-    features: Tensor
+    regions: Tensor
     gates: Tensor
     held_out: Tensor
 
@@ -65,11 +65,11 @@ class DistillationFigures:
     """The same of one fixed order, the mean targets of the photos it learned from."""
     captured: dict[int, tuple[float, ...]]
     """By number of crops: the share of the targets that the selector's choice holds, that of the fixed order,
-    and that of the best possible choice. A random choice holds crops / C."""
+    and that of the best possible choice. A random choice holds crops / K."""
 
 
 def gate_targets(gates: Tensor, learn: Tensor) -> Tensor:
-    """Gates [N, C] as shares of attention that sum to 1 over a photo's crops.
+    """Gates [N, K] as shares of attention that sum to 1 over a photo's crops.
 
     The softmax of log gates, centred in each photo and divided by their mean spread over the photos that are
     learned from: only differences between a photo's crops matter to a choice, and in a trained fusion they
@@ -99,27 +99,27 @@ def distil(teaching: Teaching, *, seed: int) -> tuple[ViewSelector, Distillation
     learn, check = ~teaching.held_out, teaching.held_out
     if int(learn.sum()) < 2 or int(check.sum()) < 1:
         raise DataError(f"{len(learn)} photos with crops are too few to distil a selector: train on more")
-    features, shares = teaching.features.float(), gate_targets(teaching.gates, learn)
+    regions, shares = teaching.regions.float(), gate_targets(teaching.gates, learn)
     with isolated_rng(seed):
-        selector = _started(features[learn], shares[learn])
-        _train(selector, features, shares, learn, check, torch_generator_for(seed, "distil"))
-    return selector.eval(), _figures(selector, features, shares, learn, check)
+        selector = _started(regions[learn], shares[learn])
+        _train(selector, regions, shares, learn, check, torch_generator_for(seed, "distil"))
+    return selector.eval(), _figures(selector, regions, shares, learn, check)
 
 
-def _started(features: Tensor, shares: Tensor) -> ViewSelector:
-    """A selector that knows the scale of features, and the mean shares as its bias."""
-    selector = ViewSelector(features.shape[1], shares.shape[1])
+def _started(regions: Tensor, shares: Tensor) -> ViewSelector:
+    """A selector that knows the scale of regions, and the mean shares as its bias."""
+    selector = ViewSelector(regions.shape[2], shares.shape[1])
     with torch.no_grad():
-        selector.mean.copy_(features.mean(dim=0))
-        selector.std.copy_(features.std(dim=0).clamp(min=LEAST_STD))
-        selector.scores.weight.zero_()
-        selector.scores.bias.copy_(shares.mean(dim=0).clamp(min=1e-6).log())
+        selector.mean.copy_(regions.mean(dim=(0, 1)))
+        selector.std.copy_(regions.std(dim=(0, 1)).clamp(min=LEAST_STD))
+        selector.score.weight.zero_()
+        selector.bias.copy_(shares.mean(dim=0).clamp(min=1e-6).log())
     return selector
 
 
 def _train(
     selector: ViewSelector,
-    features: Tensor,
+    regions: Tensor,
     shares: Tensor,
     learn: Tensor,
     check: Tensor,
@@ -127,15 +127,15 @@ def _train(
 ) -> None:
     optimizer = torch.optim.AdamW(selector.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     rows = learn.nonzero().squeeze(1)
-    best, best_state, waited = _divergence(selector, features[check], shares[check]), _state(selector), 0
+    best, best_state, waited = _divergence(selector, regions[check], shares[check]), _state(selector), 0
     for _ in range(EPOCHS):
         selector.train()
         for picked in rows[torch.randperm(len(rows), generator=generator)].split(BATCH):  # type: ignore[no-untyped-call]
-            loss = _kl(selector(features[picked]), shares[picked])
+            loss = _kl(selector.of_regions(regions[picked]), shares[picked])
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-        now = _divergence(selector, features[check], shares[check])
+        now = _divergence(selector, regions[check], shares[check])
         waited += 1
         if now < best:
             best, best_state, waited = now, _state(selector), 0
@@ -148,10 +148,10 @@ def _kl(scores: Tensor, shares: Tensor) -> Tensor:
     return F.kl_div(scores.log_softmax(dim=1), shares, reduction="batchmean")
 
 
-def _divergence(selector: ViewSelector, features: Tensor, shares: Tensor) -> float:
+def _divergence(selector: ViewSelector, regions: Tensor, shares: Tensor) -> float:
     selector.eval()
     with torch.no_grad():
-        return float(_kl(selector(features), shares))
+        return float(_kl(selector.of_regions(regions), shares))
 
 
 def _state(selector: ViewSelector) -> dict[str, Tensor]:
@@ -159,13 +159,13 @@ def _state(selector: ViewSelector) -> dict[str, Tensor]:
 
 
 def _figures(
-    selector: ViewSelector, features: Tensor, shares: Tensor, learn: Tensor, check: Tensor
+    selector: ViewSelector, regions: Tensor, shares: Tensor, learn: Tensor, check: Tensor
 ) -> DistillationFigures:
     mean = shares[learn].mean(dim=0)
     truth = shares[check]
     fixed = mean.clamp(min=1e-6).log().expand_as(truth)
     with torch.no_grad():
-        scores = selector(features[check])
+        scores = selector.of_regions(regions[check])
     captured = {
         count: tuple(_captured(by, truth, count) for by in (scores, fixed, truth))
         for count in range(1, truth.shape[1])

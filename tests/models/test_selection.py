@@ -18,13 +18,19 @@ from roadwork_dist.models.distillation import (
     read_selector,
     write_selector,
 )
-from roadwork_dist.models.selection import SelectiveDetector, ViewSelector, choose_views
+from roadwork_dist.models.selection import (
+    SelectiveDetector,
+    ViewSelector,
+    choose_views,
+    region_means,
+    select_views,
+)
 
 SIDE, WIDTH, VIEWS = 8, 16, 12
 
 
 class CountingBackbone(nn.Module):
-    """A linear map of the pixels that remembers how many views each call had."""
+    """A linear map of the pixels that remembers how many views each call had; its cells are the pixels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,6 +42,9 @@ class CountingBackbone(nn.Module):
         self.calls.append(len(views))
         out: Tensor = self.linear(views.flatten(1).float() / 255)
         return out
+
+    def forward_cells(self, views: Tensor) -> tuple[Tensor, Tensor]:
+        return self(views), views.permute(0, 2, 3, 1).float() / 255
 
 
 def detector(**settings: object) -> RoadworkModel:
@@ -54,6 +63,7 @@ def batch_of(*counts: int) -> Batch:
     batch: Batch = {
         "views": torch.randint(0, 256, (rows, width, 3, SIDE, SIDE), dtype=torch.uint8, generator=generator),
         "view_mask": torch.arange(width) < torch.tensor(counts)[:, None],
+        "boxes": torch.rand(rows, VIEWS, 4, generator=generator) / 2,
         "gps": torch.zeros(rows, 2),
         "gps_known": torch.zeros(rows, dtype=torch.bool),
         "text": torch.zeros(rows, 384),
@@ -70,8 +80,8 @@ def preferring(*crops: int) -> nn.Module:
     scores[list(crops)] = torch.arange(len(crops), 0, -1).float()
 
     class Fixed(nn.Module):
-        def forward(self, features: Tensor) -> Tensor:
-            return scores.expand(len(features), -1)
+        def forward(self, cells: Tensor, boxes: Tensor) -> Tensor:
+            return scores.expand(len(cells), -1)[:, : boxes.shape[1]]
 
     return Fixed()
 
@@ -120,16 +130,34 @@ def test_all_crops_and_photos_without_crops_change_nothing() -> None:
     assert counting.calls[-2:] == [2, 2]  # the global views once each time; no empty call
 
 
-def test_stored_features_give_what_views_give() -> None:
+def test_stored_features_and_the_same_scores_give_what_views_give() -> None:
     model = detector()
     batch = batch_of(12, 1, 12)
-    selective = SelectiveDetector(model, ViewSelector(WIDTH, VIEWS - 1).eval(), 4)
+    selector = ViewSelector(3, VIEWS - 1).eval()
     with torch.no_grad():
+        of_views = SelectiveDetector(model, selector, 4)(batch)
+        _, cells = CountingBackbone().forward_cells(batch["views"][:, 0])
+        scores = selector(cells, batch["boxes"][:, 1:])
         stored: Batch = {**batch, "features": model.features(batch["views"], batch["view_mask"])}
-        del stored["views"]
-        of_features, of_views = selective(stored), selective(batch)
+        of_features = model(select_views(stored, scores, 4))
     torch.testing.assert_close(of_features.logits, of_views.logits)
     assert torch.equal(of_features.kept, of_views.kept)
+
+
+def test_regions_against_a_loop_over_a_finer_grid() -> None:
+    """A cell is cut into 20 x 20 points; the mean over points inside a box is the mean of its region."""
+    generator = torch.Generator().manual_seed(0)
+    cells = torch.randn(2, 4, 4, 3, generator=generator, dtype=torch.float64)
+    boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.1, 0.25, 0.3, 0.5], [0.75, 0.6, 0.25, 0.4]])
+    found = region_means(cells, boxes.expand(2, -1, -1))
+    points = (torch.arange(80) + 0.5) / 80
+    for number, (left, top, width, height) in enumerate(boxes.tolist()):
+        across = (points > left) & (points < left + width)
+        down = (points > top) & (points < top + height)
+        fine = cells.repeat_interleave(20, dim=1).repeat_interleave(20, dim=2)
+        expected = fine[:, down][:, :, across].mean(dim=(1, 2)).float()
+        torch.testing.assert_close(found[:, number], expected, atol=1e-5, rtol=1e-4)
+    assert not region_means(cells, torch.zeros(2, 1, 4)).any()  # no area
 
 
 @pytest.mark.parametrize(("crops", "kept"), [(4, 5), (7, 8), (9, 8)])
@@ -140,9 +168,13 @@ def test_pruning_counts_by_the_views_of_the_photo(crops: int, kept: int) -> None
     assert int(output.view_mask.sum()) == kept
 
 
-def test_a_batch_with_neither_views_nor_features_is_told() -> None:
-    with pytest.raises(DataError, match="neither features nor views"):
+def test_a_batch_without_photos_is_told() -> None:
+    with pytest.raises(DataError, match="there is no views and no boxes"):
         SelectiveDetector(detector(), preferring(0), 2)({"view_mask": torch.ones(1, 2, dtype=torch.bool)})
+    model = detector()
+    model.backbone = None
+    with pytest.raises(DataError, match="there is no backbone"):
+        SelectiveDetector(model, preferring(0), 2)(batch_of(3))
 
 
 def test_the_choice_against_a_loop() -> None:
@@ -159,14 +191,14 @@ def test_the_choice_against_a_loop() -> None:
 
 
 def lesson(rows: int = 200) -> Teaching:
-    """Photos whose global view tells which crop has the gate: feature c is high where crop c matters."""
+    """Photos whose crop with the gate is bright in the global view."""
     generator = torch.Generator().manual_seed(2)
     matters = torch.randint(0, 5, (rows,), generator=generator)
-    features = torch.randn(rows, WIDTH, generator=generator)
-    features[torch.arange(rows), matters] += 6
+    regions = torch.randn(rows, 5, WIDTH, generator=generator)
+    regions[torch.arange(rows), matters, 3] += 6
     gates = torch.full((rows, 5), 0.2)
     gates[torch.arange(rows), matters] = 0.9
-    return Teaching(features, gates, torch.arange(rows) % 5 == 0)
+    return Teaching(regions, gates, torch.arange(rows) % 5 == 0)
 
 
 def test_a_selector_learns_which_crop_the_global_view_points_at() -> None:
@@ -174,7 +206,7 @@ def test_a_selector_learns_which_crop_the_global_view_points_at() -> None:
     selector, figures = distil(teaching, seed=0)
     assert (figures.photos, figures.held_out) == (160, 40)
     assert figures.divergence < 0.25 * figures.divergence_of_order
-    best = selector(teaching.features[teaching.held_out]).argmax(dim=1)
+    best = selector.of_regions(teaching.regions[teaching.held_out]).argmax(dim=1)
     assert (best == teaching.gates[teaching.held_out].argmax(dim=1)).float().mean() > 0.9
     learned, order, possible = figures.captured[1]
     assert order < learned <= possible + 1e-6
@@ -185,10 +217,11 @@ def test_a_selector_learns_which_crop_the_global_view_points_at() -> None:
 def test_without_anything_to_see_it_falls_back_to_the_mean_order() -> None:
     noise = torch.Generator().manual_seed(3)
     gates = torch.tensor([0.1, 0.5, 0.2, 0.9, 0.3]).expand(60, -1)
-    teaching = Teaching(torch.randn(60, WIDTH, generator=noise), gates, torch.arange(60) % 5 == 0)
+    teaching = Teaching(torch.randn(60, 5, WIDTH, generator=noise), gates, torch.arange(60) % 5 == 0)
     selector, figures = distil(teaching, seed=0)
     assert figures.divergence <= figures.divergence_of_order + 1e-6
-    assert selector(teaching.features).argsort(dim=1, descending=True).tolist() == [[3, 1, 4, 2, 0]] * 60
+    scores = selector.of_regions(teaching.regions)
+    assert scores.argsort(dim=1, descending=True).tolist() == [[3, 1, 4, 2, 0]] * 60
 
 
 def test_targets_of_gates_by_hand() -> None:
@@ -207,7 +240,7 @@ def test_nothing_to_learn_from_is_told() -> None:
     with pytest.raises(DataError, match="gates do not differ"):
         gate_targets(torch.full((4, 3), 0.5), torch.ones(4, dtype=torch.bool))
     with pytest.raises(DataError, match="too few"):
-        distil(Teaching(torch.zeros(2, 4), torch.rand(2, 3), torch.tensor([True, False])), seed=0)
+        distil(Teaching(torch.zeros(2, 3, 4), torch.rand(2, 3), torch.tensor([True, False])), seed=0)
 
 
 def test_a_selector_is_kept_beside_its_model_and_refuses_another(tmp_path: Path) -> None:
@@ -219,8 +252,8 @@ def test_a_selector_is_kept_beside_its_model_and_refuses_another(tmp_path: Path)
     selector = distil(lesson(), seed=0)[0]
     write_selector(folder, KeptSelector(selector, {2: 0.25, 4: 0.5}), identity)
     loaded = read_selector(folder, identity)
-    features = torch.randn(3, WIDTH)
-    assert torch.equal(loaded.selector(features), selector(features))
+    regions = torch.randn(3, 5, WIDTH)
+    assert torch.equal(loaded.selector.of_regions(regions), selector.of_regions(regions))
     assert loaded.thresholds == {2: 0.25, 4: 0.5}
     with pytest.raises(CheckpointError, match=r"another model \(backbone is 'abc', expected 'xyz'\)"):
         read_selector(folder, {**identity, "backbone": "xyz"})

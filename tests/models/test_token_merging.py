@@ -248,3 +248,36 @@ def test_other_networks_of_transformers_and_flash_attention_refuse(tmp_path: Pat
         BackboneConfig(attention="flash", token_merging=0.5)
     with pytest.raises(ConfigError, match=r"backbone.token_merging.*0\.95"):
         BackboneConfig(token_merging=0.95)
+
+
+def test_cells_of_merged_tokens_stand_where_their_patches_were() -> None:
+    """Four flat quarters of a view: its patches merge, and each quarter is still seen in its place."""
+    net = network("dinov2")
+    with torch.no_grad():
+        net.embeddings.position_embeddings.zero_()
+    from roadwork_dist.models.backbone.transformers_backbone import wrap_transformers
+
+    backbone = wrap_transformers("tiny", net).settle(BackboneConfig(dtype="fp32"), CPU)
+    pixels = torch.zeros(2, 3, 84, 84, dtype=torch.uint8)
+    pixels[:, :, :42, 42:], pixels[:, :, 42:, :42], pixels[1, :, 42:, 42:] = 80, 160, 240
+    features, cells = backbone.forward_cells(pixels)
+    assert torch.equal(features, backbone(pixels))
+    backbone.merge_tokens(0.8)
+    merged_features, merged = backbone.forward_cells(pixels)
+    torch.testing.assert_close(merged_features, features, atol=1e-5, rtol=1e-5)
+    assert merged.shape == (2, 6, 6, 32)
+    torch.testing.assert_close(merged, cells, atol=1e-4, rtol=1e-4)
+    assert (cells[1, 0, 0] - cells[1, 5, 5]).abs().max() > 0.1
+
+
+def test_places_follow_patches_through_two_merges_by_hand() -> None:
+    x = torch.arange(5.0)[None, :, None]
+    first = Match(kept=torch.tensor([[1]]), gone=torch.tensor([[2, 0]]), into=torch.tensor([[1, 1]]))
+    y, tokens = apply_match(x, Tokens(None, None), first, prefix=0)  # left: 2 | 1, mean of 3, 4 and 0
+    assert tokens.places is not None
+    assert tokens.places.tolist() == [[2, 1, 0, 2, 2]]
+    second = Match(kept=torch.tensor([[1]]), gone=torch.tensor([[0]]), into=torch.tensor([[0]]))
+    z, tokens = apply_match(y, tokens, second, prefix=0)  # 2 goes into 1; left: the three | 1 and 2
+    assert tokens.places is not None
+    assert tokens.places.tolist() == [[0, 1, 1, 0, 0]]
+    torch.testing.assert_close(z.flatten(), torch.tensor([7 / 3, 1.5]))

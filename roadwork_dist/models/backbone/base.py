@@ -4,6 +4,7 @@ N views (B·V flattened) · S side of a view in px · D width of the backbone
 """
 
 from abc import ABC, abstractmethod
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from roadwork_dist.common.errors import ConfigError
+from roadwork_dist.common.errors import BackboneError, ConfigError
 from roadwork_dist.config.experiment import BackboneConfig
 from roadwork_dist.planning.flops import count_operations, training_operations
 
@@ -138,12 +139,29 @@ class Backbone(nn.Module, ABC):
         Raises:
             TypeError: ``views`` are not uint8 (normalised already?).
         """
-        if views.dtype != torch.uint8:
-            raise TypeError(f"views are {views.dtype}, expected uint8: the backbone normalises them itself")
         if not self.frozen:
-            return self._features(views)
+            return self._extract(self._images(views)).float()
         with torch.no_grad(), torch.autocast(self._mean.device.type, enabled=False):
-            return self._features(views)
+            return self._extract(self._images(views)).float()
+
+    @torch.no_grad()
+    def forward_cells(self, views: Tensor) -> tuple[Tensor, Tensor]:
+        """Features of views and, from the same pass, what the network sees where. No gradient.
+
+        Args:
+            views: as :meth:`forward` takes them.
+
+        Returns:
+            [N, D] float32, as :meth:`forward` gives them, and cells [N, G, G, C], rows of the view from top
+            to bottom: patch tokens, or the last map of a convolutional network.
+
+        Raises:
+            BackboneError: the network has no square map.
+        """
+        whole = nullcontext() if not self.frozen else torch.autocast(self._mean.device.type, enabled=False)
+        with whole:
+            features, cells = self._extract_cells(self._images(views))
+        return features.float(), cells
 
     def train(self, mode: bool = True) -> "Backbone":
         """Set the mode of the parts that learn; everything else stays in eval mode."""
@@ -198,6 +216,10 @@ class Backbone(nn.Module, ABC):
         """[N, 3, S, S] normalised images to [N, D]: normalised CLS token or pooled feature."""
 
     @abstractmethod
+    def _extract_cells(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """As ``_extract``, and cells [N, G, G, C]; see :meth:`forward_cells`."""
+
+    @abstractmethod
     def _blocks(self) -> list[list[str]]:
         """Parameter names of each block, in order of depth; what follows a block counts with it."""
 
@@ -205,10 +227,12 @@ class Backbone(nn.Module, ABC):
     def _checkpoint_gradients(self) -> None:
         """Recompute activations of the blocks in the backward pass."""
 
-    def _features(self, views: Tensor) -> Tensor:
+    def _images(self, views: Tensor) -> Tensor:
+        if views.dtype != torch.uint8:
+            raise TypeError(f"views are {views.dtype}, expected uint8: the backbone normalises them itself")
         images = views.to(self._mean.device, non_blocking=True).to(torch.float32)
         images = (images / 255 - self._mean) / self._std
-        return self._extract(images.to(self.dtype)).float()
+        return images.to(self.dtype)
 
     def _learning_names(self, config: BackboneConfig) -> set[str]:
         if config.trainable == "none":
@@ -248,6 +272,21 @@ class _Extract(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.backbone._extract(images)
+
+
+def square_cells(tokens: Tensor, name: str) -> Tensor:
+    """Patch tokens [N, P, C], row by row, as [N, G, G, C].
+
+    Raises:
+        BackboneError: P is no square.
+    """
+    side = round(tokens.shape[1] ** 0.5)
+    if side * side != tokens.shape[1]:
+        raise BackboneError(
+            f"{name} has {tokens.shape[1]} patch tokens, which are no square grid, so views.select cannot "
+            "tell what it sees where: choose another backbone, or set views.select to null"
+        )
+    return tokens.unflatten(1, (side, side))  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _channels(values: Triple) -> Tensor:

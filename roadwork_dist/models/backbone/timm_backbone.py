@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from roadwork_dist.common.errors import BackboneError
 from roadwork_dist.common.registry import nearest
-from roadwork_dist.models.backbone.base import Backbone, BackboneInfo, Triple
+from roadwork_dist.models.backbone.base import Backbone, BackboneInfo, Triple, square_cells
 from roadwork_dist.models.hub import fetch_folder
 from roadwork_dist.models.identity import weights_identity
 
@@ -26,6 +26,16 @@ class TimmBackbone(Backbone):
             return tokens[:, 0]
         pooled: Tensor = network(images)
         return pooled
+
+    def _extract_cells(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        network: Any = self.network
+        images = images.contiguous(memory_format=torch.channels_last)
+        seen: Tensor = network.forward_features(images)
+        if seen.ndim == 4:  # channels first, but for those that say so
+            last = getattr(network, "output_fmt", "NCHW") == "NHWC"
+            return network.forward_head(seen), seen if last else seen.permute(0, 2, 3, 1)
+        cells = square_cells(seen[:, getattr(network, "num_prefix_tokens", 0) :], self.name)
+        return seen[:, 0] if has_class_token(network) else network.forward_head(seen), cells
 
     def _blocks(self) -> list[list[str]]:
         from timm.models import group_parameters

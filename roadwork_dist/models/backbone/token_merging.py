@@ -24,6 +24,7 @@ class Tokens(NamedTuple):
 
     sizes: Tensor | None  # [N, T] float32, patches that a token stands for; null = one each
     rotation: tuple[Tensor, Tensor] | None  # cos and sin of patch tokens, broadcast to [N, H, P, E]
+    places: Tensor | None = None  # [N, patches] the patch token that each patch is in now; null = its own
 
 
 @dataclass
@@ -37,6 +38,11 @@ class Merging:
     patches: int | None = None
     """Patch tokens before the first block."""
     entering: dict[int, Tokens] = field(default_factory=dict)
+
+    def spread(self, patch_tokens: Tensor) -> Tensor:
+        """Each patch the token that it ended in: [N, P, D] behind the last block → [N, patches, D]."""
+        places = self.entering[max(self.entering)].places
+        return patch_tokens if places is None else _rows(patch_tokens, places)
 
 
 def merged_by(share: float, patches: int, blocks: int, block: int) -> int:
@@ -154,10 +160,26 @@ def apply_match(x: Tensor, tokens: Tokens, match: Match, prefix: int) -> tuple[T
     merged = (b * size_b.unsqueeze(-1) + weight @ _rows(a, match.gone)) / total.unsqueeze(-1)
     x = torch.cat([x[:, :prefix], _rows(x[:, prefix::2], match.kept), merged.to(x.dtype)], dim=1)
     new_sizes = torch.cat([sizes[:, :prefix], size_a.gather(1, match.kept), total], dim=1)
+    places = _new_places(match, size_b.shape[1])
+    if tokens.places is not None:
+        places = places.gather(1, tokens.places)
     if tokens.rotation is None:
-        return x, Tokens(new_sizes, None)
+        return x, Tokens(new_sizes, None, places)
     cos, sin = (_rotation_left(part, match, len(x)) for part in tokens.rotation)
-    return x, Tokens(new_sizes, (cos, sin))
+    return x, Tokens(new_sizes, (cos, sin), places)
+
+
+def _new_places(match: Match, count_b: int) -> Tensor:
+    """[N, P] where each patch token stands after a merge."""
+    views, stay = match.kept.shape
+    count = stay + match.gone.shape[1] + count_b
+    places = match.kept.new_empty(views, count)
+    of_a = match.kept.new_empty(views, count - count_b)
+    of_a.scatter_(1, match.kept, torch.arange(stay, device=of_a.device).expand(views, -1))
+    of_a.scatter_(1, match.gone, match.into + stay)
+    places[:, ::2] = of_a
+    places[:, 1::2] = torch.arange(stay, stay + count_b, device=of_a.device)
+    return places
 
 
 def _rotation_left(rotation: Tensor, match: Match, views: int) -> Tensor:

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from roadwork_dist.common.errors import BackboneError
-from roadwork_dist.models.backbone.base import IMAGENET_MEAN, IMAGENET_STD, Backbone, BackboneInfo, Triple
+from roadwork_dist.models.backbone.base import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Backbone,
+    BackboneInfo,
+    Triple,
+    square_cells,
+)
 from roadwork_dist.models.backbone.token_merging import Merging, merge_tokens
 from roadwork_dist.models.hub import no_progress_bar
 from roadwork_dist.models.identity import weights_identity
@@ -62,10 +69,29 @@ class TransformersBackbone(Backbone):
             config._attn_implementation = chosen
 
     def _extract(self, images: Tensor) -> Tensor:
-        options: dict[str, Any] = {**self._options}
-        if self._merges_tokens:
-            options["merging"] = Merging()  # the state of this pass
-        output = self.network(pixel_values=images, **options)
+        return self._feature(self._run(images, Merging()))
+
+    def _extract_cells(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        merging = Merging()
+        output = self._run(images, merging)
+        seen: Tensor = output.last_hidden_state
+        if seen.ndim == 4:  # the last map of a convolutional network
+            return self._feature(output), seen.permute(0, 2, 3, 1)
+        config: Any = self.network.config
+        before = 1 + getattr(config, "num_register_tokens", 0)
+        if not self._class_token:  # CLIP has a CLS token, SigLIP none
+            before = 0 if round(seen.shape[1] ** 0.5) ** 2 == seen.shape[1] else 1
+        patches = seen[:, before:]
+        return self._feature(output), square_cells(
+            merging.spread(patches) if self._merges_tokens else patches, self.name
+        )
+
+    def _run(self, images: Tensor, merging: Merging) -> Any:
+        """The network's output; ``merging`` holds the state of this pass where tokens are merged."""
+        options = {"merging": merging} if self._merges_tokens else {}
+        return self.network(pixel_values=images, **self._options, **options)
+
+    def _feature(self, output: Any) -> Tensor:
         if self._class_token:
             tokens: Tensor = output.last_hidden_state  # [N, 1 + registers + P, D]
             return tokens[:, 0]
