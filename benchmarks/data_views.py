@@ -166,7 +166,7 @@ def loader_table(photos: list[bytes], turns: int, rows: int = 24) -> str:
         dataset = RoadworkDataset(Manifest("photos", samples), views=PhotoViews(FAST))
 
         def read(workers: int) -> None:
-            batches = [[row, row + 1] for row in range(0, rows, 2)]
+            batches = [list(range(row, row + 8)) for row in range(0, rows, 8)]
             for _ in load_batches(dataset, batches, workers=workers, collate=collate):
                 pass
 
@@ -208,7 +208,7 @@ def main() -> None:
     print(f"{speed_table(times_of(photos, options.turns), len(photos))}\n")
     print(f"{views_table_from_memory(photos[0], options.turns)}\n")
     print(f"PSNR in dB against {NAIVE}:\n\n{quality_table(photos)}\n")
-    print(f"Batches of two photos:\n\n{loader_table(photos, options.turns)}")
+    print(f"Batches of eight photos:\n\n{loader_table(photos, options.turns)}")
 
 
 if __name__ == "__main__":
