@@ -114,6 +114,12 @@ def test_a_fault_that_stays_is_told_and_rows_behind_it_fail_at_once(
     assert cache_of(tmp_path).fetch(file)  # a run that is started again asks again
 
 
+def test_a_server_that_is_gone_is_told(tmp_path: Path) -> None:
+    url = f"http://127.0.0.1:{ranks.free_port()}/a.tar"
+    with pytest.raises(DataError, match=f"{url}: cannot be fetched .*refused; tried 4 times"):
+        read_whole(url, QUICK)
+
+
 def test_a_dead_server_is_not_asked_for_file_after_file(server: FileServer, tmp_path: Path) -> None:
     files = [put(server, f"{number}.tar", 1000)[0] for number in range(50)]
     server.fault = lambda number, name: "500"

@@ -9,8 +9,10 @@ import pytest
 from support.file_server import FileServer, serve
 from support.photo_shards import data_config, write_photo_shards
 
+from roadwork_dist.build.check import check_source
 from roadwork_dist.common.errors import ConfigError, DataError
 from roadwork_dist.config.experiment import DataConfig
+from roadwork_dist.config.io import parse_experiment
 from roadwork_dist.data.check import check_images
 from roadwork_dist.data.images import decode, decode_mask
 from roadwork_dist.data.order import shard_order_of
@@ -71,6 +73,26 @@ def test_a_missing_and_a_damaged_tar_are_counted_by_their_photos(server: FileSer
     told = dict(report.unreadable)
     assert sum("404" in reason for reason in told.values()) == of_tar.count(1)
     assert sum("shards.json tells" in reason for reason in told.values()) >= 2
+
+
+def test_a_shard_that_rots_in_the_cache_is_fetched_again(server: FileServer, tmp_path: Path) -> None:
+    manifest = load_manifest(f"{server.url}/shards", quick(tmp_path / "cache"), name="train")
+    photos = [sample.image.read() for sample in manifest]
+    for path in (tmp_path / "cache").glob("*.data"):
+        path.write_bytes(bytes(path.stat().st_size))
+    before = server.sent()
+    assert [sample.image.read() for sample in manifest] == photos
+    assert server.sent() - before == sum(path.stat().st_size for path in server.folder.glob("*/*.tar"))
+
+
+def test_data_check_reads_a_url(server: FileServer, tmp_path: Path) -> None:
+    min((server.folder / "shards").glob("*.tar")).unlink()
+    config = replace(parse_experiment([]), data=quick(tmp_path / "cache"))
+    told: list[str] = []
+    problems = check_source(f"{server.url}/shards", config, told.append)
+    assert "48 photos" in told[0]
+    assert len(problems) == 1
+    assert "404 Not Found" in problems[0]
 
 
 def test_an_index_of_other_tars_is_told(server: FileServer, tmp_path: Path) -> None:
