@@ -77,6 +77,15 @@ def test_views_of_many_photos_are_augmented_together() -> None:
         assert_alike(part, augmenter(photos[k], str(k), 0), most=3)
 
 
+@pytest.mark.parametrize("name", list(DRAWS))
+def test_a_view_does_not_depend_on_those_beside_it(name: str) -> None:
+    views = views_of()
+    draws = [{name: DRAWS[name](generator_for(name, k), 96)} for k in range(len(views))]
+    together = augmented_on_device(views, draws)
+    for k in (0, 3, 5):
+        assert torch.equal(augmented_on_device(views[k : k + 1], draws[k : k + 1])[0], together[k])
+
+
 def test_a_view_that_drew_nothing_stays_as_it_is() -> None:
     views = views_of(3)
     augmented = augmented_on_device(views, [{}, {"flip": {}}, {}])

@@ -186,6 +186,16 @@ def test_a_decoder_s_complaint_sends_a_photo_the_slow_way(monkeypatch: pytest.Mo
     assert not goes_fast(damaged, monkeypatch, ViewGeometry(48))
 
 
+@pytest.mark.parametrize("reduction", [1, 2, 4, 8])
+def test_a_reduced_decode_is_pillow_s(reduction: int) -> None:
+    data = encoded(photo(648, 416))
+    pixels = decode_baseline(data, (648, 416), reduction)
+    assert pixels is not None
+    assert pixels.shape == (416 // reduction, 648 // reduction, 3)
+    slow = decode(data, reduction=reduction)
+    assert (torch.from_numpy(pixels).permute(2, 0, 1).int() - slow.int()).abs().float().mean() < 0.5
+
+
 def test_memory_is_used_again_and_large_memory_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     data = encoded(photo(640, 480))
     first, second = decode_baseline(data, (640, 480)), decode_baseline(data, (640, 480), 2)

@@ -35,7 +35,7 @@ def blend(view: Tensor, colour: Tensor | float, alpha: Tensor) -> Tensor:
     return to_uint8(pixels + (colour - pixels) * alpha)
 
 
-def unit_grid(side: int) -> tuple[Tensor, Tensor]:
-    """Coordinates of the pixels in 0…1: y as [S, 1] and x as [1, S]."""
-    steps = (torch.arange(side) + 0.5) / side
+def unit_grid(side: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """Coordinates of the pixels in 0…1: y as [S, 1] and x as [1, S]; on the CPU where no device is given."""
+    steps = (torch.arange(side, device=device) + 0.5) / side
     return steps[:, None], steps[None, :]
