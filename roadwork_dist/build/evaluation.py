@@ -10,7 +10,7 @@ from roadwork_dist.build.experiment import (
     build_task,
     evaluate_splits,
     evaluated,
-    is_synthetic_source,
+    is_synthetic,
     prediction_rows,
     write_evaluation,
 )
@@ -22,6 +22,7 @@ from roadwork_dist.data.dataset import collate
 from roadwork_dist.data.loader import load_batches
 from roadwork_dist.data.manifest import Manifest
 from roadwork_dist.data.sampler import evaluation_batches
+from roadwork_dist.data.sources import is_synthetic as is_synthetic_source
 from roadwork_dist.data.sources import load_manifest
 from roadwork_dist.engine.accelerator import build_accelerator
 from roadwork_dist.evaluation.predictions import write_predictions
@@ -75,11 +76,11 @@ def evaluate_run(
     select = crops_to_select(config.views, select)
     files = _files(run_dir, source, threshold, select, output)
     if source is None:
-        splits, synthetic = evaluated(_own_photos(config)), is_synthetic_source(config.data.train)
+        splits, synthetic = evaluated(_own_photos(config)), is_synthetic(config)
     else:
         data = replace(config.data, image_root=image_root)
         splits = {source: load_manifest(source, data, name="train", setting="--data").labelled()}
-        synthetic = is_synthetic_source(source)
+        synthetic = is_synthetic_source(source, data)
     device = "cpu" if config.device == "cpu" else "auto"
     predictor = Predictor.from_pretrained(
         run_dir / "best", device=device, max_pixels=config.data.max_pixels, select=select or ALL_CROPS

@@ -22,6 +22,7 @@ from roadwork_dist.data.gps import gps_weights
 from roadwork_dist.data.images import photo_size
 from roadwork_dist.data.manifest import Manifest, Sample
 from roadwork_dist.data.order import shard_order_of
+from roadwork_dist.data.sources import is_synthetic as is_synthetic_source
 from roadwork_dist.engine.accelerator import build_accelerator, share_cores
 from roadwork_dist.evaluation.evaluator import evaluate_predictions, summary_lines
 from roadwork_dist.evaluation.predictions import read_predictions, write_predictions
@@ -162,14 +163,7 @@ def _sample_weights(
 
 def is_synthetic(config: ExperimentConfig) -> bool:
     """Whether the training photos come from this package's generator, which leaves a marker."""
-    return is_synthetic_source(config.data.train)
-
-
-def is_synthetic_source(name: str) -> bool:
-    """Whether a source is a folder or a table that this package's generator wrote."""
-    source = Path(name)
-    marker = (source if source.is_dir() else source.parent) / "synthetic.json"
-    return marker.is_file()
+    return is_synthetic_source(config.data.train, config.data)
 
 
 def run_experiment(config: ExperimentConfig) -> Path:

@@ -33,7 +33,7 @@ def run(arguments: Sequence[str]) -> int:
     from roadwork_dist.build.shards import Compaction
     from roadwork_dist.data.shards.plan import ShardOptions
     from roadwork_dist.data.shards.write import write_shards
-    from roadwork_dist.data.sources import load_manifest
+    from roadwork_dist.data.sources import is_synthetic, load_manifest
 
     manifest = load_manifest(options.source, config.data, name="train", setting="SOURCE")
     compaction = Compaction(config, samples=options.sample) if options.compact else None
@@ -46,6 +46,7 @@ def run(arguments: Sequence[str]) -> int:
         decode=not options.no_decode,
         max_pixels=config.data.max_pixels,
         max_share=config.data.max_unreadable_share,
+        synthetic=is_synthetic(options.source, config.data),
     )
     with progress_bar(f"writing shards of {manifest.name}") as tell:
         done = write_shards(manifest, options.out, form, workers=options.workers, on_progress=tell)

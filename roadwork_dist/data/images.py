@@ -185,9 +185,14 @@ def photo_size(
 ) -> tuple[int, int]:
     """Height and width in px of the upright photo, at full size, from its header where that suffices.
 
+    Where the source is a reduced copy and knows its original's size, that is what counts.
+
     Raises:
         DataError: the header cannot be read, or the size is out of the limits.
     """
+    original_size: tuple[int, int] | None = getattr(source, "original_size", None)
+    if original_size is not None:
+        return original_size[1], original_size[0]
     data, name = _bytes_and_name(source, name)
     image = open_picture(data, name, max_pixels=max_pixels, min_side=min_side)
     if isinstance(image, PngImageFile) and "exif" not in image.info:

@@ -11,6 +11,8 @@ from support.shards import load, write_photos
 from roadwork_dist.build.shards import cosines, view_kinds
 from roadwork_dist.cli.main import main
 from roadwork_dist.cli.shard import byte_size, split_settings
+from roadwork_dist.config.experiment import DataConfig
+from roadwork_dist.data.sources import is_synthetic
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +142,21 @@ def test_data_check_tells_what_is_wrong_per_shard(
     # The same command mends it.
     assert shard(table, out, "--size", "40KB") == 0
     assert main(["data", "check", str(out)]) == 0
+
+
+def test_shards_of_synthetic_photos_say_so(table: Path, tmp_path: Path) -> None:
+    """A report of figures on synthetic photos has to say that they are synthetic."""
+    config = DataConfig()
+    assert not is_synthetic(str(table), config)
+    assert shard(table, tmp_path / "real") == 0
+    assert not is_synthetic(str(tmp_path / "real"), config)
+    (tmp_path / "rendered").mkdir()
+    for path in table.parent.iterdir():
+        (tmp_path / "rendered" / path.name).symlink_to(path)
+    (tmp_path / "rendered" / "synthetic.json").write_text("{}")
+    assert shard(tmp_path / "rendered", tmp_path / "set") == 0
+    assert is_synthetic(str(tmp_path / "set"), config)
+    assert not is_synthetic("hf:owner/name:train", config)
 
 
 def test_a_set_that_is_not_finished_is_told(

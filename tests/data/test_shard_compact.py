@@ -10,7 +10,7 @@ from support.shards import load, picture, write_photos, write_set
 
 from roadwork_dist.common.errors import ConfigError, DataError
 from roadwork_dist.data.content import content_hashes
-from roadwork_dist.data.images import BytesImage, decode
+from roadwork_dist.data.images import BytesImage, decode, photo_size
 from roadwork_dist.data.photo import PhotoViews, views_of_photo
 from roadwork_dist.data.shards.compact import compact_photo, compact_size
 from roadwork_dist.data.shards.image import ShardImage
@@ -102,6 +102,7 @@ def test_views_of_a_compact_set_are_those_of_its_photos(table: Path, shards: Pat
     for own, other in zip(load(table), load(shards), strict=True):
         assert isinstance(other.image, ShardImage)
         assert other.image.original_size == (801, 599)
+        assert photo_size(other.image) == (599, 801)
         assert decode(other.image).shape == (3, 120, 160)
         expected, got = views.plain(own.image), views.plain(other.image)
         assert got.shape == expected.shape == (12, 3, S, S)

@@ -58,6 +58,7 @@ class ShardSet:
         index_sha256: hex, of ``index.parquet``.
         settings: what else decided the content: limit of size, order, and of compact sets S, scale, quality.
         unreadable: id and reason of each photo that was left out.
+        synthetic: whether the photos are rendered by this package, which reports of them have to say.
     """
 
     name: str
@@ -67,6 +68,7 @@ class ShardSet:
     index_sha256: str
     settings: dict[str, Any]
     unreadable: tuple[tuple[str, str], ...] = ()
+    synthetic: bool = False
 
     @property
     def samples(self) -> int:
@@ -203,6 +205,7 @@ def write_set(
     shards: tuple[ShardFile, ...],
     settings: dict[str, Any],
     unreadable: tuple[tuple[str, str], ...] = (),
+    synthetic: bool = False,
 ) -> ShardSet:
     """Write ``index.parquet`` and then ``shards.json``, which makes the set count.
 
@@ -211,7 +214,7 @@ def write_set(
     """
     index = index_bytes(rows)
     checksum = hashlib.sha256(index).hexdigest()
-    made = ShardSet(name, kind, source, shards, checksum, settings, unreadable)
+    made = ShardSet(name, kind, source, shards, checksum, settings, unreadable, synthetic)
     write_atomic(folder / INDEX_FILE, index)
     write_atomic(folder / SET_FILE, made.to_json())
     return made

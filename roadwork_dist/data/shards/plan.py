@@ -36,6 +36,7 @@ class ShardOptions:
         decode: decode every photo and mask before it is written; False = read its header only.
         max_pixels: photos with more are unreadable.
         max_share: share of unreadable photos above which writing stops.
+        synthetic: note that the photos are rendered by this package.
 
     Raises:
         ConfigError: a value is out of range.
@@ -49,6 +50,7 @@ class ShardOptions:
     decode: bool = True
     max_pixels: int = MAX_PIXELS
     max_share: float = 0.01
+    synthetic: bool = False
 
     def __post_init__(self) -> None:
         if self.size < LEAST_TAR:

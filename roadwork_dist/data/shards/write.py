@@ -161,6 +161,7 @@ def _finish(out: Path, source: str, options: ShardOptions, parts: list[Part]) ->
         shards=tuple(part.shard for part in parts),
         settings=options.settings(),
         unreadable=tuple(pair for part in parts for pair in part.unreadable),
+        synthetic=options.synthetic,
     )
     remove_parts(out)
     (out / PLAN_FILE).unlink(missing_ok=True)

@@ -6,7 +6,7 @@ from roadwork_dist.common.errors import DataError
 from roadwork_dist.config.experiment import DataConfig
 from roadwork_dist.data.manifest import Manifest
 from roadwork_dist.data.shards.image import is_remote
-from roadwork_dist.data.shards.index import is_shard_set
+from roadwork_dist.data.shards.index import is_shard_set, read_set
 
 _UNDERSTOOD = (
     "a .csv or .parquet table, a folder with metadata.csv or metadata.parquet, a folder of shards or its "
@@ -60,6 +60,29 @@ def load_manifest(source: str, config: DataConfig, *, name: str, setting: str | 
     elif path.suffix.lower() == ".json":
         return roadwork_coco.read_coco(path, config)
     raise DataError(f"{source}: is of no known form, expected {_UNDERSTOOD}: correct {setting}")
+
+
+def is_synthetic(source: str, config: DataConfig) -> bool:
+    """Whether the photos are rendered by this package: its generator leaves a mark, which shards keep.
+
+    Args:
+        source: as of :func:`load_manifest`.
+        config: how a server is asked.
+
+    Raises:
+        DataError: the shard set cannot be read.
+    """
+    from roadwork_dist.data.sources import remote
+    from roadwork_dist.data.synthetic.dataset import MARKER
+
+    if source.startswith("hf:"):
+        return False
+    if is_remote(source):
+        return not source.endswith(".parquet") and remote.read_remote_set(source, config).synthetic
+    path, _ = _path_and_split(source)
+    if path.is_dir() and is_shard_set(path):
+        return read_set(path).synthetic
+    return ((path if path.is_dir() else path.parent) / MARKER).is_file()
 
 
 def _path_and_split(source: str) -> tuple[Path, str | None]:

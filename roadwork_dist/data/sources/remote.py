@@ -12,7 +12,7 @@ from roadwork_dist.data.remote.download import RemoteFile, read_whole
 from roadwork_dist.data.remote.image import RemoteImage
 from roadwork_dist.data.remote.retry import Patience
 from roadwork_dist.data.shards.image import ShardImage
-from roadwork_dist.data.shards.index import INDEX_FILE, SET_FILE, parse_index, parse_set
+from roadwork_dist.data.shards.index import INDEX_FILE, SET_FILE, ShardSet, parse_index, parse_set
 from roadwork_dist.data.sources.shards import manifest_of
 
 
@@ -37,9 +37,9 @@ def read_remote(url: str, config: DataConfig) -> Manifest:
         DataError: the set cannot be fetched, is not finished, or is damaged.
         MissingDependencyError: the package for this kind of URL is not installed.
     """
-    base = url.rstrip("/").removesuffix(f"/{SET_FILE}")
+    base = _base(url)
     cache = cache_of(config.remote)
-    shards = parse_set(_read_set(f"{base}/{SET_FILE}", cache.patience), f"{base}/{SET_FILE}")
+    shards = read_remote_set(url, config)
     index = RemoteFile(f"{base}/{INDEX_FILE}", sha256=shards.index_sha256)
     content = cache.fetch(index).read_bytes()
     manifest = manifest_of(
@@ -53,6 +53,20 @@ def read_remote(url: str, config: DataConfig) -> Manifest:
         cache,
     )
     return Manifest(base, tuple(map(places.sample, manifest)), manifest.unknown_words)
+
+
+def read_remote_set(url: str, config: DataConfig) -> ShardSet:
+    """What the ``shards.json`` of a set on a server says.
+
+    Raises:
+        DataError: it cannot be fetched, or is damaged.
+    """
+    path = f"{_base(url)}/{SET_FILE}"
+    return parse_set(_read_set(path, cache_of(config.remote).patience), path)
+
+
+def _base(url: str) -> str:
+    return url.rstrip("/").removesuffix(f"/{SET_FILE}")
 
 
 def _read_set(url: str, patience: Patience) -> bytes:
