@@ -15,9 +15,9 @@ from support import ranks
 from support.file_server import FileServer, serve
 
 from roadwork_dist.common.errors import ConfigError, DataError, MissingDependencyError
-from roadwork_dist.data.remote import download, locks
+from roadwork_dist.data.remote import download, locks, transport
 from roadwork_dist.data.remote.cache import RemoteCache
-from roadwork_dist.data.remote.download import RemoteFile, read_whole
+from roadwork_dist.data.remote.download import RemoteFile, read_whole, size_of
 from roadwork_dist.data.remote.read_ahead import fetch_alongside, read_ahead
 from roadwork_dist.data.remote.retry import Patience, Stop, StoppedError
 
@@ -328,9 +328,10 @@ def test_reading_ahead_survives_a_dead_server_and_ends_with_its_reader(
     assert not [thread for thread in threading.enumerate() if thread.name == "read-ahead"]
 
 
-def test_other_kinds_of_url_go_through_fsspec(tmp_path: Path) -> None:
+def test_other_kinds_of_url_go_through_fsspec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import fsspec
 
+    monkeypatch.setattr(transport, "BLOCK", MIB // 3)
     content = random.Random(1).randbytes(3 * MIB)
     with fsspec.open("memory://shards/a.tar", "wb") as file:
         file.write(content)
@@ -339,6 +340,7 @@ def test_other_kinds_of_url_go_through_fsspec(tmp_path: Path) -> None:
     assert cache.read(known, 1000, 100) == content[1000:1100]
     assert cache.fetch(known).read_bytes() == content
     assert read_whole("memory://shards/a.tar", QUICK) == content
+    assert size_of("memory://shards/a.tar", QUICK) == len(content)
     with pytest.raises(DataError, match=r"memory://shards/b.tar: cannot be fetched .there is no such file"):
         read_whole("memory://shards/b.tar", QUICK)
 

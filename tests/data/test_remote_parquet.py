@@ -137,6 +137,17 @@ def test_what_cannot_be_streamed_is_told(
         load_manifest(f"{server.url}/train-0.parquet", config, name="train")
 
 
+def test_the_files_of_a_split_are_found(
+    server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_parquet, "hub_reachable", lambda: True)
+    # A folder is resolved as a repository of the hub is, down to the names of splits.
+    found = remote_parquet.hub_files(str(server.folder), "train", "hf:…")
+    assert [Path(each).name for each in found] == ["train-0.parquet", "train-1.parquet"]
+    with pytest.raises(DataError, match=r"hf:…: cannot be opened .*'test'.*hub with that split"):
+        remote_parquet.hub_files(str(server.folder), "test", "hf:…")
+
+
 def test_a_stream_of_hugging_face_is_refused_with_the_way_out(tmp_path: Path) -> None:
     rows = datasets.Dataset.from_dict({"x": [[1.0]], "y": [0]}).to_iterable_dataset()
     with pytest.raises(

@@ -20,7 +20,7 @@ Item = TypeVar("Item", bound=tuple[Any, ...])
 
 logger = logging.getLogger(__name__)
 
-MOST_BATCHES = 100_000
+MOST_BATCHES = 10_000
 """Batches looked ahead at most, however few files they lie in."""
 MOST_CONNECTIONS = 4
 _JOIN_S = 5.0

@@ -9,7 +9,7 @@ import socket
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from email.utils import parsedate_to_datetime
 from typing import Any, Protocol
@@ -19,6 +19,8 @@ from roadwork_dist.common.errors import MissingDependencyError
 
 _PASSING_STATUS = {408, 425, 429}
 """Besides all of 500 and above: what another try may mend."""
+BLOCK = 8 << 20
+"""Bytes of a request through fsspec."""
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 
 
@@ -45,8 +47,10 @@ class Stream(Protocol):
 
     start: int
     """Where in the file they begin: what was asked for, or 0 from a server that knows no ranges."""
-    total: int | None
-    """Bytes of the whole file, where the server tells them."""
+
+    @property
+    def total(self) -> int | None:
+        """Bytes of the whole file, where the server tells them."""
 
     def read(self, size: int) -> bytes:
         """The next piece, at most ``size`` bytes; b"" at the end.
@@ -158,28 +162,44 @@ def _text(error: Exception) -> str:
 
 
 class _FileStream:
-    """A file of fsspec, which asks for ranges by itself."""
+    """A file of fsspec, asked for in blocks: each is one request, however the file system reads ahead."""
 
-    def __init__(self, file: Any, start: int, stop: int | None) -> None:
-        self._file, self.start, self.total = file, start, file.size
-        self._left = None if stop is None else stop - start
-        file.seek(start)
+    def __init__(self, system: Any, path: str, start: int, stop: int | None) -> None:
+        self._system, self._path, self.start, self._stop = system, path, start, stop
+        self._place, self._block = start, b""
+
+    @property
+    def total(self) -> int | None:
+        size: int | None = self._asked(self._system.size, self._path)
+        return size
 
     def read(self, size: int) -> bytes:
-        wanted = size if self._left is None else min(size, self._left)
-        try:
-            data: bytes = self._file.read(wanted)
-        except Exception as error:  # each file system raises its own
-            raise TransientError(_text(error)) from error
-        if self._left is not None:
-            self._left -= len(data)
-        return data
+        if self._stop is None:
+            self._stop = self.total  # behind the end, an object store gives an error
+        if not self._block:
+            end = self._place + BLOCK if self._stop is None else min(self._stop, self._place + BLOCK)
+            if end <= self._place:
+                return b""
+            self._block = self._asked(self._system.cat_file, self._path, start=self._place, end=end)
+            self._place += len(self._block)
+        piece, self._block = self._block[:size], self._block[size:]
+        return piece
 
     def abort(self) -> None:
-        """Nothing: these reads end by the timeouts of their own library."""
+        """Nothing: these requests end by the timeouts of their own library."""
 
     def close(self) -> None:
-        self._file.close()
+        """Nothing is open."""
+
+    def _asked(self, function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        try:
+            return function(*arguments, **named)
+        except FileNotFoundError as error:
+            raise RefusedError("there is no such file") from error
+        except PermissionError as error:
+            raise RefusedError(f"it may not be read: {_text(error)}") from error
+        except Exception as error:  # each file system raises its own
+            raise TransientError(_text(error)) from error
 
 
 def _open_fsspec(url: str, start: int, stop: int | None, timeout: float) -> _FileStream:
@@ -189,14 +209,7 @@ def _open_fsspec(url: str, start: int, stop: int | None, timeout: float) -> _Fil
         system, path = fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
         raise _missing(url, error) from error
-    try:
-        return _FileStream(system.open(path, "rb", cache_type="readahead"), start, stop)
-    except FileNotFoundError as error:
-        raise RefusedError("there is no such file") from error
-    except PermissionError as error:
-        raise RefusedError(f"it may not be read: {_text(error)}") from error
-    except Exception as error:  # each file system raises its own
-        raise TransientError(_text(error)) from error
+    return _FileStream(system, path, start, stop)
 
 
 def _missing(url: str, error: Exception) -> MissingDependencyError:
