@@ -3,6 +3,8 @@
 N views in one call of the backbone · V views of a photo · D width of the backbone · S side in px
 """
 
+import logging
+import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +22,8 @@ from roadwork_dist.data.manifest import Sample
 from roadwork_dist.data.photo import PhotoViews
 from roadwork_dist.data.remote.read_ahead import fetch_alongside
 from roadwork_dist.data.store import FeatureStore
+
+logger = logging.getLogger(__name__)
 
 Encoder = Callable[[Tensor], Tensor]
 """[N, 3, S, S] uint8 on the CPU -> [N, D] floating, on any device."""
@@ -113,6 +117,8 @@ def extract(
 
     try:
         for written in _computed(readable(), encode, _Writing(store), batch_views):
+            if done == found and written:
+                _tell_shortage(store, total - done, views.geometry.max_views)
             for _ in range(written):
                 done += 1
                 if on_progress is not None:
@@ -125,6 +131,18 @@ def extract(
     broken = {hashes[row]: message for row, message in unreadable.items() if hashes[row] is not None}
     unreadable |= {row: broken[content] for row, content in enumerate(hashes) if content in broken}
     return Extraction(done - found, found, dict(sorted(unreadable.items())))
+
+
+def _tell_shortage(store: FeatureStore, entries: int, views: int) -> None:
+    """Say beforehand that a disk has no room for what this process has to write, rather than hours later."""
+    most = entries * views * store.view_bytes
+    free = shutil.disk_usage(store.folder).free
+    if most > free:
+        logger.warning(
+            "the features of %d photos and copies take up to %.1f GB, but the disk of %s has %.1f GB free: "
+            "make room meanwhile, or stop and set features.dir to another folder",
+            *(entries, most / 1e9, store.folder, free / 1e9),
+        )
 
 
 def _plan(
@@ -290,7 +308,8 @@ class _Buffer:
 
     def in_use(self, ready: "torch.cuda.Event | None") -> None:
         """Remember what has to have happened before the buffer is filled again."""
-        self._ready, self.is_on_gpu = ready, ready is not None
+        self._ready = ready
+        self.is_on_gpu = self.is_on_gpu or ready is not None
 
     def wait(self) -> None:
         """Until the device has read the buffer."""
@@ -326,6 +345,8 @@ def _batches(
 def _next_buffer(ring: deque[_Buffer], shape: Sequence[int]) -> _Buffer:
     """A buffer that nobody reads: on a CPU always the same, for a GPU the oldest of a few."""
     is_on_gpu = bool(ring) and ring[-1].is_on_gpu
+    if is_on_gpu and not ring[-1].pinned:
+        ring.clear()  # the first one, made before anybody knew where the backbone computes
     if not ring or (is_on_gpu and len(ring) < _BUFFERS):
         ring.append(_Buffer(shape, pinned=is_on_gpu))
         return ring[-1]

@@ -9,12 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.ranks import run
 from support.tiny_run import tiny_arguments, tiny_set
 
 from roadwork_dist.cli.main import main
 from roadwork_dist.data.store import FeatureSpace, FeatureStore
+from roadwork_dist.data.store.catalogue import Catalogue
+from roadwork_dist.data.store.index import concatenate
 from roadwork_dist.data.store.locks import FileLock
 from roadwork_dist.data.store.part import parts_in
+from roadwork_dist.data.store.upkeep import spaces_in
 from roadwork_dist.data.synthetic.dataset import SyntheticSet
 
 
@@ -65,6 +69,26 @@ def test_features_are_computed_beforehand_and_found_by_training(
     assert "as they are" in told
     assert "(8 photos)" in told
     assert "2 kinds of features" in told
+
+
+def values_in(root: Path) -> dict[str, list[tuple[int, ...]]]:
+    """Checksums and sizes of all entries by space, sorted by key."""
+    found = {}
+    for folder in spaces_in(root):
+        catalogue = Catalogue(folder)
+        entries = concatenate([catalogue.merged, catalogue.recent]).in_order()
+        columns = (entries.high, entries.low, entries.views, entries.crc)
+        found[folder.name] = list(zip(*(column.tolist() for column in columns), strict=True))
+    return found
+
+
+def test_two_processes_compute_what_one_computes(data: SyntheticSet, tmp_path: Path) -> None:
+    arguments = [*tiny_arguments(data, tmp_path), f"--features.dir={tmp_path / 'one'}"]
+    assert main(["features", *arguments]) == 0
+    codes = run(main, ["features", *arguments, f"--features.dir={tmp_path / 'two'}"], world_size=2)
+    assert codes == [0, 0]
+    assert values_in(tmp_path / "two") == values_in(tmp_path / "one")
+    assert all(len(parts_in(folder / "parts")) == 2 for folder in spaces_in(tmp_path / "two"))
 
 
 def test_settings_that_keep_nothing_are_refused(

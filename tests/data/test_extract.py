@@ -1,6 +1,7 @@
 import json
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -131,6 +132,19 @@ def test_stored_bytes_depend_neither_on_workers_nor_shares_nor_order(
     for other in "bcd":
         assert contents(tmp_path / other) == expected
     assert [r.computed for r in reports] == [4, 6]
+
+
+def test_a_disk_without_room_is_told_beforehand(
+    tmp_path: Path, plain: PhotoViews, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    samples = samples_in(tmp_path)
+    needed = 5 * 12 * 8 * 4  # entries · views at most · D · bytes
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=needed))
+    run(samples, plain, tmp_path / "enough", TinyEncoder())
+    assert not caplog.text
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=needed - 1))
+    run(samples, plain, tmp_path / "scarce", TinyEncoder())
+    assert "the features of 5 photos and copies take up to" in caplog.text
 
 
 def test_what_is_there_is_not_decoded_again(
