@@ -115,8 +115,8 @@ for half as much time again. Features of the two are kept apart."""
     """``nvjpeg`` = an NVIDIA GPU decodes JPEGs, every pixel of them; needs ``workers: 0``. Features are kept \
 apart."""
     select: int | None = None
-    """Crops that go through the backbone beside the global view when photos are predicted; a selector, \
-distilled after training, chooses them. null = all. Training always sees all views."""
+    """Crops that go through the backbone beside the global view when photos are predicted, chosen by what \
+`roadwork-dist distil` has taught after training. null = all. Training always sees all views."""
 
     def __post_init__(self) -> None:
         if self.size != "auto":
@@ -204,8 +204,8 @@ of transformers); faster, and other features. 0 = off."""
         check(0 <= merging <= 0.9, "backbone.token_merging", merging, "a share from 0 to 0.9")
         if merging and self.attention == "flash":
             raise ConfigError(
-                "backbone.attention is 'flash' with backbone.token_merging on, which weighs tokens by what they "
-                "stand for, and FlashAttention cannot: set backbone.attention to auto or sdpa"
+                "backbone.attention is 'flash' with backbone.token_merging on, which weighs tokens by what "
+                "they stand for, and FlashAttention cannot: set backbone.attention to auto or sdpa"
             )
 
 
