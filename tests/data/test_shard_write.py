@@ -1,4 +1,5 @@
 import errno
+import io
 import json
 import os
 import signal
@@ -184,19 +185,23 @@ def test_a_mended_photo_is_written_and_other_shards_are_kept(tmp_path: Path) -> 
 def test_a_full_disk_leaves_finished_shards_and_nothing_half(
     table: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    add = TarWriter.add
-    calls = 0
+    begin, room = TarWriter.__init__, 30_000
 
-    def full(self: TarWriter, name: str, data: bytes) -> int:
-        nonlocal calls
-        calls += 1
-        if calls > 12:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return add(self, name, data)
+    class FullDisk(io.BufferedWriter):
+        def write(self, data: Any) -> int:
+            nonlocal room
+            room -= len(data)
+            if room < 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(data)
+
+    def begin_on_it(self: TarWriter, path: Path) -> None:
+        begin(self, path)
+        self._file = FullDisk(self._file.detach())
 
     with monkeypatch.context() as patch:
-        patch.setattr(TarWriter, "add", full)
-        with pytest.raises(OSError, match="No space left"):
+        patch.setattr(TarWriter, "__init__", begin_on_it)
+        with pytest.raises(OSError, match=r"No space left on device: '.*shard-000001\.tar'"):
             write_set(table, tmp_path / "out")
     left = [path.name for path in (tmp_path / "out").iterdir()]
     assert "shard-000000.tar" in left

@@ -64,7 +64,11 @@ class TarWriter:
         return self._hash.hexdigest()
 
     def _write(self, data: bytes) -> None:
-        self._file.write(data)
+        try:
+            self._file.write(data)
+        except OSError as error:  # a full disk; the system does not say where
+            error.filename = str(self.path)
+            raise
         self._hash.update(data)
         self.size += len(data)
 
