@@ -7,6 +7,8 @@ import random
 import threading
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -54,6 +56,36 @@ def test_a_fault_that_passes_is_not_noticed(server: FileServer, tmp_path: Path, 
     assert cache_of(tmp_path).fetch(file).read_bytes() == content
     assert server.count == 3
     assert left_over(tmp_path) == [".data", ".lock"]
+
+
+@pytest.mark.parametrize(
+    ("header", "least", "most"),
+    [("7", 7, 7), ("", 0, 0.01), ("soon", 0, 0.01), ("9999", 60, 60), ("date", 15, 21)],
+)
+def test_a_server_that_asks_for_a_pause_gets_it(
+    server: FileServer, header: str, least: float, most: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (server.folder / "a").write_bytes(b"content")
+    server.retry_after = (
+        format_datetime(datetime.now(UTC) + timedelta(seconds=20)) if header == "date" else header
+    )
+    server.fault = lambda number, name: "429" if number == 1 else ""
+    pauses: list[float] = []
+    monkeypatch.setattr(Stop, "sleep", lambda self, seconds: pauses.append(seconds))
+    assert read_whole(f"{server.url}/a", QUICK) == b"content"
+    assert len(pauses) == 1
+    assert least <= pauses[0] <= most
+
+
+def test_pauses_double_and_are_of_random_length(server: FileServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.fault = lambda number, name: "500"
+    pauses: list[float] = []
+    monkeypatch.setattr(Stop, "sleep", lambda self, seconds: pauses.append(seconds))
+    with pytest.raises(DataError):
+        read_whole(f"{server.url}/a", Patience(attempts=12, first_pause=0.5))
+    longest = [min(30.0, 0.5 * 2**number) for number in range(11)]
+    assert all(top / 2 <= pause <= top for top, pause in zip(longest, pauses, strict=True))
+    assert len({pause / top for top, pause in zip(longest, pauses, strict=True)}) == 11
 
 
 def test_a_half_body_is_gone_on_with_not_read_again(server: FileServer, tmp_path: Path) -> None:

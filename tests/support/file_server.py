@@ -22,6 +22,7 @@ class FileServer(ThreadingHTTPServer):
         knows_ranges: whether a Range header counts.
         latency: seconds before each answer.
         rate: bytes/s of each answer; 0 = as fast as it goes.
+        retry_after: header of an answer that is an error.
     """
 
     daemon_threads = True
@@ -33,6 +34,7 @@ class FileServer(ThreadingHTTPServer):
         self.asked: list[tuple[str, int, int]] = []
         self.knows_ranges, self.latency, self.rate = True, 0.0, 0.0
         self.count, self.lock = 0, threading.Lock()
+        self.retry_after = "0"
 
     @property
     def url(self) -> str:
@@ -60,7 +62,7 @@ class _Handler(BaseHTTPRequestHandler):
         time.sleep(server.latency)
         if fault in ("404", "429", "500", "503"):
             self.send_response(int(fault))
-            self.send_header("Retry-After", "0")
+            self.send_header("Retry-After", server.retry_after)
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
