@@ -12,6 +12,7 @@ from roadwork_dist.data.augment import Augmenter
 from roadwork_dist.data.augment.batched import (
     _APPLY,
     augmented_on_device,
+    prepared,
     stack_draws,
     to_device,
 )
@@ -41,7 +42,7 @@ def test_every_operation_gives_what_it_gives_one_by_one(name: str, side: int) ->
     views = views_of(side=side)
     before = views.clone()
     one_by_one = torch.stack([OPERATIONS[name](view, generator_for(name, k)) for k, view in enumerate(views)])
-    draws = [{name: DRAWS[name](generator_for(name, k), side)} for k in range(len(views))]
+    draws = [{name: prepared(name, DRAWS[name](generator_for(name, k), side))} for k in range(len(views))]
     batched = augmented_on_device(views, draws)
     assert_alike(batched, one_by_one)
     assert torch.equal(views, before), "the input is left alone"
@@ -80,7 +81,7 @@ def test_views_of_many_photos_are_augmented_together() -> None:
 @pytest.mark.parametrize("name", list(DRAWS))
 def test_a_view_does_not_depend_on_those_beside_it(name: str) -> None:
     views = views_of()
-    draws = [{name: DRAWS[name](generator_for(name, k), 96)} for k in range(len(views))]
+    draws = [{name: prepared(name, DRAWS[name](generator_for(name, k), 96))} for k in range(len(views))]
     together = augmented_on_device(views, draws)
     for k in (0, 3, 5):
         assert torch.equal(augmented_on_device(views[k : k + 1], draws[k : k + 1])[0], together[k])
@@ -100,7 +101,10 @@ def test_the_order_of_application_is_the_recipe_s() -> None:
 
 
 def test_tables_are_small_and_go_to_the_device() -> None:
-    draws = [{name: draw(generator_for(name, k), 512) for name, draw in DRAWS.items()} for k in range(2)]
+    draws = [
+        {name: prepared(name, draw(generator_for(name, k), 512)) for name, draw in DRAWS.items()}
+        for k in range(2)
+    ]
     stacked = stack_draws(draws)
     sizes = {name: sum(part.nbytes for part in tables.values()) // 2 for name, tables in stacked.items()}
     assert sizes.pop("noise") == 3 * 512 * 512 + 8, "a byte a value"

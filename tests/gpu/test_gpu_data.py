@@ -12,7 +12,7 @@ from roadwork_dist.common.errors import DataError
 from roadwork_dist.common.random import generator_for
 from roadwork_dist.config.experiment import AugmentConfig
 from roadwork_dist.data.augment import Augmenter
-from roadwork_dist.data.augment.batched import augmented_on_device
+from roadwork_dist.data.augment.batched import augmented_on_device, prepared
 from roadwork_dist.data.augment.draws import DRAWS
 from roadwork_dist.data.augment.operations import OPERATIONS
 from roadwork_dist.data.nvjpeg import views_on_gpu
@@ -32,7 +32,7 @@ def smooth_views(count: int, side: int) -> torch.Tensor:
 def test_every_operation_gives_what_it_gives_on_the_cpu(name: str) -> None:
     views = smooth_views(6, 128)
     one_by_one = torch.stack([OPERATIONS[name](view, generator_for(name, k)) for k, view in enumerate(views)])
-    draws = [{name: DRAWS[name](generator_for(name, k), 128)} for k in range(len(views))]
+    draws = [{name: prepared(name, DRAWS[name](generator_for(name, k), 128))} for k in range(len(views))]
     on_gpu = augmented_on_device(views.to(GPU), draws)
     assert on_gpu.device.type == "cuda"
     difference = (on_gpu.cpu().int() - one_by_one.int()).abs()

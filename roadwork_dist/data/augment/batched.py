@@ -27,7 +27,7 @@ from roadwork_dist.data.augment.trivial import trivial_augment
 from roadwork_dist.data.augment.weather import STREAK_COLOUR, SUN_COLOUR, streak_width
 
 ViewDraws = dict[str, Draws]
-"""What one view drew: operation -> what it drew, in the order of application."""
+"""What one view drew: operation -> :func:`prepared` draws; small, so that processes can hand it over."""
 
 StackedDraws = dict[str, dict[str, Any]]
 """What N views drew: operation -> ``view`` [n] int64 (their numbers) and the tables of its draws [n, …]."""
@@ -78,6 +78,11 @@ _TABLES: dict[str, Callable[[Draws], dict[str, Any]]] = {
 }
 
 
+def prepared(name: str, drawn: Draws) -> Draws:
+    """What an operation drew for a view, in the form that the operation on a batch takes."""
+    return _TABLES.get(name, dict)(drawn)
+
+
 def stack_draws(views: Sequence[ViewDraws]) -> StackedDraws:
     """Tables of what N views drew, to be sent to the device with them.
 
@@ -88,7 +93,7 @@ def stack_draws(views: Sequence[ViewDraws]) -> StackedDraws:
         for name, values in drawn.items():
             # Kernels of unlike size are unlike convolutions.
             key = f"blur{values['kernel']}" if name == "blur" else name
-            rows.setdefault(key, []).append((number, _TABLES.get(name, dict)(values)))
+            rows.setdefault(key, []).append((number, values))
     stacked: StackedDraws = {}
     if TRIVIAL in rows:
         stacked[TRIVIAL] = {"seeds": [(number, values["seed"]) for number, values in rows[TRIVIAL]]}

@@ -13,7 +13,7 @@ from torch import Tensor
 from roadwork_dist.common.random import derive_seed, generator_for
 from roadwork_dist.config.experiment import AugmentConfig
 from roadwork_dist.data.augment import colour, geometric, weather  # noqa: F401  (they register)
-from roadwork_dist.data.augment.batched import TRIVIAL, ViewDraws
+from roadwork_dist.data.augment.batched import TRIVIAL, ViewDraws, prepared
 from roadwork_dist.data.augment.draws import DRAWS
 from roadwork_dist.data.augment.operations import OPERATIONS
 from roadwork_dist.data.augment.trivial import trivial_augment
@@ -125,7 +125,8 @@ class Augmenter:
 
     def _draws_roadwork(self, names: tuple[int | str, ...], side: int) -> ViewDraws:
         rng = generator_for(*names)
-        return {name: DRAWS[name](rng, side) for name in chosen_operations(self.config.strength, rng)}
+        names_drawn = chosen_operations(self.config.strength, rng)
+        return {name: prepared(name, DRAWS[name](rng, side)) for name in names_drawn}
 
     def _trivial(self, view: Tensor, names: tuple[int | str, ...]) -> Tensor:
         drawn = self._draws_trivial(names, view.shape[-1])
