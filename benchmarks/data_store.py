@@ -19,7 +19,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
 from io import BytesIO, StringIO
@@ -54,6 +54,8 @@ from roadwork_dist.models.backbone import Backbone, load_backbone
 PARTS = ("large", "extract", "head", "demo")
 VIEWS, BATCH, BLOCK = 12, 32, 1024
 """Of a photo; photos of a batch; neighbouring photos that are read one behind the other."""
+FILES = 2048
+"""Photos whose features lie in a file each, for comparison."""
 
 Step = Callable[[Any], object]
 
@@ -124,7 +126,7 @@ def large_table(photos: int, width: int, reads: int) -> str:
 
 def files_table(width: int, turns: int) -> str:
     """Reading batches of real size, against one file a photo."""
-    photos = 2048
+    photos = FILES
     with tempfile.TemporaryDirectory() as folder:
         values = torch.randn(photos, VIEWS, width).bfloat16()
         with FeatureStore(Path(folder) / "store", space()) as store:
@@ -270,9 +272,9 @@ def row_by_row(dataset: RoadworkDataset, batches: list[list[int]]) -> Iterator[A
         yield collate([dataset[row] for row in rows])
 
 
-def head_table(steps: int, turns: int, width: int = 1280) -> str:
+def head_table(steps: int, turns: int, width: int = 1280, settings: Sequence[str] = ()) -> str:
     """Training the head from the store, against batches in memory; also the time of the batches alone."""
-    config = parse_experiment(["--precision=fp32", "--loss.weights=auto"])
+    config = parse_experiment(["--precision=fp32", "--loss.weights=auto", *settings])
     model = build_model(config, Named(width), mask_head=False)  # type: ignore[arg-type]
     step = training_step(model.train(), config, mask_head=False)
     rng = np.random.default_rng(0)
@@ -367,6 +369,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument(
         "--photos", type=int, default=1_000_000, help="of the large store (default: a million)"
     )
+    parser.add_argument("--reads", type=int, default=64 * BLOCK, help="photos read of it (default: 65,536)")
     parser.add_argument("--width", type=int, default=16, help="D of the large store (default: 16)")
     parser.add_argument("--count", type=int, default=32, help="photos of extract and demo (default: 32)")
     parser.add_argument("--steps", type=int, default=8, help="steps of the head a turn (default: 8)")
@@ -378,7 +381,7 @@ def main(words: list[str] | None = None) -> int:
     print(heading("timm"))
     parts: dict[str, Callable[[], str]] = {
         "large": lambda: (
-            f"{large_table(options.photos, options.width, 64 * BLOCK)}\n\n"
+            f"{large_table(options.photos, options.width, options.reads)}\n\n"
             f"Batches of {BATCH} photos, D 1280:\n\n{files_table(1280, options.turns)}"
         ),
         "extract": lambda: extract_table(options.count, options.turns),

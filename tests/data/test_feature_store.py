@@ -229,7 +229,7 @@ def test_an_index_that_is_lost_is_built_again_from_the_logs(tmp_path: Path, loss
 
 def test_a_flipped_bit_in_a_log_costs_its_entry_only(tmp_path: Path) -> None:
     store = filled(tmp_path)
-    flip(only_part(store).log, 64 + 40 * 7 + 3)
+    flip(only_part(store).log, 64 + 40 * 7 + 17)  # in its offset
     (store.folder / "index.json").unlink()
     store = FeatureStore(tmp_path, SPACE)
     assert [k for k in range(20) if not store.has(f"c{k}", "", None)] == [7]
