@@ -180,7 +180,7 @@ def take(batches: Iterable[list[Any]], pause: float, most: int | None = None) ->
     return photos
 
 
-def speed_table(folder: Path, url: str, photos: int, pauses: list[float], turns: int) -> list[str]:
+def speed_table(folder: Path, url: str, photos: int, pauses: list[float], turns: int) -> str:
     """Photos/s of a first epoch from the server, and of a second one from the cache."""
     shards = len(list(folder.glob("shards/*.tar")))
     cache = folder / "cache"
@@ -211,10 +211,10 @@ def speed_table(folder: Path, url: str, photos: int, pauses: list[float], turns:
             speeds = median_and_spread([photos / seconds for seconds in times[way]], digits=1)
             shares = median_and_spread(ratios(times, "webdataset", way), digits=2)
             lines.append(f"| {pause * 1000:.0f} ms | {way} | {speeds} | {shares} |")
-    return lines
+    return "\n".join(lines)
 
 
-def resume_table(folder: Path, url: str, sent: Any, photos: int) -> list[str]:
+def resume_table(folder: Path, url: str, sent: Any, photos: int) -> str:
     """What is fetched and waited for until the first batch of the second half of an epoch."""
     shards, step = len(list(folder.glob("shards/*.tar"))), photos // BATCH // 2
     total = sum(path.stat().st_size for path in folder.glob("shards/*.tar"))
@@ -233,7 +233,7 @@ def resume_table(folder: Path, url: str, sent: Any, photos: int) -> list[str]:
         before, began = sent.value, time.perf_counter()
         read()
         lines.append(f"| {way} | {time.perf_counter() - began:.2f} | {(sent.value - before) / total:.0%} |")
-    return lines
+    return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -258,8 +258,8 @@ def main(arguments: list[str] | None = None) -> None:
         )
         with served(shards, Link(options.latency_ms / 1000, options.mb_per_s * 1e6)) as (url, sent):
             pauses = [pause / 1000 for pause in options.step_ms]
-            print("\n".join(speed_table(folder, url, options.photos, pauses, options.turns)), "\n")
-            print("\n".join(resume_table(folder, url, sent, options.photos)))
+            print(speed_table(folder, url, options.photos, pauses, options.turns), "\n")
+            print(resume_table(folder, url, sent, options.photos))
 
 
 if __name__ == "__main__":

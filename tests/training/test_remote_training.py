@@ -52,6 +52,17 @@ def test_a_faulty_server_gives_the_losses_of_the_disk(
     assert_same_runs(tmp_path / "run", local_run)
 
 
+def test_the_processes_of_a_machine_fetch_a_shard_once(server: FileServer, tmp_path: Path) -> None:
+    data = data_config(tmp_path / "cache")
+    ranks.run(train_on, f"{server.url}/shards", tmp_path / "run", data, 1, world_size=2)
+    sizes = {f"shards/{path.name}": path.stat().st_size for path in server.folder.glob("*/*.tar")}
+    whole = [name for name, start, size in server.asked if size == sizes.get(name)]
+    assert sorted(whole) == sorted(sizes)
+    assert server.sent() <= sum(sizes.values()) * (
+        1 + 4 / 16
+    )  # two ranks, a loader each, read a few by range
+
+
 def test_a_killed_run_goes_on_without_reading_what_was_passed(
     server: FileServer, shards: Path, local_run: Path, tmp_path: Path
 ) -> None:
