@@ -5,8 +5,8 @@ distilled selector, at random (mean of several draws), centre first, and by the 
 need all views, so they are a limit and not a method). Every threshold is the best one on the run's
 validation photos for that choice and that k; on validation photos themselves a figure therefore flatters.
 
-Cost: views through the backbone, and time of a photo from file to probability and from views in memory to
-probability, in turns, in one process.
+Cost: views through the backbone, and CPU time of a photo from views in memory to probability and from its
+file to probability, in turns, in one process of one thread.
 
     roadwork-dist distil RUN
     python benchmarks/data_select.py RUN [--data SOURCE] [--svg FILE]
@@ -15,6 +15,7 @@ probability, in turns, in one process.
 import argparse
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -188,12 +189,13 @@ def cost_table(predictors: dict[int, Predictor], photos: list[Path], turns: int)
     def from_files(crops: int) -> Callable[[], object]:
         return lambda: list(predictors[crops].predict(photos, batch_size=len(photos)))
 
-    in_memory = alternate({str(crops): from_views(crops) for crops in predictors}, turns)
-    whole = alternate({str(crops): from_files(crops) for crops in predictors}, turns)
+    names = [str(crops) for crops in predictors]
+    in_memory = alternate({name: from_views(int(name)) for name in names}, turns, time.process_time)
+    whole = alternate({name: from_files(int(name)) for name in names}, turns, time.process_time)
     most = str(max(predictors))
     lines = [
-        "| crops | views | ms a photo, views in memory | IQR | ratio to all "
-        "| ms a photo, from the file | IQR | ratio to all |",
+        "| crops | views | ms of CPU a photo, views in memory | IQR | ratio to all "
+        "| from the file | IQR | ratio to all |",
         "|--:" * 8 + "|",
     ]
     for crops in predictors:
@@ -267,6 +269,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--resamples", type=int, default=1000, help="of the bootstrap (%(default)s)")
     parser.add_argument("--photos", type=int, default=8, help="photos that are timed (%(default)s)")
     parser.add_argument("--turns", type=int, default=5, help="turns of the clock (%(default)s)")
+    parser.add_argument("--cost_only", action="store_true", help="no curve")
     parser.add_argument("--svg", type=Path, help="file for a picture of the last split's AUROC")
     options = parser.parse_args(arguments)
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -279,8 +282,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     assert selection is not None
     selector = selection.scorer
     assert isinstance(selector, ViewSelector)
-    splits = load_splits(options.run, predictors[11], options.data)
     print(cost_table(predictors, _files(config, options.photos), options.turns))
+    if options.cost_only:
+        return 0
+    splits = load_splits(options.run, predictors[11], options.data)
     found = curve(predictors[11], selector, splits, options.draws, options.resamples)
     for split in splits:
         for figure in FIGURES:

@@ -1,4 +1,4 @@
-"""What token merging saves and changes: time of a view, operations, and likeness to features without it.
+"""What token merging saves and changes: time (of the CPU, where there is no GPU), operations, likeness.
 
 Weights are random unless ``--backbone`` is a local folder or an id of the hub whose weights are at hand. With
 random weights times and operations are those of the real network, but likeness says little: what tokens look
@@ -10,6 +10,7 @@ alike, and what the network makes of it, is learned.
 import argparse
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from statistics import median
 
@@ -58,7 +59,8 @@ def table(backbones: dict[float, Backbone], views: Tensor, turns: int) -> str:
 
         return forward
 
-    times = alternate({str(share): run(share) for share in backbones}, turns)
+    clock = time.perf_counter if views.is_cuda else time.process_time
+    times = alternate({str(share): run(share) for share in backbones}, turns, clock)
     whole = backbones[0.0](views)
     least = backbones[0.0].forward_operations(size)
     lines = [
