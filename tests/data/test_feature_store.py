@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import signal
+import subprocess
 import time
 import zlib
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from torch import Tensor
 from roadwork_dist.common.errors import ConfigError, DataError
 from roadwork_dist.config.experiment import AugmentConfig
 from roadwork_dist.data.augment import Augmenter
-from roadwork_dist.data.store import FeatureSpace, FeatureStore
+from roadwork_dist.data.store import FeatureSpace, FeatureStore, checking
 from roadwork_dist.data.store import store as store_module
 from roadwork_dist.data.store.index import Entries, concatenate, empty_entries, read_index, write_index
 from roadwork_dist.data.store.part import PartFiles, parts_in
@@ -320,15 +321,45 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
         FeatureStore(tmp_path / "file" / "store", SPACE)
 
 
+def test_a_log_that_was_cut_is_not_gone_on_with(tmp_path: Path) -> None:
+    part = only_part(filled(tmp_path))
+    os.truncate(part.log, 64 + 40 * 5)  # its records are in the index all the same
+    filled(tmp_path, range(20, 30))
+    assert len(parts_in(part.folder)) == 2
+    assert_holds(FeatureStore(tmp_path, SPACE), range(30))
+
+
+def test_a_store_that_may_only_be_read_can_be_read(tmp_path: Path) -> None:
+    if not hasattr(os, "geteuid") or os.geteuid() != 0:
+        pytest.skip("mounting a file system needs root")
+    root = tmp_path / "disk"
+    root.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(root)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("no tmpfs can be mounted here")
+    try:
+        part = only_part(filled(root))
+        os.utime(part.values)
+        for name in ("in-use.lock", "check.lock"):
+            (part.folder.parent / name).unlink(missing_ok=True)
+        subprocess.run(["mount", "-o", "remount,ro", root], check=True)
+        store = FeatureStore(root, SPACE)
+        store.check()
+        assert_holds(store)
+        store.put("new", "", None, features_of(0))
+        with pytest.raises(ConfigError, match=r"cannot be written \(Read-only file system\)"):
+            store.flush()
+    finally:
+        subprocess.run(["umount", "--lazy", root], check=True)
+
+
 def test_parts_that_were_closed_in_order_are_not_read_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     part = only_part(filled(tmp_path))
     read: list[str] = []
-    real = store_module.damaged_entries
-    monkeypatch.setattr(
-        store_module, "damaged_entries", lambda p, *rest: read.append(p.name) or real(p, *rest)
-    )
+    real = checking.damaged_entries
+    monkeypatch.setattr(checking, "damaged_entries", lambda p, *rest: read.append(p.name) or real(p, *rest))
     FeatureStore(tmp_path, SPACE).check()
     assert read == []
     os.utime(part.values)  # as a copy of the folder would

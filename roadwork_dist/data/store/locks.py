@@ -13,6 +13,8 @@ try:
 except ImportError:  # Windows: every process writes parts of its own, which needs no lock
     HAS_FLOCK = False
 
+READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
+"""What a folder that may only be read says to a writer."""
 _NO_FLOCK = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK}
 
 
@@ -109,7 +111,7 @@ def _open(path: Path) -> int:
         return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         # A store that may only be read can be locked all the same.
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if error.errno in READ_ONLY and path.exists():
             return os.open(path, os.O_RDONLY)
         raise
 

@@ -10,7 +10,6 @@ import mmap
 import os
 import threading
 import time
-import warnings
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -24,12 +23,12 @@ from torch import Tensor
 from roadwork_dist.common.errors import ConfigError, DataError
 from roadwork_dist.common.files import write_atomic
 from roadwork_dist.data.store.catalogue import PARTS, Catalogue
+from roadwork_dist.data.store.checking import check_touched
 from roadwork_dist.data.store.index import Bools, Entries, Ints, entry_keys
-from roadwork_dist.data.store.locks import FileLock, is_locked
+from roadwork_dist.data.store.locks import READ_ONLY, FileLock
 from roadwork_dist.data.store.part import (
     PART_BYTES,
     PartWriter,
-    damaged_entries,
     new_part,
     parts_in,
     read_log,
@@ -83,18 +82,25 @@ class FeatureStore:
         self._start()
 
     def _enter(self, root: Path) -> None:
-        is_there = False
-        while not is_there:  # once, but where somebody prunes the space at this moment
+        self._in_use: FileLock | None = None
+        while self._in_use is None:  # once, but where somebody prunes the space at this moment
             try:
                 check_manifest(self.folder, self.space)
             except FileNotFoundError:
                 (self.folder / PARTS).mkdir(parents=True, exist_ok=True)
                 write_atomic(self.folder / MANIFEST, self.space.describe().encode())
                 tell_nearest(root, self.folder, self.space)
-            with suppress(FileNotFoundError):
-                self._in_use = FileLock(self.folder / IN_USE, shared=True, wait=True)
-                is_there = (self.folder / MANIFEST).is_file()
-        with suppress(PermissionError):
+            try:
+                lock = FileLock(self.folder / IN_USE, shared=True, wait=True)
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                if error.errno in READ_ONLY:  # nobody can delete it either
+                    return
+                raise
+            if (self.folder / MANIFEST).is_file():
+                self._in_use = lock
+        with suppress(OSError):
             os.utime(self.folder / IN_USE)
 
     def _start(self) -> None:
@@ -110,10 +116,7 @@ class FeatureStore:
         return {"space": self.space, "folder": self.folder}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.space, self.folder = state["space"], state["folder"]
-        self._in_use = FileLock(self.folder / IN_USE, shared=True, wait=True)
-        self.catalogue = Catalogue(self.folder)
-        self._start()
+        self.__init__(state["folder"], state["space"])  # type: ignore[misc]
 
     def __enter__(self) -> Self:
         return self
@@ -307,8 +310,9 @@ class FeatureStore:
         for known in self.catalogue.parts:
             part = known.files
             is_ours = known.is_trusted() and part.state()[0] < PART_BYTES and read_width(part) == self.width
-            # A log with a damaged record does not say where the part's values end.
-            if is_ours and len(read_log(part, 0)) == part.records():
+            # A log with a damaged record does not say where the part's values end, and what is written to
+            # one that was cut would count as merged already.
+            if is_ours and len(read_log(part, 0)) == part.records() >= known.merged:
                 with suppress(BlockingIOError, PermissionError):
                     return PartWriter(part, self.width or 0, self.view_bytes)
         return PartWriter(new_part(self.folder / PARTS), self.width or 0, self.view_bytes)
@@ -384,27 +388,12 @@ class FeatureStore:
             with FileLock(self.folder / CHECK_LOCK, shared=False, wait=True):  # once, not once a process
                 self.reload()
                 self._check_touched()
-        except PermissionError:  # may only be read: every entry is checked when it is read
-            return
+        except OSError as error:
+            if error.errno not in READ_ONLY:
+                raise
+            # It may only be read: every entry is checked when it is read.
 
     def _check_touched(self) -> None:
-        trusted: dict[str, tuple[int, int]] = {}
-        dropped: list[tuple[str, int]] = []
-        for number, part in enumerate(self.catalogue.parts):
-            if part.is_trusted() or is_locked(part.files.log):
-                continue
-            trusted[part.files.name] = part.files.state()
-            entries = self.catalogue.entries_of(number)
-            offsets = [
-                int(entries.offset[row]) for row in damaged_entries(part.files, entries, self.view_bytes)
-            ]
-            if offsets:
-                warnings.warn(
-                    f"{part.files.values} is damaged ({len(offsets)} of {len(entries)} entries, the first at "
-                    f"byte {min(offsets)}): they will be computed again",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
-            dropped += [(part.files.name, offset) for offset in offsets]
+        trusted, dropped = check_touched(self.catalogue, self.view_bytes)
         if trusted:
             self._merge(trusted, dropped)
