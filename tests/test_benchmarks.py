@@ -3,7 +3,7 @@
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -87,3 +87,31 @@ def test_checkpoint_prints_two_tables(capsys: pytest.CaptureFixture[str]) -> Non
     # Nothing that was trained on before is read again: only what the first two steps need.
     assert first[3] == second[3]
     assert int(first[3]) <= 16
+
+
+def test_engines_prints_a_row_of_two_processes(capsys: pytest.CaptureFixture[str]) -> None:
+    benchmark = load("engines")
+    assert benchmark.main(["--engines", "ddp", "--steps", "5", "--turns", "2"]) == 0
+    head, _, row = capsys.readouterr().out.splitlines()[-3:]
+    assert head.count("|") == row.count("|")
+    name, bare, _, own, _, added, _, times = (cell.strip() for cell in row.strip("|").split("|"))
+    assert name == "ddp"
+    assert float(bare) > 0
+    assert float(own) - float(bare) == pytest.approx(float(added), abs=0.002)  # medians of two turns
+    assert float(times) > 0
+
+
+def test_data_runs_every_part_and_tells_that_one_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    benchmark = load("data")
+    started: list[str] = []
+
+    def run(command: list[str]) -> SimpleNamespace:
+        started.append(Path(command[1]).name)
+        assert Path(command[1]).is_file()
+        return SimpleNamespace(returncode=3 if "shards" in command[1] else 0)
+
+    monkeypatch.setattr(benchmark.subprocess, "run", run)
+    assert benchmark.main([]) == 3
+    assert started == ["data_views.py", "data_shards.py", "data_remote.py", "data_store.py"]
+    with pytest.raises(SystemExit):
+        benchmark.main(["wievs"])
