@@ -49,6 +49,14 @@ def left_over(tmp_path: Path) -> list[str]:
     return sorted(path.suffix for path in (tmp_path / "cache").iterdir())
 
 
+def wait_for_threads() -> None:
+    """Until those that read ahead have ended, as they do by themselves."""
+    deadline = time.monotonic() + 20
+    while running := [thread for thread in threading.enumerate() if thread.name == "read-ahead"]:
+        assert time.monotonic() < deadline, running
+        time.sleep(0.01)
+
+
 @pytest.mark.parametrize("fault", ["500", "503", "429", "short", "reset", "stall", "dribble", "flip"])
 def test_a_fault_that_passes_is_not_noticed(server: FileServer, tmp_path: Path, fault: str) -> None:
     file, content = put(server, "a.tar")
@@ -331,7 +339,7 @@ def test_reading_ahead_fetches_so_many_files_and_passes_rows_on(server: FileServ
     passed += list(ahead)
     assert passed == batches
     assert sum(size for *_, size in server.asked) <= 6000  # none twice
-    assert not [thread for thread in threading.enumerate() if thread.name == "read-ahead"]
+    wait_for_threads()
 
 
 def test_files_are_fetched_alongside_what_is_made_of_them(server: FileServer, tmp_path: Path) -> None:
@@ -346,7 +354,28 @@ def test_files_are_fetched_alongside_what_is_made_of_them(server: FileServer, tm
         time.sleep(0.01)
     assert [cache.has(file) for file in files] == [True, True, False, False]
     assert passed + list(items) == made
-    assert not [thread for thread in threading.enumerate() if thread.name == "read-ahead"]
+    wait_for_threads()
+
+
+def test_a_loader_that_asks_for_all_batches_at_once_gets_all_files(
+    server: FileServer, tmp_path: Path
+) -> None:
+    files = [put(server, f"{number}.tar", 1000)[0] for number in range(3)]
+    cache = cache_of(tmp_path)
+    assert list(read_ahead([[0], [1], [2]], files.__getitem__, cache, 2)) == [[0], [1], [2]]
+    wait_for_threads()
+    assert all(cache.has(file) for file in files)
+
+
+def test_what_a_killed_process_left_of_a_file_of_unknown_size_is_read_anew(
+    server: FileServer, tmp_path: Path
+) -> None:
+    known, content = put(server, "index.parquet", 5000)
+    file = RemoteFile(known.url, sha256=known.sha256)
+    cache = cache_of(tmp_path)
+    path = cache.fetch(file)
+    path.rename(path.with_suffix(".0.part"))  # as if killed before it was renamed
+    assert cache.fetch(file).read_bytes() == content
 
 
 def test_reading_ahead_survives_a_dead_server_and_ends_with_its_reader(

@@ -95,6 +95,17 @@ def test_data_check_reads_a_url(server: FileServer, tmp_path: Path) -> None:
     assert "404 Not Found" in problems[0]
 
 
+def test_a_cache_too_small_for_the_open_shards_is_told(
+    server: FileServer, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    enough = sum(path.stat().st_size for path in server.folder.glob("*/*.tar")) / 2**30
+    for room, is_told in ((enough, False), (enough / 2, True)):
+        caplog.clear()
+        load_manifest(f"{server.url}/shards", data_config(tmp_path / "cache", cache_gb=room), name="train")
+        assert ("2 processes have up to 8 shards" in caplog.text) == is_told
+
+
 def test_an_index_of_other_tars_is_told(server: FileServer, tmp_path: Path) -> None:
     manifest = load_manifest(f"{server.url}/shards", quick(tmp_path / "cache"), name="train")
     image = manifest[0].image

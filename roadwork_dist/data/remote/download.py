@@ -129,7 +129,7 @@ def size_of(url: str, patience: Patience) -> int:
 
 def _append(file: RemoteFile, descriptor: int, patience: Patience, stop: Stop) -> None:
     have = os.fstat(descriptor).st_size
-    if file.bytes is not None and have > file.bytes:
+    if file.bytes is None or have > file.bytes:  # else there is no telling whether it is whole already
         have = 0
         os.ftruncate(descriptor, 0)
     if have == file.bytes:

@@ -50,11 +50,16 @@ class Fetcher:
         """Fetch a file, after those that were wanted before."""
         self._wanted.put(file)
 
+    def finish(self) -> None:
+        """Fetch what is wanted by now, and then end the threads; does not wait for that."""
+        for _ in self._threads:
+            self._wanted.put(None)
+
     def close(self) -> None:
         """End the downloads at hand, which later ones go on with, and the threads."""
         for stop in self._stops:
             stop.set()
-            self._wanted.put(None)
+        self.finish()
         for thread in self._threads:
             thread.join(_JOIN_S)
 
@@ -141,11 +146,14 @@ def read_ahead(
                         fetcher.want(file)
                     left[file] += 1
             if not coming:
+                # All is asked for, but a loader with several processes asks long before it reads.
+                fetcher.finish()
                 return
             batch, own = coming.popleft()
             for file in own:
                 unread.discard(file)
                 left[file] -= 1
             yield batch
-    finally:
+    except BaseException:  # above all GeneratorExit: nobody will read the rest
         fetcher.close()
+        raise

@@ -5,6 +5,7 @@ timeout of their socket, and can be broken off by another thread.
 """
 
 import http.client
+import re
 import socket
 import time
 import urllib.error
@@ -132,14 +133,20 @@ def _open_http(url: str, start: int, stop: int | None, timeout: float) -> _HttpS
     except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
         raise TransientError(_text(error)) from error
     if response.status == http.client.PARTIAL_CONTENT:
-        return _HttpStream(response, start, _total(response.headers.get("Content-Range")))
+        first, total = _range(response.headers.get("Content-Range", ""))
+        if first not in (None, start):
+            response.close()
+            raise TransientError(f"the server gave bytes from {first:,} on instead of {start:,}")
+        return _HttpStream(response, start, total)
     return _HttpStream(response, 0, response.length)
 
 
-def _total(content_range: str | None) -> int | None:
-    """``bytes 5-9/100`` -> 100."""
-    number = (content_range or "").rpartition("/")[2]
-    return int(number) if number.isdigit() else None
+def _range(content_range: str) -> tuple[int | None, int | None]:
+    """``bytes 5-9/100`` -> 5 and 100 (RFC 9110, 14.4)."""
+    numbers = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", content_range.strip())
+    if numbers is None:
+        return None, None
+    return int(numbers[1]), None if numbers[2] == "*" else int(numbers[2])
 
 
 def _seconds(retry_after: str | None) -> float:

@@ -1,5 +1,7 @@
 """Shard sets on a server: the index is fetched now, tars when their photos are read."""
 
+import logging
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +16,8 @@ from roadwork_dist.data.remote.retry import Patience
 from roadwork_dist.data.shards.image import ShardImage
 from roadwork_dist.data.shards.index import INDEX_FILE, SET_FILE, ShardSet, parse_index, parse_set
 from roadwork_dist.data.sources.shards import manifest_of
+
+logger = logging.getLogger(__name__)
 
 
 def cache_of(config: RemoteConfig) -> RemoteCache:
@@ -40,6 +44,7 @@ def read_remote(url: str, config: DataConfig) -> Manifest:
     base = _base(url)
     cache = cache_of(config.remote)
     shards = read_remote_set(url, config)
+    _warn_of_small_cache(shards, cache, config)
     index = RemoteFile(f"{base}/{INDEX_FILE}", sha256=shards.index_sha256)
     content = cache.fetch(index).read_bytes()
     manifest = manifest_of(
@@ -77,6 +82,20 @@ def _read_set(url: str, patience: Patience) -> bytes:
             f"{error}; a source that is a URL is the folder of a finished shard set, with {SET_FILE} and "
             f"{INDEX_FILE} beside the tars"
         ) from error
+
+
+def _warn_of_small_cache(shards: ShardSet, cache: RemoteCache, config: DataConfig) -> None:
+    """Processes that evict each other's open shards would fetch them again and again."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    open_at_once = processes * (config.shuffle_shards + cache.read_ahead)
+    largest = max((shard.bytes for shard in shards.shards), default=0)
+    needed = min(open_at_once * largest, sum(shard.bytes for shard in shards.shards))
+    if needed > cache.max_bytes:
+        logger.warning(
+            "%s: data.remote.cache_gb is %.3g, but %d processes have up to %d shards of %.3g GiB open: "
+            "shards will be fetched again and again; raise it to %.3g, or write smaller shards",
+            *(shards.name, cache.max_bytes / GIB, processes, open_at_once, largest / GIB, needed / GIB),
+        )
 
 
 class _Places:
