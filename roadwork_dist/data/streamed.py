@@ -7,6 +7,7 @@ nothing: no label, no weather, no mask, and a single black view, which needs to 
 """
 
 import logging
+import math
 from typing import Any
 
 import torch
@@ -30,8 +31,9 @@ _TOLD = 5
 class StreamedDataset(RoadworkDataset):
     """Photos of a server, as views.
 
-    Each process counts the photos that it could not read; more than its part of ``max_share`` end the run.
-    A server that is down altogether ends it at once: there is nothing to go on with.
+    Each process counts the photos that it and its loader processes could not read; clearly more than its part
+    of ``max_share`` end the run. A server that is down altogether ends it at once: there is nothing to go on
+    with.
 
     Args:
         manifest: the samples.
@@ -54,7 +56,9 @@ class StreamedDataset(RoadworkDataset):
     ) -> None:
         super().__init__(manifest, views=views, text=text)
         self.reads_masks, self.max_share, self.processes = masks, max_share, processes
-        self.unreadable: dict[int, str] = {}
+        # In shared memory: loader processes, which are new ones in every epoch, count together.
+        counts = torch.zeros(len(manifest), dtype=torch.uint8)
+        self._is_unreadable: Tensor = counts.share_memory_()  # type: ignore[no-untyped-call]
 
     def _pixels_or_features(self, sample: Sample, index: int) -> dict[str, Any]:
         try:
@@ -74,20 +78,34 @@ class StreamedDataset(RoadworkDataset):
             return _no_mask()
         return {"mask": decode_mask(sample.mask), "mask_known": True}
 
+    @property
+    def unreadable(self) -> list[int]:
+        """Rows that this process and its loader processes could not read."""
+        return [int(row) for row in self._is_unreadable.nonzero().flatten()]
+
+    @property
+    def most_unreadable(self) -> float:
+        """Unreadable photos that one of the processes may meet.
+
+        Its part of all, and three standard deviations, for chance deals photos out unevenly (Poisson).
+        """
+        part = self.max_share * len(self) / self.processes
+        return part if self.processes == 1 else part + 3 * math.sqrt(part)
+
     def _count(self, index: int, error: DataError) -> None:
-        if index in self.unreadable:
+        if self._is_unreadable[index]:
             return
-        self.unreadable[index] = str(error)
-        count, total = len(self.unreadable), len(self)
+        self._is_unreadable[index] = 1
+        count = int(self._is_unreadable.sum())
         if count <= _TOLD:
             logger.warning("%s: trains without a photo that is unreadable: %s", self.manifest.name, error)
         elif count & (count - 1) == 0:
             logger.warning("%s: %d photos so far are unreadable for this process", self.manifest.name, count)
-        if count > self.max_share * total / self.processes:
+        if count > self.most_unreadable:
             raise DataError(
                 f"{self.manifest.name}: {count} photos are unreadable for one of {self.processes} processes, "
-                f"expected at most {self.max_share:.1%} of {total} photos over all of them: mend or remove "
-                f"them, or raise data.max_unreadable_share. {error}"
+                f"expected at most {self.max_share:.1%} of {len(self)} photos over all of them: mend or "
+                f"remove them, or raise data.max_unreadable_share. {error}"
             )
 
 

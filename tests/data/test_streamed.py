@@ -13,6 +13,7 @@ from roadwork_dist.common.errors import DataError
 from roadwork_dist.config.experiment import LossConfig
 from roadwork_dist.data.dataset import collate
 from roadwork_dist.data.images import decode_mask
+from roadwork_dist.data.loader import load_batches
 from roadwork_dist.data.manifest import Manifest
 from roadwork_dist.data.photo import PhotoViews
 from roadwork_dist.data.remote.retry import ServerDownError
@@ -69,21 +70,38 @@ def test_a_lost_photo_counts_for_nothing(
     assert alone == dict.fromkeys(alone, 0)
     batch = collate([rows[1], rows[40]])  # stacks with rows of other tars
     assert loss.count_targets(batch) == loss.count_targets(collate([rows[40]]))
-    assert list(rows.unreadable) == [1]
+    assert rows.unreadable == [1]
     assert "trains without a photo that is unreadable" in caplog.text
     assert "404" in caplog.text
 
 
 def test_too_many_lost_photos_stop_the_run(server: FileServer, manifest: Manifest) -> None:
     lose_first_tar(server)
-    rows = StreamedDataset(manifest, views=VIEWS, max_share=0.1, processes=2)  # 4.8 photos, 2.4 a process
+    rows = StreamedDataset(manifest, views=VIEWS, max_share=0.05)  # 2.4 photos
     first, second, third = rows[0], rows[1], rows[1]
     assert first["label"] == second["label"] == third["label"] == -1
     with pytest.raises(
         DataError,
-        match=r"3 photos are unreadable for one of 2 processes, expected at most 10.0% of 48 photos",
+        match=r"3 photos are unreadable for one of 1 processes, expected at most 5.0% of 48 photos",
     ):
         rows[2]
+
+
+def test_a_process_may_meet_more_than_its_part_by_chance(manifest: Manifest) -> None:
+    rows = StreamedDataset(manifest, views=VIEWS, max_share=0.5, processes=4)
+    assert rows.most_unreadable == pytest.approx(6 + 3 * 6**0.5)  # 24 of 48 photos, a quarter of them
+
+
+def test_loader_processes_count_together(server: FileServer, manifest: Manifest) -> None:
+    lose_first_tar(server)
+    rows = StreamedDataset(manifest, views=VIEWS, max_share=0.5)
+    for epoch in range(2):  # whose loader processes are others
+        for _ in load_batches(rows, [[0, 1], [2, 40]], epoch=epoch, workers=2, collate=collate):
+            pass
+        assert rows.unreadable == [0, 1, 2]
+    strict = StreamedDataset(manifest, views=VIEWS, max_share=2.5 / 48)
+    with pytest.raises(DataError, match=r"3 photos are unreadable"):
+        list(load_batches(strict, [[0], [1], [2], [40]], workers=2, collate=collate))
 
 
 def test_a_server_that_is_down_stops_the_run_at_once(server: FileServer, manifest: Manifest) -> None:
