@@ -49,6 +49,13 @@ def test_every_operation_gives_what_it_gives_one_by_one(name: str, side: int) ->
     assert not torch.equal(batched, views)
 
 
+def test_streaks_of_a_large_view_are_wider_and_cross_alike() -> None:
+    views = views_of(2, side=384)
+    one_by_one = torch.stack([OPERATIONS["rain"](view, generator_for(k)) for k, view in enumerate(views)])
+    draws = [{"rain": prepared("rain", DRAWS["rain"](generator_for(k), 384))} for k in range(2)]
+    assert_alike(augmented_on_device(views, draws), one_by_one, share=1e-5)
+
+
 @pytest.mark.parametrize(
     ("policy", "strength"), [("roadwork", 1.0), ("roadwork", 3.0), ("trivial", 1.0), ("trivial", 0.5)]
 )
