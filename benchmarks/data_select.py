@@ -9,7 +9,7 @@ Cost: views through the backbone, and CPU time of a photo from views in memory t
 file to probability, in turns, in one process of one thread.
 
     roadwork-dist distil RUN
-    python benchmarks/data_select.py RUN [--data SOURCE] [--svg FILE]
+    python benchmarks/data_select.py RUN [--data SOURCE] [--svg FOLDER]
 """
 
 import argparse
@@ -270,7 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--photos", type=int, default=8, help="photos that are timed (%(default)s)")
     parser.add_argument("--turns", type=int, default=5, help="turns of the clock (%(default)s)")
     parser.add_argument("--cost_only", action="store_true", help="no curve")
-    parser.add_argument("--svg", type=Path, help="file for a picture of the last split's AUROC")
+    parser.add_argument("--svg", type=Path, help="folder for pictures of the last photos' curves")
     options = parser.parse_args(arguments)
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     print(heading("transformers", "timm"))
@@ -292,8 +292,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             count = f"{len(split.labels)} photos, {int(split.labels.sum())} with roadwork"
             print(f"\n{figure.upper()}, {split.name}: {count}\n\n{quality_table(found[split.name], figure)}")
     if options.svg is not None:
-        title = f"AUROC of {len(splits[-1].labels)} photos by crops looked at"
-        options.svg.write_text(draw(found[splits[-1].name], "auroc", title))
+        for figure in FIGURES:
+            title = f"{figure.upper()} of {len(splits[-1].labels)} photos by crops looked at"
+            drawing = draw(found[splits[-1].name], figure, title)
+            (options.svg / f"view-selection-{figure}.svg").write_text(drawing)
     return 0
 
 
