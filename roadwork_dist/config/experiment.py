@@ -53,7 +53,8 @@ class DataConfig:
 
     A source is a path or a hub id: a CSV or Parquet table, a folder that holds
     ``metadata.csv`` or ``metadata.parquet``, a folder of shards or its URL, a Hugging Face data set
-    saved to disk, a hub id as ``hf:owner/name:split``, or CMU ROADWork's COCO JSON.
+    saved to disk, a hub id as ``hf:owner/name:split`` (``hf:owner/name:split?streaming`` leaves its photos on
+    the hub), or CMU ROADWork's COCO JSON.
     """
 
     train: str = "demo-data/train.csv"

@@ -56,7 +56,7 @@ def server(tmp_path: Path) -> Iterator[FileServer]:
 
 @pytest.fixture
 def config(tmp_path: Path) -> DataConfig:
-    remote = RemoteConfig(cache_dir=str(tmp_path / "cache"), attempts=3, timeout=2.0, read_ahead=1)
+    remote = RemoteConfig(cache_dir=str(tmp_path / "cache"), attempts=3, timeout=20.0, read_ahead=1)
     return DataConfig(columns=ColumnsConfig(description="scene_description"), remote=remote)
 
 

@@ -33,7 +33,7 @@ def server(shards: Path, tmp_path: Path) -> Iterator[FileServer]:
 
 
 def quick(cache: Path) -> DataConfig:
-    return data_config(cache, attempts=2, timeout=2.0)
+    return data_config(cache, attempts=2, timeout=20.0)
 
 
 def test_a_url_gives_the_samples_of_the_folder(server: FileServer, shards: Path, tmp_path: Path) -> None:

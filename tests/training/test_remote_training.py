@@ -97,7 +97,7 @@ def test_resumed_on_as_many_processes_it_is_the_same_run(
 def test_a_server_that_dies_ends_the_run_with_what_it_said(server: FileServer, tmp_path: Path) -> None:
     server.fault = lambda number, name: "500" if number > 8 else ""
     source = f"{server.url}/shards"
-    data = data_config(tmp_path / "cache", attempts=2, timeout=2.0)
+    data = data_config(tmp_path / "cache", attempts=2, timeout=20.0)
     ends = ranks.spawn(train_on, source, tmp_path / "run", data, world_size=2, timeout=60)
     assert all(end.code for end in ends)
     told = "".join(end.error for end in ends)

@@ -124,7 +124,7 @@ class RemoteCache:
                 part.unlink(missing_ok=True)
                 return path
             self._make_room(file)
-            with self._noting_failure(file):
+            with self._noting_failure(file, is_waited_for=wait):
                 download(file, descriptor, self.patience, stop)
             file.keep(part, path)
         return path
@@ -197,11 +197,14 @@ class RemoteCache:
                 raise (ServerDownError if failure.is_down else DataError)(failure.text)
 
     @contextmanager
-    def _noting_failure(self, file: RemoteFile) -> Iterator[None]:
+    def _noting_failure(self, file: RemoteFile, *, is_waited_for: bool = True) -> Iterator[None]:
+        """Failures of what is fetched ahead do not count: the server may be back when it is read."""
         self._raise_known_failure(file)
         try:
             yield
         except DataError as error:
+            if not is_waited_for:
+                raise
             own, host = (note for note, _ in self._notes(file))
             is_down = isinstance(error, ServerDownError)
             for note in (own, host) if is_down else (own,):
