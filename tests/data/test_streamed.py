@@ -39,7 +39,7 @@ def server(shards: Path, tmp_path: Path) -> Iterator[FileServer]:
 
 @pytest.fixture
 def manifest(server: FileServer, tmp_path: Path) -> Manifest:
-    config = data_config(tmp_path / "cache", attempts=2, timeout=2.0)
+    config = data_config(tmp_path / "cache", attempts=2, timeout=20.0)
     return load_manifest(f"{server.url}/shards", config, name="train")
 
 
