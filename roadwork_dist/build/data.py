@@ -162,7 +162,7 @@ class DatasetBuilder:
         """
         views = photo_views(self.config, self.backbone, augment=augment)
         store = FeatureStore(self.root, self._space(views))
-        hashes = content_hashes([sample.image for sample in manifest], self.root)
+        hashes = self._content(manifest)
         done = self._extract(manifest, hashes, views, store)
         if self.accelerator.is_main_process:
             store.note(self.backbone.name, manifest.name, len(manifest))
@@ -191,6 +191,25 @@ class DatasetBuilder:
                 workers=max(1, self.config.workers),
                 on_progress=tell,
             ).readable
+
+    def _content(self, manifest: Manifest) -> list[str | None]:
+        """Content of each photo; a collective: every rank reads a part of them and all learn the whole."""
+        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        own: list[str | None] = []
+        error: OSError | None = None
+        try:
+            own = content_hashes([sample.image for sample in manifest.samples[rank::ranks]], self.root)
+        except OSError as caught:  # the disk of the store is full, say
+            error = caught
+        # Every rank gets here, also one that failed: nobody waits for a rank that has gone.
+        shares = gather_objects((own, error))
+        for _, failed in shares:
+            if failed is not None:
+                raise error or failed
+        hashes: list[str | None] = [None] * len(manifest)
+        for number, (share, _) in enumerate(shares):
+            hashes[number::ranks] = share
+        return hashes
 
     def _extract(
         self, manifest: Manifest, hashes: Sequence[str | None], views: PhotoViews, store: FeatureStore

@@ -46,7 +46,13 @@ def content_hashes(
     if index is not None:
         found = {s: h for row in unknown if (s := states[row]) and (h := hashes[row])}
         _append(index, found)
-    return hashes
+    return [_laid_out(value, source) for value, source in zip(hashes, sources, strict=True)]
+
+
+def _laid_out(value: str | None, source: ImageSource) -> str | None:
+    """The hash of a reduced photo names its original's size as well, which its views are laid out for."""
+    size = getattr(source, "original_size", None)
+    return value if value is None or size is None else f"{value} of {size[0]}x{size[1]}"
 
 
 def _file_state(source: ImageSource) -> str | None:

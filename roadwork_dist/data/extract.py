@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -34,6 +35,8 @@ _AHEAD = 4
 """Batches of features that may wait for being written."""
 _BLOCK = 256
 """Neighbouring photos that go to one process."""
+_SHARDS_EACH = 4
+"""Where every process gets so many shards, they are dealt whole."""
 
 Progress = Callable[[int, int], None]
 """Called with (entries done, entries to do) of this process; an entry is one copy of one photo."""
@@ -159,13 +162,13 @@ def _plan(
     unreadable: dict[int, str] = {}
     rows: list[int] = []
     seen: set[object] = set()
-    is_own = _share_of(len(samples), *share)
+    is_own = _share_of(samples, *share)
     for row, (sample, content) in enumerate(zip(samples, hashes, strict=True)):
         entry = content if views.augmenter is None else (content, sample.id)
         if content is not None and entry in seen:
             continue  # the same photo under another id
         seen.add(entry)
-        if not is_own(row):
+        if not is_own[row]:
             continue
         if content is None:
             unreadable[row] = _why_unreadable(sample)
@@ -183,10 +186,17 @@ def _plan(
     return jobs, found, unreadable
 
 
-def _share_of(length: int, rank: int, world_size: int) -> Callable[[int], bool]:
-    """Rows are dealt in blocks: neighbours lie in one shard, and after a kill all ranks have some left."""
-    block = min(_BLOCK, max(1, length // (world_size * 16)))
-    return lambda row: row // block % world_size == rank
+def _share_of(samples: Sequence[Sample], rank: int, world_size: int) -> list[bool]:
+    """Which rows are this process's: whole shards where there are enough of them, else blocks of neighbours.
+
+    Dealt in turn, so that after a kill all ranks have some left.
+    """
+    shards = [getattr(sample.image, "location", None) for sample in samples]
+    begins = [row == 0 or shards[row] != shards[row - 1] for row in range(len(shards))]
+    if None not in shards and sum(begins) >= _SHARDS_EACH * world_size:
+        return [(number - 1) % world_size == rank for number in accumulate(begins)]
+    block = min(_BLOCK, max(1, len(samples) // (world_size * 16)))
+    return [row // block % world_size == rank for row in range(len(samples))]
 
 
 def _why_unreadable(sample: Sample) -> str:

@@ -13,7 +13,7 @@ from roadwork_dist.common.errors import BackboneError
 from roadwork_dist.config.experiment import AugmentConfig
 from roadwork_dist.data.augment import Augmenter
 from roadwork_dist.data.content import INDEX_NAME, content_hashes
-from roadwork_dist.data.extract import Extraction, extract
+from roadwork_dist.data.extract import Extraction, _share_of, extract
 from roadwork_dist.data.images import BytesImage, FileImage
 from roadwork_dist.data.manifest import Sample
 from roadwork_dist.data.photo import PhotoViews
@@ -147,6 +147,26 @@ def test_a_disk_without_room_is_told_beforehand(
     assert "the features of 5 photos and copies take up to" in caplog.text
 
 
+def owners(locations: list[str | None], ranks: int) -> list[int]:
+    """Which rank has each row; exactly one has."""
+    places = [SimpleNamespace(location=location) if location else SimpleNamespace() for location in locations]
+    rows = [SimpleNamespace(image=place) for place in places]
+    shares = [_share_of(rows, rank, ranks) for rank in range(ranks)]  # type: ignore[arg-type]
+    assert all(sum(owned) == 1 for owned in zip(*shares, strict=True))
+    return [owned.index(True) for owned in zip(*shares, strict=True)]
+
+
+def test_shares_are_whole_shards_or_blocks_of_neighbours() -> None:
+    shards = [f"{number}.tar" for number in range(8) for _ in range(3)]
+    assert owners(shards, 2) == [0, 0, 0, 1, 1, 1] * 4
+    assert owners(shards, 4) == [0, 1, 2, 3] * 6, "two shards each would be dealt unevenly"
+    assert owners([None] * 64, 2) == [0, 0, 1, 1] * 16
+    assert owners([*shards, None], 2) == [k % 2 for k in range(25)]
+    assert owners([], 2) == []
+    large = owners([None] * 20_000, 2)
+    assert large[:512] == [0] * 256 + [1] * 256
+
+
 def test_what_is_there_is_not_decoded_again(
     tmp_path: Path, plain: PhotoViews, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,3 +219,11 @@ def test_hashes_are_remembered_until_the_photo_changes(
     assert second[1] != first[1]
     monkeypatch.setattr(FileImage, "read", lambda *_: pytest.fail("read"))
     assert content_hashes(sources, tmp_path) == second
+
+
+def test_a_reduced_photo_is_not_taken_for_a_whole_one_of_the_same_bytes() -> None:
+    data = jpeg(1)
+    whole = BytesImage("whole", data)
+    reduced = SimpleNamespace(name="reduced", read=lambda: data, original_size=(4032, 3024))
+    one, other = content_hashes([whole, reduced])  # type: ignore[list-item]
+    assert other == f"{one} of 4032x3024", "views are laid out for the original's size"
