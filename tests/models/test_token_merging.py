@@ -1,6 +1,7 @@
 """Token merging against loops, hand calculations and the network without it."""
 
 import math
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 
 from roadwork_dist.common.errors import ConfigError
 from roadwork_dist.config.experiment import BackboneConfig
+from roadwork_dist.engine.blocks import repeated_classes
 from roadwork_dist.models.backbone import build_random, load_backbone
 from roadwork_dist.models.backbone.base import Backbone
 from roadwork_dist.models.backbone.token_merging import (
@@ -127,6 +129,20 @@ def test_merged_features_are_others_and_have_another_identity(folder: Path) -> N
     assert load(folder, 0.2).identity == some.identity
     assert list(more.state_dict()) == list(plain.state_dict())
     assert more._blocks() == plain._blocks()
+
+
+def test_blocks_stay_one_kind_and_can_be_copied(folder: Path) -> None:
+    """Engines wrap and compile the classes that repeat; a deep copy is a network of its own."""
+    backbone = load(folder, 0.5)
+    names = {kind.__name__ for kind in repeated_classes(load(folder))}
+    assert {kind.__name__ for kind in repeated_classes(backbone)} == names != set()
+    copy = deepcopy(backbone)
+    pixels = views(2, side_of(backbone))
+    assert torch.equal(copy(pixels), backbone(pixels))
+    with torch.no_grad():
+        for parameter in backbone.parameters():
+            parameter.zero_()
+    assert copy(pixels).abs().sum() > 0
 
 
 def test_a_view_does_not_depend_on_its_batch_and_bf16_works(folder: Path) -> None:

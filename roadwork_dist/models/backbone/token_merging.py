@@ -8,6 +8,7 @@ D width · H heads · E width of a head
 """
 
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -63,8 +64,6 @@ class MergingBlock(nn.Module):
     prefix: int
     """CLS and registers."""
     heads: int
-    keys: Tensor | None
-    """Keys of the attention that is just running, before rotation [N, T, H·E]."""
 
     def forward(
         self,
@@ -85,17 +84,21 @@ class MergingBlock(nn.Module):
             kwargs["position_embeddings"] = tokens.rotation
         if tokens.sizes is not None:
             attention_mask = proportional_bias(tokens.sizes, hidden_states.dtype)
-        attended, _ = block.attention(block.norm1(hidden_states), attention_mask=attention_mask, **kwargs)
+        keys: list[Tensor] = []  # before rotation, [N, T, H·E]
+        # For this pass only: a hook that stayed would point at this block from a deep copy of it as well.
+        hook = block.attention.k_proj.register_forward_hook(lambda *seen: keys.append(seen[-1].detach()))
+        try:
+            attended, _ = block.attention(block.norm1(hidden_states), attention_mask=attention_mask, **kwargs)
+        finally:
+            hook.remove()
         x = block.drop_path(block.layer_scale1(attended)) + hidden_states
-        x, left = self._merge(x, tokens, merging)
+        x, left = self._merge(x, keys[0], tokens, merging)
         merging.entering[self.place + 1] = left
         out: Tensor = block.drop_path(block.layer_scale2(block.mlp(block.norm2(x)))) + x
         return out
 
-    def _merge(self, x: Tensor, tokens: Tokens, merging: Merging) -> tuple[Tensor, Tokens]:
-        keys, self.keys = self.keys, None
-        assert keys is not None  # the attention has just run
-        assert merging.patches is not None  # and the first block before it
+    def _merge(self, x: Tensor, keys: Tensor, tokens: Tokens, merging: Merging) -> tuple[Tensor, Tokens]:
+        assert merging.patches is not None  # the first block has run
         patches = x.shape[1] - self.prefix
         left = merging.patches - merged_by(self.share, merging.patches, self.blocks, self.place)
         pairs = min(patches - left, patches // 2)
@@ -231,15 +234,13 @@ def merge_tokens(network: nn.Module, share: float, name: str) -> None:
         block: Any = module
         # The class and not the method: transformers wraps the forward pass of a subclass with its gradient
         # checkpointing, and looks blocks up by the name of their class.
-        block.__class__ = type(type(block).__name__, (MergingBlock, type(block)), {})
-        block.place, block.blocks, block.share, block.keys = place, len(blocks), share, None
+        block.__class__ = _merging_class(type(block))  # type: ignore[arg-type]
+        block.place, block.blocks, block.share = place, len(blocks), share
         block.prefix = 1 + getattr(config, "num_register_tokens", 0)
         block.heads = config.num_attention_heads
-        block.attention.k_proj.register_forward_hook(_keeper(block))
 
 
-def _keeper(block: MergingBlock) -> Any:
-    def keep(_module: nn.Module, _inputs: Any, keys: Tensor) -> None:
-        block.keys = keys.detach()
-
-    return keep
+@cache
+def _merging_class(block: type) -> type:
+    """One class for all blocks of a kind: engines find the blocks of a network by what they share."""
+    return type(block.__name__, (MergingBlock, block), {})
