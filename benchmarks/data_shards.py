@@ -27,7 +27,8 @@ from measuring import Times, alternate, heading, median_and_spread, ratios
 from PIL import Image
 
 from roadwork_dist.config.experiment import DataConfig
-from roadwork_dist.data.images import ImageSource
+from roadwork_dist.data.images import ImageSource, photo_size
+from roadwork_dist.data.jpeg import decode_for_views
 from roadwork_dist.data.manifest import Manifest
 from roadwork_dist.data.photo import views_of_photo
 from roadwork_dist.data.shards.descriptors import open_files
@@ -37,7 +38,7 @@ from roadwork_dist.data.shards.write import write_shards
 from roadwork_dist.data.sources import load_manifest
 from roadwork_dist.data.synthetic.metadata import photo_facts
 from roadwork_dist.data.synthetic.render import render
-from roadwork_dist.data.views import ViewGeometry, photo_boxes
+from roadwork_dist.data.views import ViewGeometry, make_views, photo_boxes
 
 GEOMETRY = ViewGeometry(512)
 SHARD_BYTES = 50_000_000
@@ -106,7 +107,7 @@ def from_webdataset(tars: list[str], use: Callable[[bytes], object]) -> None:
         use(sample["jpg"])
 
 
-def in_order(sources: Iterable[ImageSource], use: Callable[[ImageSource], object]) -> None:
+def in_order(sources: Iterable[Any], use: Callable[[Any], object]) -> None:
     for source in sources:
         use(source)
 
@@ -166,6 +167,29 @@ def views_table(stored: Stored, turns: int) -> str:
     return table(alternate(ways_to_views(stored), turns), len(stored.loose), "loose files, plain Pillow")
 
 
+def profile_table(stored: Stored, turns: int, repeats: int = 8) -> str:
+    """Where the time of a compact photo goes, from its tar to its views."""
+    source = stored.compact[0].image
+    data = source.read()
+    photo = decode_for_views(data, GEOMETRY, name=source.name)
+    size = photo_size(source)[::-1]
+    steps: dict[str, Callable[[], object]] = {
+        "all": lambda: views_of_photo(source, GEOMETRY),
+        "read, with checksum": source.read,
+        "decode": lambda: decode_for_views(data, GEOMETRY, name=source.name),
+        "cut twelve views": lambda: make_views(photo.pixels, GEOMETRY, size),
+    }
+    again = {
+        name: partial(in_order, [None] * repeats, lambda _, step=step: step()) for name, step in steps.items()
+    }
+    times = alternate(again, turns)
+    lines = ["| step of a compact photo | ms | IQR | share of all | IQR |", "|---|--:|--:|--:|--:|"]
+    for name, values in times.items():
+        own = median_and_spread([1000 * seconds / repeats for seconds in values])
+        lines.append(f"| {name} | {own} | {median_and_spread(ratios(times, name, 'all'), digits=2)} |")
+    return "\n".join(lines)
+
+
 def sizes(stored: Stored) -> str:
     """One line: bytes of photos and of their compact form."""
     original, compact = (
@@ -191,7 +215,8 @@ def main() -> None:
         print(heading("webdataset", "datasets", "simplejpeg", "pillow"))
         print(f"{options.turns} turns of {options.photos} photos; {sizes(stored)}\n")
         print(f"To bytes:\n\n{bytes_table(stored, options.turns)}\n")
-        print(f"To twelve views of 512 px:\n\n{views_table(stored, options.turns)}")
+        print(f"To twelve views of 512 px:\n\n{views_table(stored, options.turns)}\n")
+        print(profile_table(stored, options.turns))
 
 
 if __name__ == "__main__":

@@ -29,8 +29,11 @@ def test_tables_have_a_row_for_every_way(stored: data_shards.Stored) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # webdataset leaves files to the garbage collector
         tables = data_shards.bytes_table(stored, 2, 1), data_shards.views_table(stored, 2)
+        profile = data_shards.profile_table(stored, 2, 1)
         gc.collect()
     assert [len(table.splitlines()) for table in tables] == [7, 8]
+    steps = [line.split("|")[1].strip() for line in profile.splitlines()[2:]]
+    assert steps == ["all", "read, with checksum", "decode", "cut twelve views"]
     assert "| webdataset, sequential | " in tables[0]
     assert "| compact shards | " in tables[1]
     assert "times smaller" in data_shards.sizes(stored)
