@@ -1,7 +1,9 @@
 """A run whose selector is distilled, and what predict and evaluate then look at."""
 
 import json
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -11,11 +13,13 @@ from torch import Tensor, nn
 
 from roadwork_dist.build.experiment import build_model
 from roadwork_dist.cli.main import main
+from roadwork_dist.common.errors import ConfigError
+from roadwork_dist.config.experiment import ViewsConfig
 from roadwork_dist.config.io import to_yaml
 from roadwork_dist.data.photo import PhotoViews
 from roadwork_dist.data.views import ViewGeometry
 from roadwork_dist.inference.boxed import view_boxes
-from roadwork_dist.inference.predictor import Predictor
+from roadwork_dist.inference.predictor import Predictor, crops_to_select
 from roadwork_dist.models.backbone import load_backbone
 
 CPU = torch.device("cpu")
@@ -114,3 +118,43 @@ def test_boxes_are_shares_of_the_upright_photo() -> None:
     # A portrait photo is the same, transposed; a small one has the boxes of a large one.
     torch.testing.assert_close(view_boxes(views, 300, 400), boxes[:, [1, 0, 3, 2]])
     torch.testing.assert_close(view_boxes(views, 80, 60), view_boxes(views, 4000, 3000), atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "asked", "crops"),
+    [
+        ({}, None, None),
+        ({}, 4, 4),
+        ({"select": 4}, None, 4),
+        ({"select": 4}, 2, 2),
+        ({"select": 4}, 11, None),  # all there are
+        ({"select": 11}, None, None),
+        ({"select": 4, "policy": "global"}, None, None),
+        ({"grid": 4}, 11, 11),  # 4 x 4 tiles and two squares are 18 crops
+    ],
+)
+def test_how_many_crops_are_selected(settings: dict[str, Any], asked: int | None, crops: int | None) -> None:
+    assert crops_to_select(ViewsConfig(**settings), asked) == crops
+
+
+def test_selecting_no_crop_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"views\.select.*0.*null or an integer >= 1"):
+        ViewsConfig(select=0)
+
+
+def test_the_benchmark_prints_its_tables(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+    benchmark = import_module("data_select")
+    settings = "--draws 2 --resamples 50 --photos 1 --turns 2"
+    assert benchmark.main([str(run), *settings.split(), "--svg", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "AUROC, val: 12 photos" in printed
+    cost = [line.split("|") for line in printed.splitlines() if line.startswith("| 4 | 5 |")]
+    assert len(cost) == 1
+    # With all crops, every choice is the same.
+    all_crops = [line for line in printed.splitlines() if line.startswith("| 11 |") and "…" in line]
+    assert len(all_crops) == 4  # two figures of two splits
+    assert all(len({cell.strip() for cell in line.split("|")[2:-1]}) == 1 for line in all_crops)
+    assert (tmp_path / "view-selection-mcc.svg").read_text().startswith("<svg xmlns=")
