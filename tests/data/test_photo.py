@@ -11,7 +11,8 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 from torch.utils.data import DataLoader
 
-from roadwork_dist.config.experiment import AugmentConfig
+from roadwork_dist.common.types import Batch
+from roadwork_dist.config.experiment import AugmentConfig, LossConfig
 from roadwork_dist.data.augment import Augmenter
 from roadwork_dist.data.augment.batched import augmented_on_device, with_augmented_views
 from roadwork_dist.data.dataset import RoadworkDataset, collate
@@ -20,6 +21,8 @@ from roadwork_dist.data.loader import load_batches
 from roadwork_dist.data.manifest import Manifest, Sample
 from roadwork_dist.data.photo import PhotoViews
 from roadwork_dist.data.views import ViewGeometry
+from roadwork_dist.losses.composite import RoadworkLoss
+from roadwork_dist.training.detection import RoadworkTask
 
 SIDE = 48
 
@@ -93,3 +96,21 @@ def test_a_row_without_draws_stands_beside_others(manifest: Manifest) -> None:
         alone = augmented_on_device(rows[0]["views"], rows[0]["draws"])
         np.testing.assert_array_equal(augmented[order.index(rows[0])], alone)
         assert (augmented[order.index(blank)] == 0).all()
+
+
+def test_the_task_augments_a_batch_before_the_model_sees_it(manifest: Manifest) -> None:
+    views = PhotoViews(ViewGeometry(SIDE), Augmenter(AugmentConfig(), 5), on_device=True)
+    batch = collate([RoadworkDataset(manifest, views=views)[k] for k in range(3)])
+    seen: list[Batch] = []
+
+    def forward(batch: Batch) -> None:
+        seen.append(batch)
+        raise StopIteration  # the rest of the task is of no matter here
+
+    task = RoadworkTask(RoadworkLoss(LossConfig(), with_masks=False))
+    with pytest.raises(StopIteration):
+        task(forward, batch)
+    assert torch.equal(seen[0]["views"], with_augmented_views(batch)["views"])
+    assert not torch.equal(seen[0]["views"], batch["views"])
+    assert "augment" not in seen[0]
+    assert task.count(batch) == task.count(seen[0])
