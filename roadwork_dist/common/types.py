@@ -4,8 +4,7 @@ B batch · V views kept for a photo · P patch tokens · D width of the backbone
 head · K classes (2: 0 = no roadwork, 1 = roadwork) · M mask classes (6) · S side of a view in px
 """
 
-from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 from torch import Tensor
 
@@ -55,9 +54,12 @@ class Batch(TypedDict, total=False):
     mask_known: Tensor  # [B] bool
 
 
-@dataclass(frozen=True)
-class ModelOutput:
-    """What the detector returns for a batch."""
+class ModelOutput(NamedTuple):
+    """What the detector returns for a batch.
+
+    A tuple: FSDP2 and ZeRO-3 look into the outputs of a module for the tensors that a backward pass will come
+    through, but into none of a class that they do not know.
+    """
 
     logits: Tensor  # [B, K]
     view_logits: Tensor  # [B, V', K] of the V' views that pruning kept

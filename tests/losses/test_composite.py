@@ -44,7 +44,7 @@ def join(parts):
     """Concatenate (output, batch) pairs along B."""
     outputs, batches = zip(*parts, strict=True)
     batch = {key: torch.cat([b[key] for b in batches]) for key in batches[0]}
-    output = {key: torch.cat([getattr(o, key) for o in outputs]) for key in vars(outputs[0])}
+    output = {key: torch.cat([getattr(o, key) for o in outputs]) for key in ModelOutput._fields}
     return ModelOutput(**output), batch
 
 
@@ -166,7 +166,7 @@ def test_a_batch_without_targets_is_exactly_zero_and_reaches_every_head(rows):
 def test_bf16_outputs_and_autocast_are_summed_in_float32():
     output, batch = make(6, seed=5, dtype=torch.bfloat16)
     exact = ModelOutput(
-        **{k: v.float() if v.is_floating_point() else v for k, v in vars(output).items() if v is not None}
+        **{k: v.float() if v.is_floating_point() else v for k, v in output._asdict().items() if v is not None}
     )
     loss = RoadworkLoss(LossConfig(), with_masks=True, with_experts=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):

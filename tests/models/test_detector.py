@@ -1,4 +1,3 @@
-import dataclasses
 import json
 from pathlib import Path
 
@@ -54,8 +53,7 @@ def _batch(counts: list[int], *, views: int | None = None, nulls: int = 0b00000)
 
 
 def _tensors(output: ModelOutput) -> dict[str, Tensor]:
-    values = {f.name: getattr(output, f.name) for f in dataclasses.fields(output)}
-    return {name: value for name, value in values.items() if value is not None}
+    return {name: value for name, value in output._asdict().items() if value is not None}
 
 
 def _total(output: ModelOutput) -> Tensor:
