@@ -113,8 +113,8 @@ class ViewsConfig:
     """``fast`` = large JPEGs are decoded at 1/2, 1/4 or 1/8 of their size; ``exact`` = every pixel is, \
 for half as much time again. Features of the two are kept apart."""
     decoder: Literal["cpu", "nvjpeg"] = "cpu"
-    """``nvjpeg`` = an NVIDIA GPU decodes JPEGs, every pixel of them; needs ``workers: 0``. Features of the two \
-are kept apart."""
+    """``nvjpeg`` = an NVIDIA GPU decodes JPEGs, every pixel of them; needs ``workers: 0``. Features of the \
+two are kept apart."""
     select: int | None = None
     """Crops that go through the backbone beside the global view when photos are predicted, chosen by what \
 `roadwork-dist distil` has taught after training. null = all. Training always sees all views."""
