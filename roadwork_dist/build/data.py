@@ -226,6 +226,7 @@ class DatasetBuilder:
                     store=store,
                     encode=self.backbone,
                     batch_views=self.config.features.batch_views,
+                    augment_on=accelerator.device if accelerator.device.type == "cuda" else None,
                     workers=self.config.workers,
                     share=(accelerator.process_index, accelerator.num_processes),
                     on_progress=tell,

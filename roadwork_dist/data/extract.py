@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from roadwork_dist.common.errors import BackboneError, DataError, RoadworkError
 from roadwork_dist.common.random import torch_generator_for
+from roadwork_dist.data.augment.batched import ViewDraws, augmented_on_device
 from roadwork_dist.data.manifest import Sample
 from roadwork_dist.data.photo import PhotoViews
 from roadwork_dist.data.remote.read_ahead import fetch_alongside
@@ -53,6 +54,8 @@ class _Job:
 
 
 _Entry = tuple[_Job, int | None]
+_Item = tuple[Tensor, list[ViewDraws]]
+"""Views of a copy, and what each draws on the device (nothing where it is augmented already)."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ def extract(
     batch_views: int = 48,
     workers: int = 0,
     share: tuple[int, int] = (0, 1),
+    augment_on: torch.device | None = None,
     on_progress: Progress | None = None,
 ) -> Extraction:
     """Compute the features that the store lacks, and close it.
@@ -98,6 +102,8 @@ def extract(
         batch_views: views per call of ``encode``.
         workers: processes that decode while the backbone computes; 0 = decode in this process.
         share: (rank, world size): this process computes the photos of its rank only.
+        augment_on: device that views are augmented on, in the batches of ``encode``; None = where photos
+            are decoded. Draws are the same; a few values are rounded the other way.
         on_progress: told after every entry.
 
     Raises:
@@ -111,7 +117,9 @@ def extract(
     if on_progress is not None:
         on_progress(done, total)
 
-    def readable() -> Iterator[tuple[_Entry, Tensor]]:
+    views = replace(views, on_device=augment_on is not None)
+
+    def readable() -> Iterator[tuple[_Entry, _Item]]:
         for job_index, copy, item in _decoded(jobs, views, workers):
             if isinstance(item, str):
                 unreadable[jobs[job_index].row] = item
@@ -119,7 +127,8 @@ def extract(
                 yield (jobs[job_index], copy), item
 
     try:
-        for written in _computed(readable(), encode, _Writing(store), batch_views):
+        compute = _augmenting(encode, augment_on)
+        for written in _computed(readable(), compute, _Writing(store), batch_views):
             if done == found and written:
                 _tell_shortage(store, total - done, views.geometry.max_views)
             for _ in range(written):
@@ -213,7 +222,7 @@ class _Decoding(IterableDataset[Any]):
     def __init__(self, jobs: list[_Job], views: PhotoViews) -> None:
         self.jobs, self.views = jobs, views
 
-    def __iter__(self) -> Iterator[tuple[int, int | None, Tensor | str]]:
+    def __iter__(self) -> Iterator[tuple[int, int | None, _Item | str]]:
         worker = get_worker_info()
         first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
         for index in range(first, len(self.jobs), step):
@@ -224,13 +233,16 @@ class _Decoding(IterableDataset[Any]):
                 yield index, None, str(error)
                 continue
             for copy in job.copies:
-                yield index, copy, self.views.augmented(plain, job.sample.id, copy)
+                if self.views.on_device:
+                    yield index, copy, (plain, self.views.draws(plain, job.sample.id, copy))
+                else:
+                    yield index, copy, (self.views.augmented(plain, job.sample.id, copy), [{}] * len(plain))
 
 
 def _decoded(
     jobs: list[_Job], views: PhotoViews, workers: int
-) -> Iterable[tuple[int, int | None, Tensor | str]]:
-    """(index of the job, copy, views or what is wrong with the photo)."""
+) -> Iterable[tuple[int, int | None, _Item | str]]:
+    """(index of the job, copy, views and what they drew, or what is wrong with the photo)."""
     loader = DataLoader(
         _Decoding(jobs, views),
         batch_size=None,
@@ -279,14 +291,29 @@ class _Writing:
         return written
 
 
+_Compute = Callable[[Tensor, list[ViewDraws]], Tensor]
+"""Views of a batch [N, 3, S, S] on the CPU and what each draws -> features [N, D]."""
+
+
+def _augmenting(encode: Encoder, device: torch.device | None) -> _Compute:
+    def compute(views: Tensor, draws: list[ViewDraws]) -> Tensor:
+        if device is None:
+            return encode(views)
+        return encode(augmented_on_device(views.to(device, non_blocking=True), draws))
+
+    return compute
+
+
 def _computed(
-    entries: Iterable[tuple[_Entry, Tensor]], encode: Encoder, write: _Writing, batch_views: int
+    entries: Iterable[tuple[_Entry, _Item]], compute: _Compute, write: _Writing, batch_views: int
 ) -> Iterator[int]:
     """Encode views of several photos together and write them; gives numbers of entries written."""
     written: deque[Future[int]] = deque()
     with ThreadPoolExecutor(1, thread_name_prefix="features") as thread:
         for begun, buffer, views in _batches(entries, batch_views):
-            features, ready = _to_host(encode(buffer.views), views, write.store.space.torch_dtype)
+            features, ready = _to_host(
+                compute(buffer.views, buffer.draws), views, write.store.space.torch_dtype
+            )
             buffer.in_use(ready)
             written.append(thread.submit(write, begun, features, ready))
             while len(written) > _AHEAD or (written and written[0].done()):
@@ -312,6 +339,7 @@ class _Buffer:
 
     def __init__(self, shape: Sequence[int], *, pinned: bool) -> None:
         self.views = torch.empty(tuple(shape), dtype=torch.uint8, pin_memory=pinned)
+        self.draws: list[ViewDraws] = [{} for _ in self.views]
         self.pinned = pinned
         self.is_on_gpu = False
         self._ready: torch.cuda.Event | None = None
@@ -328,14 +356,14 @@ class _Buffer:
 
 
 def _batches(
-    entries: Iterable[tuple[_Entry, Tensor]], batch_views: int
+    entries: Iterable[tuple[_Entry, _Item]], batch_views: int
 ) -> Iterator[tuple[list[tuple[_Entry, int]], _Buffer, int]]:
     """Batches of exactly ``batch_views`` views: entries that begin in it, the views, how many are real."""
     ring: deque[_Buffer] = deque()
     begun: list[tuple[_Entry, int]] = []
     buffer: _Buffer | None = None
     filled = 0
-    for entry, views in entries:
+    for entry, (views, draws) in entries:
         begun.append((entry, len(views)))
         start = 0
         while start < len(views):
@@ -343,12 +371,14 @@ def _batches(
                 buffer = _next_buffer(ring, (batch_views, *views.shape[1:]))
             part = views[start : start + batch_views - filled]
             buffer.views[filled : filled + len(part)].copy_(part)
+            buffer.draws[filled : filled + len(part)] = draws[start : start + len(part)]
             start, filled = start + len(part), filled + len(part)
             if filled == batch_views:
                 yield begun, buffer, filled
                 begun, buffer, filled = [], None, 0
     if buffer is not None:
         buffer.views[filled:].zero_()
+        buffer.draws[filled:] = [{}] * (batch_views - filled)
         yield begun, buffer, filled
 
 

@@ -227,3 +227,20 @@ def test_a_reduced_photo_is_not_taken_for_a_whole_one_of_the_same_bytes() -> Non
     reduced = SimpleNamespace(name="reduced", read=lambda: data, original_size=(4032, 3024))
     one, other = content_hashes([whole, reduced])  # type: ignore[list-item]
     assert other == f"{one} of 4032x3024", "views are laid out for the original's size"
+
+
+def test_copies_augmented_on_the_device_give_the_features_of_the_loader_s(
+    tmp_path: Path, augmenting: PhotoViews
+) -> None:
+    samples = samples_in(tmp_path)
+    device = {"augment_on": torch.device("cpu")}
+    for name, options in (("loader", {}), ("device", device), ("workers", {**device, "workers": 2})):
+        run(samples, augmenting, tmp_path / name, TinyEncoder(), **options)
+    stored = [contents(tmp_path / name) for name in ("loader", "device", "workers")]
+    assert stored[1] == stored[2]
+    assert stored[0].keys() == stored[1].keys()
+    for entry, (views, values) in stored[0].items():
+        count, others = stored[1][entry]
+        assert count == views
+        a, b = (torch.frombuffer(bytearray(each), dtype=torch.float32) for each in (values, others))
+        assert (a - b).abs().max() < 0.02 * a.abs().max()
