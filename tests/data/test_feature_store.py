@@ -26,6 +26,7 @@ from roadwork_dist.data.augment import Augmenter
 from roadwork_dist.data.store import FeatureSpace, FeatureStore, checking
 from roadwork_dist.data.store import store as store_module
 from roadwork_dist.data.store.index import Entries, concatenate, empty_entries, read_index, write_index
+from roadwork_dist.data.store.locks import FileLock, is_locked
 from roadwork_dist.data.store.part import PartFiles, parts_in
 from roadwork_dist.data.views import ViewGeometry
 
@@ -456,3 +457,15 @@ def test_a_long_write_is_flushed_by_time(tmp_path: Path, monkeypatch: pytest.Mon
     time.sleep(0.02)
     store.put("c1", "s1", None, features_of(1))
     assert_holds(FeatureStore(tmp_path, SPACE), range(2))
+
+
+def test_a_lock_does_not_stay_with_processes_started_meanwhile(tmp_path: Path) -> None:
+    held = FileLock(tmp_path / "file", shared=False)
+    child = subprocess.Popen(["sleep", "60"], pass_fds=[held._handle])
+    try:
+        assert is_locked(held.path)
+        held.release()
+        assert not is_locked(held.path)
+    finally:
+        child.kill()
+        child.wait()

@@ -35,7 +35,7 @@ class FileLock:
     """
 
     def __init__(self, path: Path, *, shared: bool, wait: bool = False) -> None:
-        self.path = path
+        self.path, self._owner = path, os.getpid()
         self.is_real = HAS_FLOCK
         """False where the file system knows no locks."""
         while True:
@@ -92,6 +92,10 @@ class FileLock:
     def release(self) -> None:
         """Give the lock back; twice is once."""
         if self._handle >= 0:
+            # A process forked meanwhile has the file open as well: closing it here would leave it the lock, and
+            # it must not give back what is not its own.
+            if HAS_FLOCK and self.is_real and self._owner == os.getpid():
+                fcntl.flock(self._handle, fcntl.LOCK_UN)
             os.close(self._handle)
             self._handle = -1
 
