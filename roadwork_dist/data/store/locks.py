@@ -92,8 +92,8 @@ class FileLock:
     def release(self) -> None:
         """Give the lock back; twice is once."""
         if self._handle >= 0:
-            # A process forked meanwhile has the file open as well: closing it here would leave it the lock, and
-            # it must not give back what is not its own.
+            # A process forked meanwhile has the file open as well: closing it here would leave it the lock,
+            # and it must not give back what is not its own.
             if HAS_FLOCK and self.is_real and self._owner == os.getpid():
                 fcntl.flock(self._handle, fcntl.LOCK_UN)
             os.close(self._handle)
