@@ -36,11 +36,15 @@ def _obey(numbers: set[int], parent: int) -> None:
             os._exit(0)
 
 
-def end_with_parent() -> None:
-    """SIGKILL when the parent dies: torch looks for that every 5 s, and only between rows."""
+def end_with_parent(parent: int | None = None) -> None:
+    """SIGKILL when the parent dies: torch looks for that every 5 s, and only between rows.
+
+    Args:
+        parent: number of the process that started this one, if known: it may be dead by now.
+    """
     import ctypes
 
-    parent = os.getppid()
+    parent = os.getppid() if parent is None else parent
     set_parent_death_signal = 1  # PR_SET_PDEATHSIG, prctl(2)
     ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, int(signal.SIGKILL), 0, 0, 0)
     if os.getppid() != parent:  # died in between

@@ -321,6 +321,14 @@ def test_killing_a_writer_with_processes_leaves_none_behind(tmp_path: Path) -> N
     assert contents(out) == contents(tmp_path / "undisturbed")
 
 
+def test_a_writing_process_whose_command_is_dead_already_ends_at_once() -> None:
+    with subprocess.Popen(["true"]) as dead:
+        dead.wait()
+    begin = f"from roadwork_dist.data.worker import end_with_parent; end_with_parent({dead.pid}); print('on')"
+    ended = subprocess.run([sys.executable, "-c", begin], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (1, "")
+
+
 def members_of_session(session: int) -> list[int]:
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):

@@ -1,5 +1,6 @@
 """Processes that work through jobs, tell how far they are, and end at once with whoever started them."""
 
+import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -39,7 +40,10 @@ class Crew:
             self._counted = context.Value("q", 0)
             self._stopped = context.Value("b", 0)
             self._pool = ProcessPoolExecutor(
-                workers, mp_context=context, initializer=_begin, initargs=(self._counted, self._stopped)
+                workers,
+                mp_context=context,
+                initializer=_begin,
+                initargs=(self._counted, self._stopped, os.getpid()),
             )
 
     def __enter__(self) -> Self:
@@ -93,13 +97,15 @@ class _StoppedError(Exception):
     """Another job has failed, so this one is given up."""
 
 
-def _begin(done: "Synchronized[int]", stop: "Synchronized[int]") -> None:
+def _begin(done: "Synchronized[int]", stop: "Synchronized[int]", parent: int) -> None:
     import torch
 
     global _done, _stop
     _done, _stop = done, stop
     torch.set_num_threads(1)
-    end_with_parent()  # or a writer that nobody waits for would go on behind a killed command
+    # Or a writer that nobody waits for would go on behind a killed command, which may have been killed
+    # in the seconds that starting takes.
+    end_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent stops its crew
 
 
