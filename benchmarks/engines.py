@@ -22,14 +22,13 @@ import warnings
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from chaos import ENGINES
 from measuring import heading, median_and_spread
-from overhead import BATCH, LR, WARMUP_STEPS, Clock, adamw, synthetic_rows
+from overhead import BATCH, WARMUP_STEPS, Clock, adamw, roadwork_dist, synthetic_rows
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -111,25 +110,8 @@ def bare(engine: str, data: TensorDataset, clock: Clock) -> None:
 
 def trainer(data: TensorDataset, clock: Clock, folder: Path) -> None:
     """This package under the engine of the environment."""
-    from roadwork_dist.config.schema import OptimConfig, ScheduleConfig, TrackingConfig, TrainConfig
-    from roadwork_dist.events.callback import Callback
-    from roadwork_dist.training.trainer import Trainer
-
-    class Ticks(Callback):
-        def on_step_end(self, run: Any, result: Any) -> None:
-            clock.tick()
-
-    config = TrainConfig(
-        output_dir=str(folder / "run"),
-        epochs=1,
-        batch_size=BATCH,
-        device="cpu",
-        optim=OptimConfig(lr=LR),
-        schedule=ScheduleConfig(name="constant", warmup_steps=0),
-        tracking=TrackingConfig(progress=False),
-    )
     doubled = TensorDataset(*(torch.cat([rows, rows]) for rows in data.tensors))  # two processes share it
-    Trainer(network(), config, doubled, callbacks=[Ticks()]).fit()
+    roadwork_dist(doubled, clock, folder, network)
 
 
 def as_a_rank(engine: str, steps: int, turns: int) -> None:

@@ -110,7 +110,9 @@ def bare_accelerate(data: TensorDataset, clock: Clock, folder: Path) -> None:
         clock.tick()
 
 
-def roadwork_dist(data: TensorDataset, clock: Clock, folder: Path) -> None:
+def roadwork_dist(
+    data: TensorDataset, clock: Clock, folder: Path, model: Callable[[], nn.Module] = network
+) -> None:
     """This package, with a line of JSON a step and the moving average."""
     from roadwork_dist.config.schema import OptimConfig, ScheduleConfig, TrackingConfig, TrainConfig
     from roadwork_dist.events.callback import Callback
@@ -129,7 +131,7 @@ def roadwork_dist(data: TensorDataset, clock: Clock, folder: Path) -> None:
         schedule=ScheduleConfig(name="constant", warmup_steps=0),
         tracking=TrackingConfig(progress=False),
     )
-    Trainer(network(), config, data, callbacks=[Ticks()]).fit()
+    Trainer(model(), config, data, callbacks=[Ticks()]).fit()
 
 
 def transformers_trainer(data: TensorDataset, clock: Clock, folder: Path) -> None:

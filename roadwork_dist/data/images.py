@@ -1,4 +1,4 @@
-"""Photos and masks: where their bytes come from, and how bytes become tensors.
+"""Photos: where their bytes come from, and how bytes become tensors.
 
 Everything here is pickled to loader workers, so a source holds a path or a reference, not pixels.
 """
@@ -15,7 +15,6 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.ExifTags import Base as ExifTag
@@ -26,7 +25,6 @@ from PIL.WebPImagePlugin import WebPImageFile
 from torch import Tensor
 
 from roadwork_dist.common.errors import DataError
-from roadwork_dist.common.types import MASK_CLASSES, MASK_SIDE
 
 MAX_PIXELS = 200_000_000
 """Default limit of pixels, as in ``DataConfig.max_pixels``."""
@@ -196,7 +194,7 @@ def photo_size(
     data, name = _bytes_and_name(source, name)
     image = open_picture(data, name, max_pixels=max_pixels, min_side=min_side)
     if isinstance(image, PngImageFile) and "exif" not in image.info:
-        _load(image, name)  # a PNG may carry its EXIF after the pixels
+        load_pixels(image, name)  # a PNG may carry its EXIF after the pixels
     width, height = image.size
     return (width, height) if orientation_of(image) >= 5 else (height, width)
 
@@ -216,88 +214,8 @@ def verify(
     image = open_picture(data, name, max_pixels=max_pixels, min_side=min_side)
     width, height = image.size
     _reduce(image, 8)  # every coded byte is still read, but an eighth of the rows and columns computed
-    _load(image, name)
+    load_pixels(image, name)
     return (width, height) if orientation_of(image) >= 5 else (height, width)
-
-
-class MaskSource(Protocol):
-    """Where a six-class mask comes from; picklable."""
-
-    @property
-    def name(self) -> str:
-        """What messages call the mask."""
-        ...
-
-    def bits(self) -> NDArray[np.uint8]:
-        """``[H, W]`` uint8: bit i is set where class i of ``MASK_CLASSES`` is; classes may overlap.
-
-        The mask covers the upright photo (EXIF orientation applied), at any resolution.
-
-        Raises:
-            DataError: it cannot be read.
-        """
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class PngMask:
-    """A mask stored as a greyscale 8-bit PNG: bit i of a pixel is class i of ``MASK_CLASSES``.
-
-    Masks are stored upright: as the photo is shown, not as its pixels lie in the file.
-    """
-
-    image: ImageSource
-    max_pixels: int = MAX_PIXELS
-
-    @property
-    def name(self) -> str:
-        """Name of the picture."""
-        return self.image.name
-
-    def bits(self) -> NDArray[np.uint8]:
-        """The pixels, ``[H, W]`` uint8.
-
-        Raises:
-            DataError: the PNG cannot be read, is not 8-bit greyscale or has bits above the sixth.
-        """
-        image = open_picture(self.image.read(), self.name, max_pixels=self.max_pixels, min_side=1)
-        _load(image, self.name)
-        if image.mode not in ("L", "P"):
-            raise DataError(
-                f"{self.name}: mask has pixels of mode {image.mode!r}, expected an 8-bit greyscale PNG with "
-                f"one bit a class ({', '.join(MASK_CLASSES)}): write it again in that form"
-            )
-        # Planes are counted by Pillow (256 bins) before numpy sees the pixels: cheap for 12 Mpx.
-        if any(image.histogram()[1 << len(MASK_CLASSES) :]):
-            raise DataError(
-                f"{self.name}: mask has values above {(1 << len(MASK_CLASSES)) - 1}, expected one bit a "
-                f"class ({', '.join(MASK_CLASSES)}): write it again in that form"
-            )
-        return np.asarray(image)
-
-
-def decode_mask(source: MaskSource, *, side: int = MASK_SIDE) -> Tensor:
-    """The target of the mask head: the share of each cell that each class covers.
-
-    The mask of the whole photo is squeezed to ``side`` × ``side`` cells, as the global view is; each
-    cell is the mean over its area, to 1/255. A cone of 25 px in 4032 px still leaves a trace.
-
-    Returns:
-        ``[M, side, side]`` float32 in [0, 1].
-
-    Raises:
-        DataError: the mask cannot be read.
-    """
-    bits = source.bits()
-    present = int(np.bitwise_or.reduce(bits, axis=None))
-    image = Image.fromarray(np.ascontiguousarray(bits))
-    target = np.zeros((len(MASK_CLASSES), side, side), dtype=np.float32)
-    for index in range(len(MASK_CLASSES)):
-        if present >> index & 1:
-            plane = image.point([255 * (value >> index & 1) for value in range(256)])
-            cells = plane.resize((side, side), Image.Resampling.BOX)  # BOX = the mean over the area
-            target[index] = np.asarray(cells, dtype=np.float32) / 255
-    return torch.from_numpy(target)
 
 
 def _bytes_and_name(source: ImageSource | bytes, name: str | None) -> tuple[bytes, str]:
@@ -362,7 +280,12 @@ def _broken(name: str, error: Exception) -> DataError:
     )
 
 
-def _load(image: ImageFile, name: str) -> None:
+def load_pixels(image: ImageFile, name: str) -> None:
+    """Decode an opened picture.
+
+    Raises:
+        DataError: it is broken.
+    """
     try:
         image.load()
     except MemoryError:
@@ -389,7 +312,7 @@ def orientation_of(image: ImageFile) -> int:
 
 
 def _load_upright(image: ImageFile, name: str) -> Image.Image:
-    _load(image, name)
+    load_pixels(image, name)
     method = _UPRIGHT.get(orientation_of(image))
     return image if method is None else image.transpose(method)
 

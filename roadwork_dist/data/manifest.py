@@ -19,7 +19,8 @@ from roadwork_dist.common.errors import DataError
 from roadwork_dist.common.registry import nearest
 from roadwork_dist.common.types import UNLABELLED, VOCABULARIES
 from roadwork_dist.config.experiment import ColumnsConfig
-from roadwork_dist.data.images import MAX_PIXELS, FileImage, ImageSource, MaskSource, PngMask, as_image_source
+from roadwork_dist.data.images import MAX_PIXELS, FileImage, ImageSource, as_image_source
+from roadwork_dist.data.mask_images import MaskSource, PngMask
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from roadwork_dist.common.files import write_atomic
 from roadwork_dist.common.types import MASK_CLASSES, MASK_SIDE
-from roadwork_dist.data.images import MaskSource, PngMask, decode_mask
+from roadwork_dist.data.mask_images import MaskSource, PngMask, decode_mask
 from roadwork_dist.data.packed import pack_tensor, unpack_tensor
 
 SHAPE = (len(MASK_CLASSES), MASK_SIDE, MASK_SIDE)

@@ -16,8 +16,8 @@ from torch import Tensor
 from roadwork_dist.common.errors import DataError
 from roadwork_dist.common.types import MASK_CLASSES, MASK_SIDE, UNLABELLED, WEATHER
 from roadwork_dist.data.dataset import RoadworkDataset
-from roadwork_dist.data.images import decode_mask
 from roadwork_dist.data.manifest import Manifest, Sample
+from roadwork_dist.data.mask_images import decode_mask
 from roadwork_dist.data.photo import PhotoViews
 from roadwork_dist.data.remote.retry import ServerDownError
 from roadwork_dist.data.text import TextEmbeddings

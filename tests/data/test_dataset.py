@@ -15,9 +15,10 @@ from roadwork_dist.data.augment.mix import MixedRows
 from roadwork_dist.data.content import content_hashes
 from roadwork_dist.data.dataset import RoadworkDataset, collate
 from roadwork_dist.data.extract import extract
-from roadwork_dist.data.images import FileImage, PngMask, decode_mask
+from roadwork_dist.data.images import FileImage
 from roadwork_dist.data.loader import load_batches
 from roadwork_dist.data.manifest import Manifest, Sample
+from roadwork_dist.data.mask_images import PngMask, decode_mask
 from roadwork_dist.data.masks import mask_targets
 from roadwork_dist.data.photo import PhotoViews, views_of_photo
 from roadwork_dist.data.store import FeatureSpace, FeatureStore

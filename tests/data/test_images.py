@@ -14,14 +14,13 @@ from roadwork_dist.common.types import MASK_CLASSES
 from roadwork_dist.data.images import (
     BytesImage,
     FileImage,
-    PngMask,
     as_image_source,
     content_hash,
     decode,
-    decode_mask,
     photo_size,
     verify,
 )
+from roadwork_dist.data.mask_images import PngMask, decode_mask
 
 
 def encoded(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:

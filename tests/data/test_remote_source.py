@@ -14,7 +14,8 @@ from roadwork_dist.common.errors import ConfigError, DataError
 from roadwork_dist.config.experiment import DataConfig
 from roadwork_dist.config.io import parse_experiment
 from roadwork_dist.data.check import check_images
-from roadwork_dist.data.images import decode, decode_mask
+from roadwork_dist.data.images import decode
+from roadwork_dist.data.mask_images import decode_mask
 from roadwork_dist.data.order import shard_order_of
 from roadwork_dist.data.remote import image as remote_image
 from roadwork_dist.data.sources import load_manifest

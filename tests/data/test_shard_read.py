@@ -21,7 +21,8 @@ from roadwork_dist.common.errors import DataError
 from roadwork_dist.data.check import check_images
 from roadwork_dist.data.content import content_hashes
 from roadwork_dist.data.dataset import RoadworkDataset
-from roadwork_dist.data.images import ImageSource, PngMask
+from roadwork_dist.data.images import ImageSource
+from roadwork_dist.data.mask_images import PngMask
 from roadwork_dist.data.masks import mask_targets
 from roadwork_dist.data.photo import PhotoViews
 from roadwork_dist.data.sampler import Sampler

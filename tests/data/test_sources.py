@@ -16,8 +16,9 @@ from pycocotools import mask as coco
 from roadwork_dist.common.errors import DataError
 from roadwork_dist.common.types import MASK_CLASSES
 from roadwork_dist.config.experiment import ColumnsConfig, DataConfig
-from roadwork_dist.data.images import decode, decode_mask
+from roadwork_dist.data.images import decode
 from roadwork_dist.data.manifest import Manifest
+from roadwork_dist.data.mask_images import decode_mask
 from roadwork_dist.data.sources import load_manifest
 from roadwork_dist.data.sources.huggingface import DatasetImage
 from roadwork_dist.data.sources.roadwork_coco import CATEGORIES

@@ -12,9 +12,9 @@ from support.photo_shards import data_config, write_photo_shards
 from roadwork_dist.common.errors import DataError
 from roadwork_dist.config.experiment import LossConfig
 from roadwork_dist.data.dataset import collate
-from roadwork_dist.data.images import decode_mask
 from roadwork_dist.data.loader import load_batches
 from roadwork_dist.data.manifest import Manifest
+from roadwork_dist.data.mask_images import decode_mask
 from roadwork_dist.data.photo import PhotoViews
 from roadwork_dist.data.remote.retry import ServerDownError
 from roadwork_dist.data.sources import load_manifest

@@ -9,8 +9,9 @@ from PIL import Image
 
 from roadwork_dist.common.errors import DataError
 from roadwork_dist.data.check import examine
-from roadwork_dist.data.images import BytesImage, MaskSource, PngMask, photo_size
+from roadwork_dist.data.images import BytesImage, photo_size
 from roadwork_dist.data.manifest import Sample
+from roadwork_dist.data.mask_images import MaskSource, PngMask
 from roadwork_dist.data.shards.compact import compact_photo
 from roadwork_dist.data.shards.plan import ShardOptions, known_fields
 

@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 from roadwork_dist.common.errors import ConfigError, DataError
 from roadwork_dist.common.random import generator_for
-from roadwork_dist.data.images import MAX_PIXELS, BytesImage, FileImage, ImageSource, PngMask
+from roadwork_dist.data.images import MAX_PIXELS, BytesImage, FileImage, ImageSource
 from roadwork_dist.data.manifest import Manifest, Sample
+from roadwork_dist.data.mask_images import PngMask
 from roadwork_dist.data.shards.index import METADATA
 from roadwork_dist.data.shards.tar import LEAST_TAR, member_bytes, room_in, tar_bytes
 from roadwork_dist.data.views import ViewGeometry

@@ -12,8 +12,9 @@ from typing import Any
 from roadwork_dist.common.errors import DataError
 from roadwork_dist.common.hub import hub_reachable
 from roadwork_dist.config.experiment import DataConfig
-from roadwork_dist.data.images import ImageSource, PngMask, as_image_source
+from roadwork_dist.data.images import ImageSource, as_image_source
 from roadwork_dist.data.manifest import Manifest, build_manifest, is_null
+from roadwork_dist.data.mask_images import PngMask
 
 
 @dataclass(frozen=True, slots=True, eq=False)

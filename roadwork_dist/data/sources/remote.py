@@ -7,8 +7,8 @@ from pathlib import Path
 
 from roadwork_dist.common.errors import DataError
 from roadwork_dist.config.experiment import DataConfig, RemoteConfig
-from roadwork_dist.data.images import MaskSource, PngMask
 from roadwork_dist.data.manifest import Manifest, Sample
+from roadwork_dist.data.mask_images import MaskSource, PngMask
 from roadwork_dist.data.remote.cache import GIB, RemoteCache
 from roadwork_dist.data.remote.download import RemoteFile, read_whole
 from roadwork_dist.data.remote.image import RemoteImage

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from roadwork_dist.common.errors import DataError
 from roadwork_dist.common.types import VOCABULARIES
 from roadwork_dist.config.experiment import DataConfig
-from roadwork_dist.data.images import MAX_PIXELS, MaskSource, PngMask
+from roadwork_dist.data.images import MAX_PIXELS
 from roadwork_dist.data.manifest import Manifest, Sample
+from roadwork_dist.data.mask_images import MaskSource, PngMask
 from roadwork_dist.data.shards.image import ShardImage
 from roadwork_dist.data.shards.index import INDEX_FILE, METADATA, ShardSet, read_index, read_set
 

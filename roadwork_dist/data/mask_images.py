@@ -1,0 +1,97 @@
+"""Six-class masks: where they come from, and how they become targets of the mask head.
+
+M classes
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from roadwork_dist.common.errors import DataError
+from roadwork_dist.common.types import MASK_CLASSES, MASK_SIDE
+from roadwork_dist.data.images import MAX_PIXELS, ImageSource, load_pixels, open_picture
+
+
+class MaskSource(Protocol):
+    """Where a six-class mask comes from; picklable."""
+
+    @property
+    def name(self) -> str:
+        """What messages call the mask."""
+        ...
+
+    def bits(self) -> NDArray[np.uint8]:
+        """``[H, W]`` uint8: bit i is set where class i of ``MASK_CLASSES`` is; classes may overlap.
+
+        The mask covers the upright photo (EXIF orientation applied), at any resolution.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class PngMask:
+    """A mask stored as a greyscale 8-bit PNG: bit i of a pixel is class i of ``MASK_CLASSES``.
+
+    Masks are stored upright: as the photo is shown, not as its pixels lie in the file.
+    """
+
+    image: ImageSource
+    max_pixels: int = MAX_PIXELS
+
+    @property
+    def name(self) -> str:
+        """Name of the picture."""
+        return self.image.name
+
+    def bits(self) -> NDArray[np.uint8]:
+        """The pixels, ``[H, W]`` uint8.
+
+        Raises:
+            DataError: the PNG cannot be read, is not 8-bit greyscale or has bits above the sixth.
+        """
+        image = open_picture(self.image.read(), self.name, max_pixels=self.max_pixels, min_side=1)
+        load_pixels(image, self.name)
+        if image.mode not in ("L", "P"):
+            raise DataError(
+                f"{self.name}: mask has pixels of mode {image.mode!r}, expected an 8-bit greyscale PNG with "
+                f"one bit a class ({', '.join(MASK_CLASSES)}): write it again in that form"
+            )
+        # Planes are counted by Pillow (256 bins) before numpy sees the pixels: cheap for 12 Mpx.
+        if any(image.histogram()[1 << len(MASK_CLASSES) :]):
+            raise DataError(
+                f"{self.name}: mask has values above {(1 << len(MASK_CLASSES)) - 1}, expected one bit a "
+                f"class ({', '.join(MASK_CLASSES)}): write it again in that form"
+            )
+        return np.asarray(image)
+
+
+def decode_mask(source: MaskSource, *, side: int = MASK_SIDE) -> Tensor:
+    """The target of the mask head: the share of each cell that each class covers.
+
+    The mask of the whole photo is squeezed to ``side`` × ``side`` cells, as the global view is; each
+    cell is the mean over its area, to 1/255. A cone of 25 px in 4032 px still leaves a trace.
+
+    Returns:
+        ``[M, side, side]`` float32 in [0, 1].
+
+    Raises:
+        DataError: the mask cannot be read.
+    """
+    bits = source.bits()
+    present = int(np.bitwise_or.reduce(bits, axis=None))
+    image = Image.fromarray(np.ascontiguousarray(bits))
+    target = np.zeros((len(MASK_CLASSES), side, side), dtype=np.float32)
+    for index in range(len(MASK_CLASSES)):
+        if present >> index & 1:
+            plane = image.point([255 * (value >> index & 1) for value in range(256)])
+            cells = plane.resize((side, side), Image.Resampling.BOX)  # BOX = the mean over the area
+            target[index] = np.asarray(cells, dtype=np.float32) / 255
+    return torch.from_numpy(target)
