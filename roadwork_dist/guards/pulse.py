@@ -1,8 +1,9 @@
 """What each rank tells of itself in the run folder, and who is to blame when nothing moves."""
 
+import faulthandler
 import json
-import sys
-import traceback
+import re
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +18,9 @@ _MAY_WAIT = (
 )
 # The same, a few lines further out.
 _WAITS = ("/torch/distributed/", "/accelerate/", "/deepspeed/", "/roadwork_dist/engine/collectives.py")
+# The two kinds of lines that faulthandler writes.
+_THREAD = re.compile(r"(?:Current thread|Thread) (?P<id>0x[0-9a-f]+)")
+_FRAME = re.compile(r'  File "(?P<file>.*)", line (?P<line>\d+) in (?P<name>.*)')
 
 
 @dataclass(frozen=True)
@@ -63,10 +67,26 @@ def _shortened(line: str) -> str:
 
 
 def innermost_lines(thread: int) -> list[str]:
-    """Where a thread of this process is, innermost first; empty if it has ended."""
-    frame = sys._current_frames().get(thread)
-    stack = traceback.StackSummary.extract(traceback.walk_stack(frame), limit=FRAMES, lookup_lines=False)
-    return [f"{line.filename}:{line.lineno} in {line.name}" for line in stack] if frame is not None else []
+    """Where a thread of this process is, innermost first; empty if it has ended.
+
+    Raises:
+        OSError: there is no room for a temporary file.
+    """
+    # Not through sys._current_frames() and f_back: the collector may run while they make a frame object, let
+    # the other thread go on, and the object then belongs to a call that is over (CPython 3.11: wrong lines,
+    # or a crash much later). faulthandler reads the stack in one go and makes no objects.
+    with tempfile.TemporaryFile() as file:
+        faulthandler.dump_traceback(file, all_threads=True)
+        file.seek(0)
+        text = file.read().decode(errors="backslashreplace")
+    lines: list[str] = []
+    inside = False
+    for line in text.splitlines():
+        if header := _THREAD.match(line):
+            inside = int(header["id"], 16) == thread
+        elif inside and (found := _FRAME.match(line)):
+            lines.append(f"{found['file']}:{found['line']} in {found['name']}")
+    return lines[:FRAMES]
 
 
 def _path(folder: Path, rank: int) -> Path:
