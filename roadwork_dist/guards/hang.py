@@ -99,20 +99,22 @@ class HangWatch(Callback):
         """What changes as long as the run moves."""
         return run.state.step, run.batches_read, self.phase
 
-    def _pulse(self, run: Run, thread: int, beat: int) -> Pulse:
+    def _pulse(self, run: Run, beat: int, where: list[str]) -> Pulse:
         rank = run.accelerator.process_index
-        return Pulse(
-            rank, socket.gethostname(), os.getpid(), beat, *self._place(run), innermost_lines(thread)
-        )
+        return Pulse(rank, socket.gethostname(), os.getpid(), beat, *self._place(run), where)
 
     def _write(self, run: Run, thread: int, ended: threading.Event) -> None:
         """Keep this rank's file. A thread of its own: a file system that hangs must not stop the watch."""
         folder = run.run_dir / FOLDER
-        beat = 0
+        beat, place = 0, None
         while not ended.is_set():
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                write_pulse(folder, self._pulse(run, thread, beat))
+                # Nobody looks at the stack of a run that moves, and its threads are not to be disturbed.
+                place, before = self._place(run), place
+                write_pulse(
+                    folder, self._pulse(run, beat, innermost_lines(thread) if place == before else [])
+                )
             except OSError as error:  # a full disk: saving tells of it, and this rank counts as silent
                 logger.debug("%s cannot be written: %s", folder, error)
             beat += 1
@@ -142,7 +144,7 @@ class HangWatch(Callback):
             if ended.wait(self.interval) or self._place(run) != place:
                 return
         now = look()
-        own = self._pulse(run, thread, 0)
+        own = self._pulse(run, 0, _in_time(lambda: innermost_lines(thread), 2 * self.interval) or [])
         if before is None or now is None:
             logger.error(
                 "no progress for %.0f s, and the file system of %s does not answer: %s",

@@ -35,7 +35,8 @@ class Pulse:
         step: optimizer steps taken.
         batches: batches read, those of validations included.
         phase: what the loop does.
-        where: innermost lines of the thread that trains, innermost first, as ``file:line in function``.
+        where: innermost lines of the thread that trains, innermost first, as ``file:line in function``; empty
+            while the run moves.
     """
 
     rank: int

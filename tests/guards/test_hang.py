@@ -6,6 +6,7 @@ import re
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from roadwork_dist.config.schema import CheckpointConfig
 from roadwork_dist.events.callback import Callback
-from roadwork_dist.guards.hang import EXIT_HANG, verdict
+from roadwork_dist.guards.hang import EXIT_HANG, HangWatch, verdict
 from roadwork_dist.guards.pulse import Pulse, blame, read_pulses, write_pulse
 from roadwork_dist.training.trainer import Trainer
 
@@ -225,6 +226,36 @@ def test_a_clock_that_goes_backwards_changes_nothing(tmp_path: Path, monkeypatch
         figures = json.loads(line)
         assert figures.get("samples_per_s", 1) > 0
         assert 0 <= figures.get("data_wait", 0) <= 1
+
+
+class Standing:
+    """What the watch reads of a run: it stands still, or takes a step between two looks."""
+
+    def __init__(self, run_dir: Path, moves: bool) -> None:
+        self.run_dir, self.moves, self.batches_read = run_dir, moves, 0
+        self.accelerator = SimpleNamespace(process_index=0, num_processes=1)
+
+    @property
+    def state(self) -> Any:
+        self.batches_read += self.moves
+        return SimpleNamespace(step=self.batches_read)
+
+
+@pytest.mark.parametrize("moves", [True, False])
+def test_the_stack_of_a_run_that_moves_is_left_alone(tmp_path: Path, moves: bool) -> None:
+    watch = HangWatch(timeout=60.0)
+    watch.interval = 0.05
+    watch.on_fit_start(Standing(tmp_path, moves))
+    try:
+        deadline = time.monotonic() + 30
+        pulses = read_pulses(tmp_path / "health", 1)
+        while time.monotonic() < deadline and (pulses[0] is None or pulses[0].beat < 3):
+            time.sleep(0.01)
+            pulses = read_pulses(tmp_path / "health", 1)
+    finally:
+        watch.on_fit_end(Standing(tmp_path, moves))
+    assert pulses[0] is not None
+    assert (pulses[0].where == []) == moves
 
 
 class OldFiles(Callback):
