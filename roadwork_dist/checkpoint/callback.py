@@ -125,6 +125,10 @@ class Checkpointer(Callback):
         """Remember the monitored figure, to be found in the epoch's checkpoint."""
         self._figure = metrics[run.config.monitor.removeprefix("-")]
 
+    def on_validation_interrupted(self, run: Run) -> None:
+        """Save as behind the epoch's last step; who goes on validates first."""
+        self._save(run, planned=False, wait=True)
+
     def on_epoch_end(self, run: Run) -> None:
         """Save with the validation behind it."""
         # Behind the last epoch there is nothing that could go on meanwhile.

@@ -2,7 +2,8 @@
 
 on_setup → on_fit_start → on_train_start → per epoch: (on_step_end)* → on_validation_start
 → on_validation_end → on_epoch_end → on_fit_end. If anything is raised, on_exception comes instead of
-what is left.
+what is left. In a validation that is given up because the run was asked to stop, on_validation_interrupted
+comes in place of on_validation_end.
 
 Observers are called in the order they were given, and in the reverse order on_validation_end, so
 that what a first one puts in place for the validation (averaged weights) is still there for those
@@ -105,6 +106,9 @@ class Callback:
 
     def on_validation_end(self, run: Run, metrics: dict[str, float], improved: bool) -> None:
         """The validation set was seen once; ``improved`` = its figure is the best so far."""
+
+    def on_validation_interrupted(self, run: Run) -> None:
+        """The run was asked to stop, so the validation is given up, to be done anew by who goes on."""
 
     def on_figures(self, run: Run, kind: str, figures: dict[str, Any]) -> None:
         """Another observer has figures of its own to tell, of this kind. No collectives."""

@@ -82,6 +82,10 @@ class HangWatch(Callback):
         """Behind it."""
         self.phase = "end of epoch"
 
+    def on_validation_interrupted(self, run: Run) -> None:
+        """Saving."""
+        self.phase = "leaving a validation"
+
     def on_fit_end(self, run: Run) -> None:
         """Stop watching."""
         self._stop()

@@ -38,10 +38,10 @@ class Preemption(Callback):
     """Takes SIGTERM and SIGUSR1 as a request to stop while a run trains.
 
     The handler only notes it. Behind the step that is under way (its losses carry the request of any
-    rank to all of them) or behind the validation and the end of its epoch the checkpointer saves, and
-    every rank raises :class:`InterruptedRunError`. This callback therefore stands behind the
-    checkpointer. Further signals change nothing. What handled the signals before does so again when
-    training ends; off the main thread Python allows no handlers, so there are none.
+    rank to all of them), behind a batch of a validation, which is given up, or at the end of the epoch
+    the checkpointer saves, and every rank raises :class:`InterruptedRunError`. This callback therefore
+    stands behind the checkpointer. Further signals change nothing. What handled the signals before does
+    so again when training ends; off the main thread Python allows no handlers, so there are none.
     """
 
     def __init__(self) -> None:
@@ -73,14 +73,21 @@ class Preemption(Callback):
         if result.interrupted:  # the same on all ranks
             self._leave(run, gather_objects(self._request(run)))
 
-    def on_epoch_end(self, run: Run) -> None:
-        """Leave where a rank was asked to during the validation.
+    def on_validation_interrupted(self, run: Run) -> None:
+        """Leave where a rank was asked to during the validation; the checkpointer has saved.
 
         Raises:
             InterruptedRunError: on every rank.
         """
-        # Once an epoch, reached by all ranks. Asking earlier would take a collective per batch of
-        # the validation, in which ranks have different numbers of batches.
+        self._leave(run, gather_objects(self._request(run)))
+
+    def on_epoch_end(self, run: Run) -> None:
+        """Leave where a rank was asked to behind the last batch of the validation.
+
+        Raises:
+            InterruptedRunError: on every rank.
+        """
+        # Once an epoch, reached by all ranks.
         requests = gather_objects(self._request(run))
         if any(requests):
             self._leave(run, requests)

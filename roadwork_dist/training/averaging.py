@@ -56,6 +56,13 @@ class EmaCallback(Callback):
 
     def on_validation_end(self, run: Run, metrics: dict[str, float], improved: bool) -> None:
         """Put the weights back."""
+        self._swap_back()
+
+    def on_validation_interrupted(self, run: Run) -> None:
+        """Put the weights back, before they are saved."""
+        self._swap_back()
+
+    def _swap_back(self) -> None:
         if self._swap is not None:
             self._swap.__exit__(None, None, None)
             self._swap = None

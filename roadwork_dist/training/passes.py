@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,32 @@ class PassResult:
 
     metrics: dict[str, float]
     rows: dict[str, Tensor]
+
+
+class PassInterrupted(Exception):
+    """A pass was given up, on all ranks behind the same round of batches."""
+
+
+def interruptible(batches: Iterable[Any], rounds: int, asked: Callable[[], bool]) -> Iterator[Any]:
+    """Batches, with a question between them whether to give up.
+
+    Args:
+        batches: this rank's.
+        rounds: batches of the rank that has most of them. A rank with fewer takes part in what is left of the
+            rounds, since the others wait for its answer.
+        asked: whether to give up; a collective, with one answer for all ranks.
+
+    Raises:
+        PassInterrupted: ``asked`` said so.
+    """
+    questions = rounds - 1
+    for batch in batches:
+        yield batch
+        if questions > 0 and asked():
+            raise PassInterrupted
+        questions -= 1
+    if any(asked() for _ in range(questions)):
+        raise PassInterrupted
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ from roadwork_dist.engine.accelerator import build_accelerator
 from roadwork_dist.engine.agreement import check_agreement
 from roadwork_dist.engine.base import Below, Engine, TensorSource, WholeTensors
 from roadwork_dist.engine.build import build_engine
-from roadwork_dist.engine.collectives import broadcast_tensors
+from roadwork_dist.engine.collectives import broadcast_tensors, sum_over_ranks
 from roadwork_dist.events.callback import Callback
 from roadwork_dist.events.state import StepResult, TrainState
 from roadwork_dist.guards.explain import explained
@@ -36,7 +36,7 @@ from roadwork_dist.optim.optimizers import build_optimizer
 from roadwork_dist.optim.schedules import Schedule
 from roadwork_dist.training.averaging import EmaCallback
 from roadwork_dist.training.defaults import all_callbacks
-from roadwork_dist.training.passes import PassResult, run_pass
+from roadwork_dist.training.passes import PassInterrupted, PassResult, interruptible, run_pass
 from roadwork_dist.training.row_plan import keep_row_plan, row_plan
 from roadwork_dist.training.spikes import SpikeGuard
 from roadwork_dist.training.step import LoadedBatch, OptimizerStep, moving_buffers
@@ -232,7 +232,11 @@ class Trainer:
         # Each rank's rows have moved its own batch statistics; all validate with those that are saved.
         broadcast_tensors(moving_buffers(self.model))
         self._emit("on_validation_start")
-        outcome = self.evaluate(data)
+        try:
+            outcome = self._evaluate(data, self._is_interrupted)
+        except PassInterrupted:  # on all ranks
+            self._emit("on_validation_interrupted")
+            raise
         figure = self._monitored(outcome.metrics)
         if math.isnan(figure):
             logger.warning(
@@ -251,13 +255,18 @@ class Trainer:
 
         A collective: every rank takes a share of the rows and gets all results.
         """
+        return self._evaluate(data)
+
+    def _evaluate(self, data: MapDataset, asked: Callable[[], bool] | None = None) -> PassResult:
         self.model.eval()
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         shares = [evaluation_batches(len(data), self.config.batch_size, each, ranks) for each in range(ranks)]
-        batches, counted = shares[rank], len(shares[rank])
+        batches, counted, rounds = shares[rank], len(shares[rank]), max(map(len, shares))
         if self.engine.lockstep:  # a rank with fewer batches runs fillers, which count for nothing
-            batches = batches + [[0]] * (max(map(len, shares)) - counted)
+            batches = batches + [[0]] * (rounds - counted)
         loaded = self._load(data, batches)
+        if asked is not None:
+            loaded = interruptible(loaded, rounds, asked)
         return run_pass(self.engine.evaluate, self.task, loaded, self.accelerator.device, counted=counted)
 
     def use_micro_batches(self, batch_size: int) -> None:
@@ -284,6 +293,10 @@ class Trainer:
         self.engine.fill(self.engine.weights(), source, "")
         self.engine.weights_changed()
         source.read({name: b for name, b in self.model.named_buffers() if name in weights})
+
+    def _is_interrupted(self) -> bool:
+        """Whether some rank was asked to stop; a collective."""
+        return sum_over_ranks([float(self.interrupt_requested)], self.accelerator.device)[0] > 0
 
     def _is_stale(self) -> bool:
         return 0 < self.config.patience <= self.state.stale_validations

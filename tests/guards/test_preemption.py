@@ -43,14 +43,40 @@ class Signalled(Callback):
 
 
 class InValidation(Callback):
-    """Sends SIGUSR1 to rank 1 in the validation of the second epoch."""
+    """Sends SIGUSR1 to the last rank in the validation of an epoch."""
+
+    def __init__(self, epoch: int = 1) -> None:
+        self.epoch = epoch
 
     def on_validation_start(self, run: Any) -> None:
-        if run.state.epoch == 1 and run.accelerator.process_index == run.accelerator.num_processes - 1:
+        if (
+            run.state.epoch == self.epoch
+            and run.accelerator.process_index == run.accelerator.num_processes - 1
+        ):
             os.kill(os.getpid(), signal.SIGUSR1)
 
 
-def train(run_dir: Path, observer: Callback | None = None, workers: int = 1) -> str:
+class SignalledWhileRead:
+    """Validation rows; the first time that one of them is read, its reader gets SIGTERM."""
+
+    pure = True
+
+    def __init__(self, row: int, marker: Path) -> None:
+        self.base, self.row, self.marker = toy_data(9, seed=2), row, marker
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    def __getitem__(self, row: int) -> Any:
+        if row == self.row and not self.marker.exists():
+            self.marker.touch()
+            os.kill(os.getpid(), signal.SIGTERM)
+        return self.base[row]
+
+
+def train(
+    run_dir: Path, observer: Callback | None = None, workers: int = 1, signalled_row: int | None = None
+) -> str:
     """The error's text, or nothing when training ended by itself."""
     if isinstance(observer, Signalled) and observer.group:
         os.setpgid(0, 0)
@@ -60,7 +86,9 @@ def train(run_dir: Path, observer: Callback | None = None, workers: int = 1) -> 
         toy_model(dropout=0.3),
         config,
         NoisyData(16 * world),
-        toy_data(12, seed=2),
+        toy_data(9, seed=2)
+        if signalled_row is None
+        else SignalledWhileRead(signalled_row, run_dir / "signalled"),
         callbacks=[observer] if observer else [],
     )
     before = [signal.getsignal(number) for number in STOP_SIGNALS]
@@ -107,6 +135,24 @@ def test_asked_to_stop_all_ranks_save_and_go_on_later(
     assert newest.name == f"step-{step:08d}"
     run(train, tmp_path, world_size=world_size)
     assert not (tmp_path / INTERRUPTED).exists()
+    assert lines(tmp_path) == expected_lines
+    assert_same_tensors(newest_tensors(tmp_path), expected_tensors)
+
+
+@pytest.mark.parametrize("row", [0, 4, 8], ids=lambda row: f"row {row}")
+def test_a_validation_is_given_up_behind_its_batch_and_done_anew(
+    undisturbed: Any, row: int, tmp_path: Path
+) -> None:
+    """With two processes rank 0 has two batches and rank 1 has one, which waits for the other's answer."""
+    world_size, expected_lines, expected_tensors = undisturbed
+    messages = run(train, tmp_path, None, 0, row, world_size=world_size)
+    assert [f"state saved at step 4 of {STEPS}" in message for message in messages] == [True] * world_size
+    is_over = row == (8 if world_size == 1 else 4)  # read in the last round of batches
+    assert sum(line["kind"] == "val" for line in lines(tmp_path)) == is_over
+    # Asked again in the same validation (or the next one), it saves over the same step.
+    (again,) = set(run(train, tmp_path, InValidation(epoch=int(is_over)), world_size=world_size))
+    assert f"state saved at step {8 if is_over else 4} of {STEPS}" in again
+    run(train, tmp_path, world_size=world_size)
     assert lines(tmp_path) == expected_lines
     assert_same_tensors(newest_tensors(tmp_path), expected_tensors)
 
