@@ -11,8 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from support.engines import train_with
 from support.ranks import run, spawn
-from support.toy import NoisyData, assert_same_tensors, lines, newest_tensors, toy_config, toy_data, toy_model
+from support.toy import (
+    NoisyData,
+    assert_same_tensors,
+    lines,
+    newest_tensors,
+    stored,
+    toy_config,
+    toy_data,
+    toy_model,
+)
 
 from roadwork_dist.checkpoint import store
 from roadwork_dist.checkpoint.store import CheckpointStore
@@ -155,6 +166,22 @@ def test_a_validation_is_given_up_behind_its_batch_and_done_anew(
     run(train, tmp_path, world_size=world_size)
     assert lines(tmp_path) == expected_lines
     assert_same_tensors(newest_tensors(tmp_path), expected_tensors)
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+def test_a_validation_with_sharded_weights_is_given_up_too(engine: str, tmp_path: Path) -> None:
+    """Its forward passes gather the weights, so the shorter rank runs fillers in the rounds of the other."""
+    folder, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
+    disturbed.mkdir()
+    run(train_with, engine, train, folder, world_size=2)
+    messages = run(train_with, engine, train, disturbed, None, 0, 8, world_size=2)
+    assert [f"state saved at step 4 of {STEPS}" in message for message in messages] == [True, True]
+    run(train_with, engine, train, disturbed, world_size=2)
+    assert lines(disturbed) == lines(folder)
+    ours, theirs = (stored(path / "checkpoints" / f"step-{STEPS:08d}") for path in (disturbed, folder))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert torch.equal(ours[name], tensor), name
 
 
 def train_and_signal_while_saving(run_dir: Path) -> str:
