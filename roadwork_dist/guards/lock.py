@@ -5,13 +5,13 @@ one, none of which compares clocks:
 
 1. ``flock``: the kernel drops it with the process, however it ends. Where it is held, the owner lives
    (or a child of it that the kill has not reached yet: those are waited for).
-2. On the same machine: the owner's process number and start.
+2. On the same machine: the owner's process number and start. That and the touches are all that there is
+   where files cannot be locked (Windows, some network file systems).
 3. On another machine, where the file system does not carry ``flock`` between machines: the owner
    touches the file every few seconds, and the next start watches whether that goes on. The times it
    sees are the file system's and are only compared with each other.
 """
 
-import errno
 import json
 import logging
 import os
@@ -22,18 +22,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from roadwork_dist.common.errors import RunLockedError
+from roadwork_dist.common.flock import Flock, give_back, is_at, take
 from roadwork_dist.engine.collectives import broadcast_object
 from roadwork_dist.events.callback import Callback, Run
 from roadwork_dist.events.state import StepResult
 from roadwork_dist.guards.identity import ProcessIdentity, is_alive, is_here, own_identity
 from roadwork_dist.guards.preemption import INTERRUPTED
-
-try:
-    import fcntl
-
-    HAS_FLOCK = True
-except ImportError:  # Windows: what is left are the process number and the touches
-    HAS_FLOCK = False
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +37,6 @@ TOUCH_EVERY_S = 5.0
 SILENCE_S = 30.0
 """An owner on another machine that has not touched the lock for so long is taken for dead."""
 _ORPHANS_S = 10.0
-_NO_FLOCK = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK}
 
 
 @dataclass(frozen=True)
@@ -108,7 +101,7 @@ class FolderLock:
             self._toucher.join(1.0)  # it must not touch a number that another file has by then
         if _read(self.path) == self.owner:
             self.path.unlink(missing_ok=True)  # while it is held: nobody can take it in between
-        os.close(self._handle)
+        give_back(self._handle)
         self._handle = None
 
     def _open(self) -> tuple[int, bool]:
@@ -116,14 +109,18 @@ class FolderLock:
         started = time.monotonic()
         while True:
             handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
-            held = _flock(handle)
-            if held is not False and _is_same_file(handle, self.path):
-                return handle, held is True
+            try:
+                held = take(handle)
+            except BaseException:
+                os.close(handle)
+                raise
+            if held is not Flock.OTHERS and is_at(handle, self.path):
+                return handle, held is Flock.HELD
             owner = _read(self.path)
             os.close(handle)
             # A loader process that outlives its killed owner by a moment still holds the flock.
             is_orphaned = owner is not None and is_here(owner.process) and not is_alive(owner.process)
-            if held is False and not (is_orphaned and time.monotonic() - started < _ORPHANS_S):
+            if held is Flock.OTHERS and not (is_orphaned and time.monotonic() - started < _ORPHANS_S):
                 self._refuse(owner)
             time.sleep(0.1)
 
@@ -169,25 +166,6 @@ class FolderLock:
                 os.utime(handle)  # the file system's own time, on NFS the server's
             except OSError as error:  # released in this moment, or a file system that comes back
                 logger.debug("%s could not be touched: %s", self.path, error)
-
-
-def _flock(handle: int) -> bool | None:
-    """Take it: False if somebody else holds it, None where the file system has none."""
-    if not HAS_FLOCK:
-        return None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return None if error.errno in _NO_FLOCK else False
-    return True
-
-
-def _is_same_file(handle: int, path: Path) -> bool:
-    """False if an owner has given the lock back, and with it the file, since it was opened."""
-    try:
-        return os.path.samestat(os.fstat(handle), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def _looks(path: Path) -> tuple[int, int, bytes]:

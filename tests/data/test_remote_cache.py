@@ -16,8 +16,9 @@ import pytest
 from support import ranks
 from support.file_server import FileServer, serve
 
+from roadwork_dist.common import flock
 from roadwork_dist.common.errors import ConfigError, DataError, MissingDependencyError
-from roadwork_dist.data.remote import download, locks, transport
+from roadwork_dist.data.remote import download, transport
 from roadwork_dist.data.remote.cache import RemoteCache
 from roadwork_dist.data.remote.download import RemoteFile, read_whole, size_of
 from roadwork_dist.data.remote.read_ahead import fetch_alongside, read_ahead
@@ -235,8 +236,10 @@ def test_a_folder_that_cannot_be_used_is_told(
     (tmp_path / "taken").write_text("a file")
     with pytest.raises(ConfigError, match=r"taken: cannot be written to .*data.remote.cache_dir"):
         RemoteCache(tmp_path / "taken", MIB, QUICK).fetch(file)
-    monkeypatch.setattr(locks, "HAS_FLOCK", False)
-    with pytest.raises(ConfigError, match=r"cache: files there cannot be locked .this system has none."):
+    monkeypatch.setattr(flock, "HAS_FLOCK", False)
+    with pytest.raises(
+        ConfigError, match=r"cache: files there cannot be locked .this system or its .*data.remote.cache_dir"
+    ):
         cache_of(tmp_path).fetch(file)
 
 

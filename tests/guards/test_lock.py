@@ -13,6 +13,7 @@ import pytest
 from support.ranks import run, spawn
 from support.toy import toy_config, toy_data, toy_model
 
+from roadwork_dist.common import flock
 from roadwork_dist.common.errors import RunLockedError
 from roadwork_dist.events.callback import Callback
 from roadwork_dist.guards import lock as lock_module
@@ -85,7 +86,7 @@ def test_a_child_that_outlives_its_killed_run_is_waited_for(tmp_path: Path) -> N
 
 
 def without_flock(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock_module, "HAS_FLOCK", False)
+    monkeypatch.setattr(flock, "HAS_FLOCK", False)
 
 
 def test_without_flock_the_owners_process_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,8 +18,9 @@ from urllib.parse import urlsplit
 
 from roadwork_dist.common.errors import ConfigError, DataError
 from roadwork_dist.common.files import sha256_of_file, write_atomic
+from roadwork_dist.common.flock import give_back
 from roadwork_dist.data.remote.download import RemoteFile, download, read_range
-from roadwork_dist.data.remote.locks import locked, open_locked, unlock
+from roadwork_dist.data.remote.locks import locked, open_locked
 from roadwork_dist.data.remote.retry import Patience, ServerDownError, Stop
 
 GIB = 1 << 30
@@ -138,7 +139,7 @@ class RemoteCache:
             yield part, descriptor
         finally:
             if descriptor is not None:
-                unlock(descriptor)
+                give_back(descriptor)
 
     def _read_whole_file(self, path: Path, offset: int, length: int) -> bytes:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -257,5 +258,5 @@ def _remove(path: Path) -> bool:
     if descriptor is None:
         return False
     path.unlink(missing_ok=True)
-    unlock(descriptor)
+    give_back(descriptor)
     return True

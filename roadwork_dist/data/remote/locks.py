@@ -1,4 +1,4 @@
-"""Locks on open files, which the kernel drops with their process, however it ends."""
+"""Locks on the files of the cache, which the processes of a machine share."""
 
 import os
 from collections.abc import Iterator
@@ -6,13 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from roadwork_dist.common.errors import ConfigError
-
-try:
-    import fcntl
-
-    HAS_FLOCK = True
-except ImportError:  # Windows
-    HAS_FLOCK = False
+from roadwork_dist.common.flock import Flock, give_back, is_at, take
 
 
 def lock(descriptor: int, path: Path, *, wait: bool) -> bool:
@@ -21,28 +15,17 @@ def lock(descriptor: int, path: Path, *, wait: bool) -> bool:
     Raises:
         ConfigError: the file system knows no locks.
     """
-    reason = "this system has none"
-    if HAS_FLOCK:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            return True
-        except BlockingIOError:
-            return False
-        except OSError as error:
-            reason = str(error.strerror)
+    try:
+        held = take(descriptor, wait=wait)
+        reason = held.value
+    except OSError as error:
+        held, reason = Flock.UNSUPPORTED, str(error.strerror)
+    if held is not Flock.UNSUPPORTED:
+        return held is Flock.HELD
     raise ConfigError(
         f"{path.parent}: files there cannot be locked ({reason}), expected that of data.remote.cache_dir, "
         "for processes share it: name a folder on a disk of this machine"
     )
-
-
-def unlock(descriptor: int) -> None:
-    """Give a lock back, and close the file.
-
-    Closing alone would not do: a process forked meanwhile has it open as well, and the lock with it.
-    """
-    fcntl.flock(descriptor, fcntl.LOCK_UN)
-    os.close(descriptor)
 
 
 def open_locked(path: Path, *, wait: bool) -> int | None:
@@ -67,9 +50,9 @@ def open_locked(path: Path, *, wait: bool) -> int | None:
         except BaseException:
             os.close(descriptor)
             raise
-        if _is_at(descriptor, path):
+        if is_at(descriptor, path):
             return descriptor
-        unlock(descriptor)  # it was finished or removed while this one waited
+        give_back(descriptor)  # it was finished or removed while this one waited
 
 
 @contextmanager
@@ -80,13 +63,4 @@ def locked(path: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        unlock(descriptor)
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    try:
-        there = path.stat()
-    except FileNotFoundError:
-        return False
-    own = os.fstat(descriptor)
-    return (own.st_ino, own.st_dev) == (there.st_ino, there.st_dev)
+        give_back(descriptor)

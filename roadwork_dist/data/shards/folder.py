@@ -1,7 +1,5 @@
 """The folder of a shard set while it is written: who writes, what it is for, what killed writers left."""
 
-import errno
-import fcntl
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -11,6 +9,7 @@ from typing import Any
 
 from roadwork_dist.common.errors import ConfigError, DataError, RunLockedError
 from roadwork_dist.common.files import write_atomic
+from roadwork_dist.common.flock import Flock, give_back, take
 from roadwork_dist.data.shards.index import FORMAT, PLAN_FILE, SET_FILE
 from roadwork_dist.data.shards.parts import Part
 from roadwork_dist.data.shards.plan import ShardOptions
@@ -25,18 +24,14 @@ def locked(out: Path) -> Iterator[None]:
     """
     handle = os.open(out, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EAGAIN, errno.EACCES):
-            os.close(handle)
+        # Some network file systems lock no folders. Two writers would still write the same bytes.
+        if take(handle) is Flock.OTHERS:
             raise RunLockedError(
                 f"{out}: another process writes shards there: wait for it, or choose another folder"
-            ) from None
-        # Some network file systems lock no folders. Two writers would still write the same bytes.
-    try:
+            )
         yield
     finally:
-        os.close(handle)
+        give_back(handle)
 
 
 def claim(out: Path, source: str, options: ShardOptions) -> None:

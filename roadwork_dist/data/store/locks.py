@@ -6,16 +6,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
-try:
-    import fcntl
-
-    HAS_FLOCK = True
-except ImportError:  # Windows: every process writes parts of its own, which needs no lock
-    HAS_FLOCK = False
+from roadwork_dist.common.flock import Flock, give_back, is_at, take
 
 READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
 """What a folder that may only be read says to a writer."""
-_NO_FLOCK = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK}
 
 
 class FileLock:
@@ -36,38 +30,20 @@ class FileLock:
 
     def __init__(self, path: Path, *, shared: bool, wait: bool = False) -> None:
         self.path, self._owner = path, os.getpid()
-        self.is_real = HAS_FLOCK
-        """False where the file system knows no locks."""
         while True:
             self._handle = _open(path)
             try:
-                self._acquire(shared, wait)
+                held = take(self._handle, shared=shared, wait=wait)
+                if held is Flock.OTHERS:
+                    raise BlockingIOError(errno.EWOULDBLOCK, "another process holds its lock", str(path))
             except BaseException:
                 os.close(self._handle)
                 raise
-            if self._is_the_file():
+            self.is_real = held is Flock.HELD
+            """False where the file system knows no locks."""
+            if is_at(self._handle, path):
                 return
             os.close(self._handle)  # it was deleted while this one waited
-
-    def _acquire(self, shared: bool, wait: bool) -> None:
-        if not HAS_FLOCK:
-            return
-        try:
-            fcntl.flock(
-                self._handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
-            )
-        except OSError as error:
-            if error.errno not in _NO_FLOCK:
-                raise
-            self.is_real = False
-
-    def _is_the_file(self) -> bool:
-        try:
-            there = self.path.stat()
-        except FileNotFoundError:
-            return False
-        own = os.fstat(self._handle)
-        return (own.st_ino, own.st_dev) == (there.st_ino, there.st_dev)
 
     def size(self) -> int:
         """Bytes of the file."""
@@ -92,12 +68,11 @@ class FileLock:
     def release(self) -> None:
         """Give the lock back; twice is once."""
         if self._handle >= 0:
-            # A process forked meanwhile has the file open as well: closing it here would leave it the lock,
-            # and it must not give back what is not its own.
-            if HAS_FLOCK and self.is_real and self._owner == os.getpid():
-                fcntl.flock(self._handle, fcntl.LOCK_UN)
-            os.close(self._handle)
-            self._handle = -1
+            handle, self._handle = self._handle, -1
+            if self._owner == os.getpid():
+                give_back(handle)
+            else:  # a process forked meanwhile must not give back what is not its own
+                os.close(handle)
 
     def __enter__(self) -> Self:
         return self
