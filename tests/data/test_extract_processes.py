@@ -2,11 +2,11 @@
 
 import os
 import signal
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.disks import small_file_system
 from support.ranks import run, spawn
 from test_extract import GEOMETRY, TinyEncoder, contents, jpeg
 
@@ -92,15 +92,8 @@ def test_two_runs_that_extract_the_same_at_once_do_not_disturb_each_other(
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 64 KiB."""
-    if not hasattr(os, "geteuid") or os.geteuid() != 0:
-        pytest.skip("mounting a small file system needs root")
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
-        pytest.skip("no tmpfs can be mounted here")
-    yield folder
-    subprocess.run(["umount", "--lazy", folder], check=True)
+    with small_file_system(tmp_path / "disk", "64k") as folder:
+        yield folder
 
 
 def test_a_disk_that_is_full_is_told_and_what_fits_is_kept(

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.disks import make_read_only, small_file_system
 from support.ranks import spawn
 from torch import Tensor
 
@@ -331,27 +332,18 @@ def test_a_log_that_was_cut_is_not_gone_on_with(tmp_path: Path) -> None:
 
 
 def test_a_store_that_may_only_be_read_can_be_read(tmp_path: Path) -> None:
-    if not hasattr(os, "geteuid") or os.geteuid() != 0:
-        pytest.skip("mounting a file system needs root")
-    root = tmp_path / "disk"
-    root.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(root)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
-        pytest.skip("no tmpfs can be mounted here")
-    try:
+    with small_file_system(tmp_path / "disk", "1m") as root:
         part = only_part(filled(root))
         os.utime(part.values)
         for name in ("in-use.lock", "check.lock"):
             (part.folder.parent / name).unlink(missing_ok=True)
-        subprocess.run(["mount", "-o", "remount,ro", root], check=True)
+        make_read_only(root)
         store = FeatureStore(root, SPACE)
         store.check()
         assert_holds(store)
         store.put("new", "", None, features_of(0))
         with pytest.raises(ConfigError, match=r"cannot be written \(Read-only file system\)"):
             store.flush()
-    finally:
-        subprocess.run(["umount", "--lazy", root], check=True)
 
 
 def test_parts_that_were_closed_in_order_are_not_read_again(

@@ -1,12 +1,11 @@
 """Shard sets on a server as a source."""
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support.file_server import FileServer, serve
+from support.file_server import FileServer, serve_copy
 from support.photo_shards import data_config, write_photo_shards
 
 from roadwork_dist.build.check import check_source
@@ -28,8 +27,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def server(shards: Path, tmp_path: Path) -> Iterator[FileServer]:
-    folder = Path(shutil.copytree(shards, tmp_path / "served" / "shards"))
-    with serve(folder.parent) as running:
+    with serve_copy(shards, tmp_path) as running:
         yield running
 
 

@@ -1,12 +1,11 @@
 """Photos of a server that turn out to be unreadable while training goes on."""
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from support.file_server import FileServer, serve
+from support.file_server import FileServer, serve_copy
 from support.photo_shards import data_config, write_photo_shards
 
 from roadwork_dist.common.errors import DataError
@@ -32,8 +31,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def server(shards: Path, tmp_path: Path) -> Iterator[FileServer]:
-    folder = Path(shutil.copytree(shards, tmp_path / "served" / "shards"))
-    with serve(folder.parent) as running:
+    with serve_copy(shards, tmp_path) as running:
         yield running
 
 

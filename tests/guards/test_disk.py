@@ -1,12 +1,12 @@
 """A disk that fills up and a folder that cannot be written end all ranks with a clear line."""
 
 import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from support.disks import make_read_only, small_file_system
 from support.ranks import run, spawn
 from support.toy import assert_same_tensors, lines, newest_tensors, toy_config, toy_data
 from torch import nn
@@ -18,20 +18,8 @@ from roadwork_dist.training.trainer import Trainer
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 3 MiB."""
-    if not hasattr(os, "geteuid") or os.geteuid() != 0:
-        pytest.skip("mounting a small file system needs root")
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", folder],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if mount.returncode != 0:
-        pytest.skip(f"no tmpfs can be mounted here: {mount.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "--lazy", folder], check=True)
+    with small_file_system(tmp_path / "disk", "3m") as folder:
+        yield folder
 
 
 def wide_model() -> nn.Module:
@@ -74,7 +62,7 @@ def test_a_disk_that_is_full_ends_all_ranks_and_the_run_goes_on_with_room(
 def test_a_read_only_folder_is_refused_by_all_ranks(small_disk: Path, world_size: int) -> None:
     run_dir = small_disk / "run"
     run_dir.mkdir()
-    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    make_read_only(small_disk)
     for message in run(train, run_dir, world_size=world_size):
         assert message.startswith(
             f"ConfigError: output_dir {run_dir} cannot be written to (Read-only file system)"

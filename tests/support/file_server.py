@@ -1,5 +1,6 @@
 """A local http server of a folder that fails as it is told to, and remembers what it was asked for."""
 
+import shutil
 import socket
 import struct
 import threading
@@ -132,3 +133,11 @@ def serve(folder: Path) -> Iterator[FileServer]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@contextmanager
+def serve_copy(folder: Path, where: Path) -> Iterator[FileServer]:
+    """A server of a copy of a folder, under the folder's name; the copy may be damaged."""
+    copy = Path(shutil.copytree(folder, where / "served" / folder.name))
+    with serve(copy.parent) as server:
+        yield server

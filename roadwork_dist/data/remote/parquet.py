@@ -7,6 +7,7 @@ pictures alone, as one range of bytes, and unpacked to where each of them is rea
 import hashlib
 import io
 import os
+from abc import abstractmethod
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -177,8 +178,9 @@ class _Readable(io.RawIOBase):
         self._place += len(data)
         return len(data)
 
+    @abstractmethod
     def _at(self, offset: int, length: int) -> bytes:
-        raise NotImplementedError
+        """So many bytes from a place on."""
 
 
 class _Ranges(_Readable):
