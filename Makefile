@@ -16,6 +16,9 @@ JOBS ?= $(shell echo $$(( $(CORES) < 8 ? $(CORES) : 8 )))
 # glibc gives large buffers back at once and asks for their pages anew: that was 40 % of the time of features.
 MALLOC := MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=1073741824 MALLOC_TOP_PAD_=67108864
 
+# Hundreds of processes start here; without kept bytecode each of them compiles the libraries anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 VENV := .venv
 BIN := $(VENV)/bin
 UV_INSTALL = $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt

@@ -1,5 +1,6 @@
 """Real processes for tests: forked from a server that has imported torch once, joined by gloo."""
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -11,11 +12,12 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
-# torch's optimizers import torch._dynamo at their first step: seconds, in every process.
+# torch's optimizers import torch._dynamo at their first step, and DeepSpeed all that torch.compile needs:
+# seconds, in every process.
 _context.set_forkserver_preload(
     [
         *("roadwork_dist.build.experiment", "sklearn.metrics"),
-        *("torch._dynamo", "torch.distributed.checkpoint"),
+        *("torch._inductor.compile_fx", "torch.distributed.checkpoint"),
     ]
 )
 
@@ -41,6 +43,8 @@ def _main(
     os.environ.update(environment)
     import torch
 
+    # What the fork server imported is garbage nowhere, and DeepSpeed collects garbage at every validation.
+    gc.freeze()
     # A child of the fork server would start its loader workers through a fork server of its own.
     multiprocessing.set_start_method("fork", force=True)
 
