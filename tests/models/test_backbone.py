@@ -520,3 +520,8 @@ def test_the_attention_used_is_logged_once(dinov3_folder, caplog):
 def test_flash_that_cannot_be_had_is_an_error(dinov3_folder):
     with pytest.raises(ConfigError, match=r"backbone\.attention is 'flash'"):
         load(dinov3_folder, attention="flash")
+
+
+def test_flash_is_refused_for_a_network_that_it_cannot_be_chosen_for():
+    with pytest.raises(ConfigError, match=r"'flash', but efficientnet_lite0 is no network of transformers"):
+        load("efficientnet_lite0", attention="flash")

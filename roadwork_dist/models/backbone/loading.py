@@ -62,6 +62,11 @@ def _set_up(
             f"backbone.token_merging is {merging}, but {backbone.name} is no vision transformer of "
             "transformers (DINOv2, DINOv3): set it to 0"
         )
+    elif attention == "flash":
+        raise ConfigError(
+            f"backbone.attention is 'flash', but {backbone.name} is no network of transformers, which are the "
+            "ones that it can be chosen for: set it to auto"
+        )
 
 
 def resolve_name(name: str, device: torch.device) -> str:
