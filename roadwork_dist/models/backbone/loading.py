@@ -64,8 +64,8 @@ def _set_up(
         )
     elif attention == "flash":
         raise ConfigError(
-            f"backbone.attention is 'flash', but {backbone.name} is no network of transformers, which are the "
-            "ones that it can be chosen for: set it to auto"
+            f"backbone.attention is 'flash', but {backbone.name} is no network of transformers, and those "
+            "are the ones that it can be chosen for: set it to auto"
         )
 
 
