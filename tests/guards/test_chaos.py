@@ -31,7 +31,9 @@ def test_runs_that_are_attacked_end_like_an_undisturbed_one(
     printed = capsys.readouterr().out
     row = [cell.strip() for cell in printed.splitlines()[-2].split("|")]
     assert row[1] == "ddp"
-    assert row[3:6] == ["1", "1", "1"]
+    attacks, ended, alike = map(int, row[3:6])
+    assert attacks == 1
+    assert ended == alike >= 1  # a run may end before it is attacked; another one is started then
     assert row[-2] == "0"  # nobody outlived it
 
 
