@@ -1,13 +1,15 @@
 """Mixing of photos against naive loops, and who is mixed with whom."""
 
+import io
 from collections import Counter
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch import Tensor
 
 from roadwork_dist.build.data import training_rows
@@ -17,7 +19,12 @@ from roadwork_dist.config.experiment import AugmentConfig, ExperimentConfig
 from roadwork_dist.data.augment import Augmenter
 from roadwork_dist.data.augment.mix import MixedRows, cutmix_features, cutmix_views, draw_box, mixup
 from roadwork_dist.data.dataset import collate
+from roadwork_dist.data.images import BytesImage
 from roadwork_dist.data.loader import load_batches
+from roadwork_dist.data.manifest import Manifest, Sample
+from roadwork_dist.data.photo import PhotoViews
+from roadwork_dist.data.streamed import StreamedDataset
+from roadwork_dist.data.views import ViewGeometry
 
 SIDE = 96  # not a multiple of MASK_SIDE: a box may end inside a cell
 
@@ -57,6 +64,13 @@ class Photos:
         if index in self.broken:
             raise DataError(f"{index}.jpg: is no picture")
         return photo(index, self.labels[index], views=self.views[index], **self.kind)
+
+
+def jpeg(colour: tuple[int, int, int]) -> bytes:
+    """A photo of one view."""
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64), colour).save(file, "JPEG")
+    return file.getvalue()
 
 
 def mixed(
@@ -223,6 +237,21 @@ def test_some_partners_leave_a_row_as_it_is() -> None:
         rows[1]
     photos.broken = set()
     assert partners(rows, 0, 30).keys() == {None, 1}
+
+
+@pytest.mark.parametrize("mix", ["mixup", "cutmix"])
+def test_a_photo_of_a_server_that_cannot_be_read_is_no_partner(mix: Literal["mixup", "cutmix"]) -> None:
+    pictures = [b"\xff\xd8\xff broken", *(jpeg((shade, 40, 90)) for shade in (60, 120, 180))]
+    samples = [Sample(f"s{k}", BytesImage(f"s{k}", data), label=k % 2) for k, data in enumerate(pictures)]
+    manifest = Manifest("served", tuple(samples))
+    photos = StreamedDataset(manifest, views=PhotoViews(ViewGeometry(64)), max_share=0.5)
+    rows = MixedRows(photos, manifest.labels.tolist(), AugmentConfig(mix=mix), seed=1)
+    for epoch in range(12):
+        rows.set_epoch(epoch)
+        for row in (rows[k] for k in (1, 2, 3)):
+            assert 0 <= row["soft_label"] <= 1
+            assert row["views"][:, 0].min() > 40, "black is of no photo"
+    assert photos.unreadable == [0]
 
 
 def test_share_and_strength_of_mixing() -> None:

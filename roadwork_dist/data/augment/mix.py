@@ -127,9 +127,11 @@ class MixedRows:
         if chosen == index:
             return None
         try:
-            return self.rows[chosen]
+            partner = self.rows[chosen]
         except DataError:  # who needs that row for itself tells; here it is one mixed photo less
             return None
+        # Partners are drawn from labelled rows: this one is the blank of a photo that cannot be read.
+        return None if partner["label"] == UNLABELLED else partner
 
 
 def _pixels_or_features(row: Row) -> Tensor:
