@@ -210,6 +210,22 @@ def test_the_cache_keeps_to_its_bound_and_to_what_was_read_last(server: FileServ
         cache.fetch(put(server, "large.tar", 4 * MIB)[0])
 
 
+def test_a_file_of_another_user_is_read(
+    server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, content = put(server, "a.tar")
+    os.utime(cache_of(tmp_path).fetch(file), (0, 0))
+    touched: list[object] = []
+
+    def refuse(handle: object) -> None:
+        touched.append(handle)
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "utime", refuse)
+    assert cache_of(tmp_path).read(file, 10, 20) == content[10:30]
+    assert touched
+
+
 def test_a_reader_keeps_the_file_that_makes_way(server: FileServer, tmp_path: Path) -> None:
     first, content = put(server, "first.tar", MIB)
     cache = cache_of(tmp_path, mib=1.5)

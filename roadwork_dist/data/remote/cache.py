@@ -145,7 +145,8 @@ class RemoteCache:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             if time.time() - os.fstat(descriptor).st_mtime > _TOUCH_S:
-                os.utime(descriptor)  # who was read last goes last
+                with suppress(OSError):  # of another user: a hint only, for who was read last goes last
+                    os.utime(descriptor)
             data = os.pread(descriptor, length, offset)
             while len(data) < length and (
                 more := os.pread(descriptor, length - len(data), offset + len(data))
