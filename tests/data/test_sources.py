@@ -66,6 +66,14 @@ def test_csv_with_nulls_and_a_byte_order_mark(photos: Path) -> None:
     assert [shade(manifest, i) for i in range(2)] == [50, 200]
 
 
+def test_csv_with_quotes_of_many_lines_and_windows_line_ends(photos: Path) -> None:
+    rows = 'image,label,description\r\na.jpg,1,"a 5"" pipe,\r\nthen cones"\r\n\r\nb.jpg,0,4" wide\r\n'
+    (photos / "train.csv").write_bytes(b"\xef\xbb\xbf" + rows.encode())
+    manifest = load(photos / "train.csv")
+    assert [sample.description for sample in manifest] == ['a 5" pipe,\r\nthen cones', '4" wide']
+    assert manifest.labels.tolist() == [1, 0]
+
+
 def test_parquet_equals_csv_and_a_folder_with_metadata_too(photos: Path) -> None:
     (photos / "metadata.csv").write_text(TABLE)
     from_csv = load(photos)
@@ -103,12 +111,26 @@ def test_image_root(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> N
         (b"image,label\n", "has no rows"),
         (b"", "has no rows"),
         (b"id;image\n1;a.jpg\n", "has no column 'image'"),
+        (
+            b'id,image,description\n1,a.jpg,\n2,b.jpg,"closed lane\n3,c.jpg,\n',
+            ", row 2 or later: a quote is opened and not closed",
+        ),
+        (
+            b'id,image,description\n1,a.jpg,"closed lane\n2,b.jpg,"cones, two"\n',
+            ", row 1 or later: text follows the quote that closes a cell",
+        ),
+        (
+            b'image,description\na.jpg,\nb.jpg,"' + b"x" * 2**17 + b'1"\n',
+            ", row 2 or later: a cell has more than 131072 characters",
+        ),
+        (b'image,"label\na.jpg,1\n', ", header: a quote is opened and not closed"),
     ],
 )
 def test_unusable_csv(tmp_path: Path, content: bytes, said: str) -> None:
     (tmp_path / "t.csv").write_bytes(content)
-    with pytest.raises(DataError, match=rf"t\.csv.*{said}"):
+    with pytest.raises(DataError, match=rf"t\.csv.*{said}") as told:
         load(tmp_path / "t.csv")
+    assert "\n" not in str(told.value)
 
 
 def test_unusable_sources(tmp_path: Path) -> None:

@@ -43,20 +43,44 @@ def read_table(path: Path, config: DataConfig) -> Manifest:
 
 
 def _read_csv(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
+    rows: list[dict[str, Any]] = []
+    columns: list[str] = []
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:  # Excel writes a byte order mark
-            reader = csv.DictReader(file)
-            rows = list(reader)
+            # Not strict, a quote that is never closed would swallow all rows behind it without an error.
+            reader = csv.DictReader(file, strict=True)
             columns = list(reader.fieldnames or [])
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+            for number, row in enumerate(reader, start=1):
+                if None in row:  # where DictReader puts surplus cells
+                    raise DataError(
+                        f"{path}, row {number}: has more cells than the header's {len(columns)}, expected as "
+                        "many: put text with commas in double quotes"
+                    )
+                rows.append(row)
+    except csv.Error as error:
+        where = f"row {len(rows) + 1} or later" if columns else "header"
+        raise DataError(f"{path}, {where}: {_wrong_cell(error)}") from error
+    except (OSError, UnicodeDecodeError) as error:
         raise _unreadable(path, "a CSV table in UTF-8", error) from error
-    for number, row in enumerate(rows, start=1):
-        if None in row:  # where DictReader puts surplus cells
-            raise DataError(
-                f"{path}, row {number}: has more cells than the header's {len(columns)}, expected as many: "
-                "put text with commas in double quotes"
-            )
     return columns, rows
+
+
+def _wrong_cell(error: csv.Error) -> str:
+    """What is wrong with a cell; the module ``csv`` tells its errors apart by their texts alone."""
+    reason = str(error)
+    if "end of data" in reason:
+        return "a quote is opened and not closed, expected pairs: close it, or write a quote in text as two"
+    if "field limit" in reason:
+        return (
+            f"a cell has more than {csv.field_size_limit()} characters, expected fewer: shorten it, or close "
+            "the quote that was opened before it"
+        )
+    if "expected after" in reason:
+        return (
+            "text follows the quote that closes a cell, expected a comma: close the quote that was opened "
+            "before it, or write a quote in text as two"
+        )
+    return f"cannot be read ({reason}), expected CSV: write the file again"
 
 
 def _holds_photos(schema: Any, column: str) -> bool:
