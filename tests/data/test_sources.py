@@ -74,6 +74,11 @@ def test_csv_with_quotes_of_many_lines_and_windows_line_ends(photos: Path) -> No
     assert manifest.labels.tolist() == [1, 0]
 
 
+def test_csv_with_unnamed_columns(photos: Path) -> None:
+    (photos / "train.csv").write_text("image,label,,\na.jpg,1,,\nb.jpg,0,,\n")  # as Excel leaves them
+    assert load(photos / "train.csv").labels.tolist() == [1, 0]
+
+
 def test_parquet_equals_csv_and_a_folder_with_metadata_too(photos: Path) -> None:
     (photos / "metadata.csv").write_text(TABLE)
     from_csv = load(photos)
@@ -122,6 +127,10 @@ def test_image_root(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> N
         (
             b'image,description\na.jpg,\nb.jpg,"' + b"x" * 2**17 + b'1"\n',
             ", row 2 or later: a cell has more than 131072 characters",
+        ),
+        (
+            b"image,label,id,label\na.jpg,0,1,1\n",
+            ", header: has the column 'label' 2 times, expected it once",
         ),
         (b'image,"label\na.jpg,1\n', ", header: a quote is opened and not closed"),
     ],

@@ -1,6 +1,7 @@
 """CSV and Parquet tables."""
 
 import csv
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ def _read_csv(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
             # Not strict, a quote that is never closed would swallow all rows behind it without an error.
             reader = csv.DictReader(file, strict=True)
             columns = list(reader.fieldnames or [])
+            _check_unique(columns, path)
             for number, row in enumerate(reader, start=1):
                 if None in row:  # where DictReader puts surplus cells
                     raise DataError(
@@ -63,6 +65,16 @@ def _read_csv(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
     except (OSError, UnicodeDecodeError) as error:
         raise _unreadable(path, "a CSV table in UTF-8", error) from error
     return columns, rows
+
+
+def _check_unique(columns: list[str], path: Path) -> None:
+    """Of columns of one name only the last would be read; unnamed ones, which Excel leaves, are not read."""
+    double = next((name for name, count in Counter(columns).items() if name and count > 1), None)
+    if double is not None:
+        raise DataError(
+            f"{path}, header: has the column {double!r} {columns.count(double)} times, expected it once: "
+            "rename or remove the others"
+        )
 
 
 def _wrong_cell(error: csv.Error) -> str:
