@@ -192,6 +192,13 @@ def test_data_set_saved_to_disk(tmp_path: Path) -> None:
     assert shade(load(tmp_path / "shuffled", **NATIX), 0) == 200
 
 
+def test_a_format_that_was_saved_with_the_set_is_left_out(tmp_path: Path) -> None:
+    formatted = hugging_face_set()
+    formatted.set_format("torch", columns=["label"])
+    formatted.save_to_disk(tmp_path / "set")
+    check_natix(load(tmp_path / "set", **NATIX))
+
+
 def test_splits_of_a_data_set_on_disk(tmp_path: Path) -> None:
     both = datasets.DatasetDict(train=hugging_face_set(), test=hugging_face_set().select([1]))
     both.save_to_disk(tmp_path / "set")

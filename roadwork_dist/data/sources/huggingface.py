@@ -146,6 +146,7 @@ def _manifest(dataset: Any, name: str, folder: Path | None, config: DataConfig) 
     import datasets
 
     columns = config.columns
+    dataset = dataset.with_format(None)  # a format is saved with the set, and may hide columns
     root = Path(config.image_root) if config.image_root else folder
     pictures = [c for c in (columns.image, columns.mask) if c is not None and c in dataset.column_names]
     for column in pictures:
