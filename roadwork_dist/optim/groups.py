@@ -1,6 +1,9 @@
 """Which parameters are decayed, and how fast each layer learns."""
 
+import inspect
 from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatchcase
 from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
@@ -8,6 +11,22 @@ from torch import nn
 from roadwork_dist.engine.blocks import repeated_blocks
 
 _NO_DECAY = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.Embedding, nn.modules.batchnorm._BatchNorm)
+
+TOKENS = frozenset(
+    {
+        "cls_token",
+        "class_token",
+        "dist_token",
+        "distillation_token",
+        "mask_token",
+        "reg_token",
+        "register_tokens",
+        "pos_embed",
+        "pos_embedding",
+        "position_embeddings",
+    }
+)
+"""What timm, transformers and torchvision call embeddings that are bare parameters (last part of the name)."""
 
 
 @runtime_checkable
@@ -21,7 +40,8 @@ class HasBody(Protocol):
 def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
     """Split the trainable parameters by weight decay, and by layer where layers learn at rates of their own.
 
-    Biases, other vectors and scalars, and everything inside norms and embeddings are not decayed.
+    Biases, other vectors and scalars, everything inside norms and embeddings, special tokens and position
+    embeddings (:data:`TOKENS`), and what a module's ``no_weight_decay()`` names (timm) are not decayed.
 
     Args:
         model: its trainable parameters are taken.
@@ -32,12 +52,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float =
     Returns:
         Optimizer groups that are not empty, each parameter once, in the order of ``model.parameters()``.
     """
-    exempt = {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, _NO_DECAY)
-        for parameter in module.parameters(recurse=False)
-    }
+    exempt = set(_exempt(model))
     depths = {} if layer_decay == 1 else layer_depths(model)
     top = max(depths.values(), default=0)
     groups: dict[tuple[bool, int], list[nn.Parameter]] = defaultdict(list)
@@ -53,6 +68,33 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float =
         }
         for (is_decayed, depth), members in sorted(groups.items(), key=lambda item: (-item[0][0], item[0][1]))
     ]
+
+
+def _exempt(model: nn.Module) -> Iterator[int]:
+    """``id`` of each matrix that is not decayed, and of some vectors."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if isinstance(module, _NO_DECAY) or name in TOKENS:
+                yield id(parameter)
+        patterns = _named_by(module)
+        for name, parameter in module.named_parameters() if patterns else ():
+            if any(fnmatchcase(name, pattern) for pattern in patterns):
+                yield id(parameter)
+
+
+def _named_by(module: nn.Module) -> set[str]:
+    """What a module's ``no_weight_decay()`` returns: names or patterns of names, relative to the module."""
+    method = getattr(module, "no_weight_decay", None)
+    if not inspect.isroutine(method):  # a flag or a layer of that name
+        return set()
+    try:
+        inspect.signature(method).bind()
+    except (TypeError, ValueError):  # something else that wants arguments, or cannot be asked
+        return set()
+    names = method()
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        return set()
+    return {name for name in names if isinstance(name, str)}
 
 
 def layer_depths(model: nn.Module) -> dict[int, int]:

@@ -1,5 +1,8 @@
 """Which parameters are decayed."""
 
+from typing import Any
+
+import pytest
 import torch
 from torch import nn
 
@@ -48,6 +51,88 @@ def test_biases_norms_embeddings_vectors_and_scalars_are_not() -> None:
         "null",
         "scale",
     }
+
+
+def tiny_timm(name: str) -> nn.Module:
+    import timm
+
+    model: nn.Module = timm.create_model(name, num_classes=3)
+    return model
+
+
+def tiny_transformers(name: str) -> nn.Module:
+    import transformers as t
+
+    tiny: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    configs: dict[str, Any] = {
+        "dinov3": lambda: t.DINOv3ViTConfig(**tiny, intermediate_size=64, num_register_tokens=4),
+        "dinov2": lambda: t.Dinov2Config(**tiny, image_size=64, patch_size=16),
+        "deit": lambda: t.DeiTConfig(**tiny, intermediate_size=64, image_size=64, patch_size=16),
+    }
+    model: nn.Module = t.AutoModel.from_config(configs[name]())
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "expected"),
+    [
+        (tiny_timm, "test_vit", {"cls_token", "pos_embed"}),
+        (
+            tiny_transformers,
+            "dinov3",
+            {"embeddings.cls_token", "embeddings.register_tokens", "embeddings.mask_token"},
+        ),
+        (tiny_transformers, "dinov2", {"embeddings.cls_token", "embeddings.position_embeddings"}),
+        (tiny_transformers, "deit", {"embeddings.distillation_token", "embeddings.position_embeddings"}),
+    ],
+)
+def test_tokens_and_positions_of_vision_transformers_are_not_decayed(
+    make: Any, name: str, expected: set[str]
+) -> None:
+    model = make(name)
+    decayed, others = names_of(model)
+    assert expected <= others
+    words = ("token", "pos_embed", "position", "bias", "norm")
+    assert not [name for name in decayed if any(word in name for word in words)]
+    layers = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    assert decayed == layers
+
+
+class Listing(nn.Module):
+    """A layer of which a method says what is not decayed."""
+
+    def __init__(self, names: Any) -> None:
+        super().__init__()
+        self.names = names
+        self.table = nn.Parameter(torch.zeros(2, 2))
+        self.inner = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+
+    def no_weight_decay(self) -> Any:
+        return self.names
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ({"table", "inner.0.weight"}, {"0.table", "0.inner.0.weight"}),
+        (["inner.*.weight"], {"0.inner.0.weight", "0.inner.1.weight"}),
+        ({"0.table", "elsewhere"}, set()),  # names are relative to the module
+        (None, set()),
+        (True, set()),
+        ("table", set()),
+        ([3, None], set()),
+    ],
+)
+def test_what_a_part_says_is_not_decayed(names: Any, expected: set[str]) -> None:
+    _, others = names_of(nn.Sequential(Listing(names)))
+    assert {name for name in others if not name.endswith("bias")} == expected
+
+
+@pytest.mark.parametrize("other", [True, nn.Identity(), lambda name: name == "table"])
+def test_something_else_of_that_name_is_left_alone(other: Any) -> None:
+    model = nn.Linear(2, 2)
+    model.no_weight_decay = other
+    assert names_of(model) == [{"weight"}, {"bias"}]
 
 
 def test_each_trainable_parameter_is_there_once_and_no_frozen_one() -> None:
