@@ -21,6 +21,7 @@ from support.disks import make_read_only, small_file_system
 from support.ranks import spawn
 from torch import Tensor
 
+from roadwork_dist.common import flock
 from roadwork_dist.common.errors import ConfigError, DataError
 from roadwork_dist.config.experiment import AugmentConfig
 from roadwork_dist.data.augment import Augmenter
@@ -29,6 +30,7 @@ from roadwork_dist.data.store import store as store_module
 from roadwork_dist.data.store.index import Entries, concatenate, empty_entries, read_index, write_index
 from roadwork_dist.data.store.locks import FileLock, is_locked
 from roadwork_dist.data.store.part import PartFiles, parts_in
+from roadwork_dist.data.store.upkeep import Removal, plan_pruning, remove, summary_of
 from roadwork_dist.data.views import ViewGeometry
 
 SIDE = 48
@@ -228,6 +230,46 @@ def test_an_index_that_is_lost_is_built_again_from_the_logs(tmp_path: Path, loss
         assert_holds(store)
         store.catalogue.merge()
     assert_holds(FeatureStore(tmp_path, SPACE))
+
+
+def test_an_index_that_is_replaced_while_it_is_opened_is_opened_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filled(tmp_path)
+    memmap = np.memmap
+
+    def replaced(*args: Any, **options: Any) -> Any:
+        monkeypatch.undo()
+        filled(tmp_path, range(20, 30))
+        return memmap(*args, **options)
+
+    monkeypatch.setattr(np, "memmap", replaced)
+    assert_holds(FeatureStore(tmp_path, SPACE), range(30))
+
+
+def test_files_that_vanish_while_a_space_is_looked_at_are_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = filled(tmp_path).folder
+    size = summary_of(folder).size
+    stat = Path.stat
+
+    def vanishing(path: Path, **options: Any) -> os.stat_result:
+        """As if a process that writes there had replaced the file behind the first look at it."""
+        state = stat(path, **options)
+        if path.suffix == ".tmp":
+            path.unlink()
+        return state
+
+    monkeypatch.setattr(Path, "stat", vanishing)
+    for name in ("index-1.tmp", ".manifest.json.1.tmp", "parts/0001.tmp"):
+        (folder / name).touch()
+    assert summary_of(folder).size == size
+    (folder / "index-1.tmp").touch()
+    assert [removal.size for removal in plan_pruning(tmp_path, older_than=0.0)] == [size]
+    (folder / "index-1.bin").symlink_to("gone")
+    monkeypatch.setattr(flock, "HAS_FLOCK", False)
+    assert "has changed" in str(remove(Removal(folder, size, "")))
 
 
 def test_a_flipped_bit_in_a_log_costs_its_entry_only(tmp_path: Path) -> None:

@@ -151,7 +151,10 @@ def read_index(path: Path) -> Entries | None:
         return None
     if not count:
         return empty_entries()
-    memory = np.memmap(path, mode="r", dtype=np.uint8)
+    try:
+        memory = np.memmap(path, mode="r", dtype=np.uint8)
+    except FileNotFoundError:  # replaced at this moment by whoever merges
+        return None
     columns = [
         # A plain array on the map: np.memmap's own slices cost microseconds each.
         np.asarray(memory[base : base + count * np.dtype(kind).itemsize]).view(kind)

@@ -1,11 +1,14 @@
 """Looking after the spaces of a feature store: what there is, what is damaged, what can go."""
 
+import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from stat import S_ISREG
 
 from roadwork_dist.common.errors import ConfigError
 from roadwork_dist.common.registry import nearest
@@ -194,9 +197,16 @@ def _leftovers(folder: Path) -> list[Path]:
 
 
 def _size(path: Path) -> int:
-    files = [path] if path.is_file() else [each for each in path.rglob("*") if each.is_file()]
-    return sum(each.stat().st_size for each in files)
+    return sum(each.st_size for each in _states(path) if S_ISREG(each.st_mode))
 
 
 def _newest(folder: Path) -> float:
-    return max(path.stat().st_mtime for path in folder.rglob("*"))
+    return max(each.st_mtime for each in _states(folder))
+
+
+def _states(path: Path) -> Iterator[os.stat_result]:
+    """Of a file, or of all in a folder, but for what living processes remove at this moment."""
+    found = [Path(parent, name) for parent, *names in os.walk(path) for name in chain(*names)]
+    for each in found if path.is_dir() else [path]:
+        with suppress(FileNotFoundError):
+            yield each.stat()
