@@ -26,7 +26,7 @@ TOKENS = frozenset(
         "position_embeddings",
     }
 )
-"""What timm, transformers and torchvision call embeddings that are bare parameters (last part of the name)."""
+"""Embeddings that are bare parameters in timm, transformers and torchvision: last part of their names."""
 
 
 @runtime_checkable
