@@ -1,6 +1,7 @@
 """A finished run, evaluated again: on its own photos, on others, or at another threshold."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -64,16 +65,20 @@ def evaluate_run(
             ``views.select`` of the run.
         output: JSON file for the figures; predictions go beside it as Parquet. None = the run's own
             ``evaluation.json`` and ``predictions.parquet`` where all views of its own photos are evaluated
-            at its own threshold, else ``evaluations/`` of the run folder.
+            at its own threshold, else ``evaluations/`` of the run folder. Only None replaces the run's own.
 
     Raises:
         DataError: photos or labels cannot be used.
         CheckpointError: the best weights are absent or damaged, the backbone is another, or no selector
             was distilled.
-        ConfigError: the files cannot be written.
+        ConfigError: the files cannot be written, or would replace a source or the run's own figures.
     """
     config = load_experiment(run_dir / "config.yaml")
     select = crops_to_select(config.views, select)
+    own = output is None and source is None and threshold is None and select is None
+    if output is not None:
+        data = config.data
+        _refuse_to_replace(output, run_dir, [source] if source else [data.train, data.val, data.target])
     files = _files(run_dir, source, threshold, select, output)
     if source is None:
         splits, synthetic = evaluated(_own_photos(config)), is_synthetic(config)
@@ -89,7 +94,7 @@ def evaluate_run(
         config = replace(config, features=replace(config.features, mode="online"))
     rows = _predict(config, predictor, splits)
     write_predictions(files.predictions, rows, synthetic=synthetic)
-    if files.figures == run_dir / "evaluation.json":
+    if own:
         write_evaluation(run_dir, config, synthetic)
         return files
     if source is not None and threshold is None:
@@ -107,6 +112,24 @@ def _own_photos(config: ExperimentConfig) -> Manifests:
         missing = any(s and not s.startswith("hf:") and not Path(s).exists() for s in sources)
         hint = f"; the run's paths start from the folder it was started in, here is {Path.cwd()}"
         raise DataError(f"{error}{hint if missing else ''}") from error
+
+
+def _refuse_to_replace(output: Path, run_dir: Path, sources: Iterable[str | None]) -> None:
+    """Refuse an output that would replace what photos are read from, or the run's own figures.
+
+    Raises:
+        ConfigError: it or the predictions beside it would.
+    """
+    read = {Path(source).resolve() for source in sources if source}
+    own = {(run_dir / name).resolve() for name in ("evaluation.json", "predictions.parquet")}
+    for path in (output, output.with_suffix(".parquet")):
+        found = path.resolve()
+        is_read = found in read or (found.parent in read and found.exists())  # tables and indices of folders
+        if is_read or found in own:
+            what = "photos are read from it" if is_read else "it holds the run's own figures or predictions"
+            raise ConfigError(
+                f"--output {output} would replace {path}, but {what}: choose another file with --output"
+            )
 
 
 def _files(

@@ -201,6 +201,45 @@ def test_evaluate_at_another_threshold_into_a_file(run: Path, tmp_path: Path) ->
     assert not (run / "evaluations").exists()
 
 
+def kept_files(*folders: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for folder in folders for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("given", [(), ("--data",), ("--data", "in a folder")])
+def test_evaluate_never_replaces_what_it_reads(
+    run: Path, data: SyntheticSet, tmp_path: Path, capsys: pytest.CaptureFixture[str], given: tuple[str, ...]
+) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    table = folder / "metadata.parquet"
+    pd.read_csv(data.val).to_parquet(table)
+    config = run / "config.yaml"
+    if given:
+        (folder / "link").symlink_to(folder)
+        source = ["--data", str(folder if len(given) > 1 else table), "--image_root", str(data.folder)]
+    else:
+        source = []
+        config.write_text(config.read_text().replace(str(data.val), str(table)))
+    before = kept_files(run, folder)
+    output = folder / ("link" if given else "") / "metadata.json"
+    assert main(["evaluate", str(run), *source, "--output", str(output)]) == 2
+    told = capsys.readouterr().err
+    assert "metadata.parquet, but photos are read from it: choose another file with --output" in told
+    assert kept_files(run, folder) == before
+
+
+@pytest.mark.parametrize("name", ["evaluation.json", "best/../evaluation.json", "predictions.json"])
+@pytest.mark.parametrize("given", [(), ("--threshold=0",), ("--data",)])
+def test_evaluate_into_the_run_s_own_files_is_refused(
+    run: Path, data: SyntheticSet, capsys: pytest.CaptureFixture[str], name: str, given: tuple[str, ...]
+) -> None:
+    before = kept_files(run)
+    arguments = [*given, str(data.train)] if given == ("--data",) else list(given)
+    assert main(["evaluate", str(run), *arguments, "--output", str(run / name)]) == 2
+    assert "the run's own figures or predictions: choose another file" in capsys.readouterr().err
+    assert kept_files(run) == before
+
+
 def test_evaluate_refuses_another_backbone(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = json.loads((run / "best" / "config.json").read_text())
     config["backbone"]["sha256"] = "0" * 64
