@@ -12,6 +12,7 @@ from pathlib import Path
 
 from roadwork_dist.common.errors import DataError
 from roadwork_dist.data.images import FileImage, ImageSource, content_hash
+from roadwork_dist.data.store.locks import unless_read_only
 
 INDEX_NAME = "content-hashes.txt"
 _STATE_DIGITS = 32
@@ -91,9 +92,10 @@ def _append(index: Path, found: dict[str, str]) -> None:
         return
     # The leading newline closes a line that another process may have left unfinished.
     text = "\n" + "".join(f"{state} {value}\n" for state, value in found.items())
-    index.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(index, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    try:
-        os.write(handle, text.encode())
-    finally:
-        os.close(handle)
+    with unless_read_only(index.parent):
+        index.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(index, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            os.write(handle, text.encode())
+        finally:
+            os.close(handle)

@@ -19,6 +19,7 @@ from roadwork_dist.common.files import write_atomic
 from roadwork_dist.common.types import MASK_CLASSES, MASK_SIDE
 from roadwork_dist.data.mask_images import MaskSource, PngMask, decode_mask
 from roadwork_dist.data.packed import pack_tensor, unpack_tensor
+from roadwork_dist.data.store.locks import unless_read_only
 
 SHAPE = (len(MASK_CLASSES), MASK_SIDE, MASK_SIDE)
 
@@ -80,7 +81,8 @@ def _target(source: MaskSource, folder: Path | None) -> Tensor:
         if kept is not None:
             return kept
     cells = (decode_mask(source) * 255).round().to(torch.uint8)
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, pack_tensor(cells))
+    if folder is not None and path is not None:
+        with unless_read_only(folder.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, pack_tensor(cells))
     return cells

@@ -17,6 +17,7 @@ from torch import Tensor
 from roadwork_dist.common.errors import BackboneError
 from roadwork_dist.common.files import write_atomic
 from roadwork_dist.common.types import TEXT_WIDTH
+from roadwork_dist.data.store.locks import unless_read_only
 
 TextEncoder = Callable[[list[str]], Tensor]
 """list of T texts -> [T, TEXT_WIDTH]"""
@@ -67,8 +68,9 @@ class TextCache:
         merged = {**self.load(), **found}
         values = torch.stack(list(merged.values()))
         metadata = {"encoder": self.encoder, "keys": " ".join(merged), "sha256": _checksum(values)}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(self.path, save({"values": values}, metadata=metadata))
+        with unless_read_only(self.path.parent):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(self.path, save({"values": values}, metadata=metadata))
 
 
 def embed_descriptions(

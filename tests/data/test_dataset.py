@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -5,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.disks import make_read_only, small_file_system
 from torch import Tensor
 
 from roadwork_dist.common.errors import BackboneError, DataError
@@ -245,6 +247,34 @@ def test_mask_targets_are_kept_exactly(
     assert not first[1][1]
     assert torch.equal(first[0][0], second[0][0])
     assert torch.equal(first[0][0], decode_mask(manifest[0].mask))  # type: ignore[arg-type]
+
+
+def test_what_a_store_that_may_only_be_read_lacks_is_not_kept(
+    tmp_path: Path, manifest: Manifest, caplog: pytest.LogCaptureFixture
+) -> None:
+    sources, masks = [s.image for s in manifest], [s.mask for s in manifest] * 4
+    descriptions = [s.description for s in manifest]
+    with small_file_system(tmp_path / "disk", "64k") as root:
+        writes: dict[str, Callable[[], object]] = {
+            "hashes": lambda: content_hashes(sources, root),
+            "masks": lambda: mask_targets(masks, root).rows(range(16))[0].tolist(),
+            "texts": lambda: embed_descriptions(
+                descriptions, fake_text, TextCache(root, "e")
+            ).values.tolist(),
+        }
+        with pytest.raises(OSError, match="No space left"):
+            (root / "other").write_bytes(bytes(1 << 17))
+        for write in writes.values():
+            with pytest.raises(OSError, match="No space left"):
+                write()
+        (root / "other").unlink()
+        make_read_only(root)
+        missing = {name: write() for name, write in writes.items()}
+        assert not list(root.rglob("*.safetensors"))
+    root = tmp_path / "writable"
+    assert missing == {name: write() for name, write in writes.items()}
+    (told,) = (record.message for record in caplog.records if "may only be read" in record.message)
+    assert told.startswith(f"{tmp_path / 'disk'} may only be read (Read-only file system): hashes of photos")
 
 
 def stored(

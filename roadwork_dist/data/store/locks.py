@@ -1,15 +1,45 @@
-"""Locks that the kernel drops with their process, however it ends."""
+"""Locks that the kernel drops with their process, however it ends, and folders that may only be read."""
 
 import errno
+import logging
 import os
-from contextlib import suppress
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Self
 
 from roadwork_dist.common.flock import Flock, give_back, is_at, take
 
+logger = logging.getLogger(__name__)
+
 READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
 """What a folder that may only be read says to a writer."""
+
+_told: set[Path] = set()
+_telling = threading.Lock()
+
+
+@contextmanager
+def unless_read_only(root: Path) -> Iterator[None]:
+    """Around a write of what can be computed again: a store that may only be read does without, and says so.
+
+    Raises:
+        OSError: it cannot be written for another reason; the disk is full, say.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in READ_ONLY:
+            raise
+        with _telling:
+            if root not in _told:
+                logger.warning(
+                    "%s may only be read (%s): hashes of photos, masks and texts that it lacks are computed "
+                    "anew in every run. To keep them, give this user write access or set features.dir",
+                    *(root, error.strerror),
+                )
+            _told.add(root)
 
 
 class FileLock:
