@@ -80,6 +80,24 @@ def test_a_stream_has_the_rows_of_the_file(server: FileServer, config: DataConfi
     assert server.sent(".parquet") - begun <= size  # each row group once
 
 
+def test_names_of_classes_are_those_of_the_file(server: FileServer, config: DataConfig) -> None:
+    path = server.folder / "train-0.parquet"
+    table = parquet.read_table(path).append_column("weather", pa.array([0, 1] * (ROWS // 2)))
+    for names in (["None", "Roadwork"], ["Roadwork", "None"]):
+        features = datasets.Features.from_arrow_schema(table.schema)
+        features["label"] = datasets.ClassLabel(names=names)
+        features["weather"] = datasets.ClassLabel(names=["sunny", "rainy"])
+        parquet.write_table(table.cast(features.arrow_schema), path)
+        if names[1] == "Roadwork":
+            manifest = load_manifest(f"{server.url}/train-0.parquet", config, name="train")
+            assert [sample.weather for sample in manifest] == ["sunny", "rainy"] * (ROWS // 2)
+        else:
+            with pytest.raises(
+                DataError, match="has 0 = 'Roadwork', 1 = 'None', expected 1 to mean roadwork"
+            ):
+                load_manifest(f"{server.url}/train-0.parquet", config, name="train")
+
+
 def test_a_row_costs_its_row_group(
     server: FileServer, config: DataConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -199,6 +199,70 @@ def test_a_format_that_was_saved_with_the_set_is_left_out(tmp_path: Path) -> Non
     check_natix(load(tmp_path / "set", **NATIX))
 
 
+def classes(label: list[str], **others: list[str]) -> datasets.Dataset:
+    """The set with other names of its labels, and further columns of names."""
+    cells = {column: [len(names) - 1, -1] for column, names in others.items()}
+    features = {column: datasets.ClassLabel(names=names) for column, names in others.items()}
+    own = hugging_face_set().cast_column("label", datasets.ClassLabel(names=label))
+    return own.from_dict(own.to_dict() | cells, features=datasets.Features(own.features | features))
+
+
+def test_names_of_metadata_are_read_for_their_numbers(tmp_path: Path, photos: Path) -> None:
+    named = classes(["0", "1"], weather=["sunny", "rainy"], daytime=["day", "none"])
+    named.save_to_disk(tmp_path / "set")
+    paths = named.remove_columns("image").add_column("image", ["a.jpg", "b.jpg"])
+    paths.to_parquet(photos / "paths.parquet")
+    for source in (tmp_path / "set", photos / "paths.parquet"):
+        manifest = load(source, **NATIX)
+        check_natix(manifest)
+        assert [sample.weather for sample in manifest] == ["rainy", None]
+        assert [sample.daytime for sample in manifest] == [None, None]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["Roadwork", "None"],
+        ["WorkZone", "other"],
+        ["under construction", "NoConstruction"],
+        ["yes", "0"],
+        ["1", "0"],
+        ["street", "background"],
+        ["label_true", "label_false"],
+        ["roadworks", "free", "closed"],
+    ],
+)
+def test_labels_whose_names_say_the_opposite_are_refused(names: list[str], tmp_path: Path) -> None:
+    labels = classes(names)
+    labels.save_to_disk(tmp_path / "set")
+    labels.to_parquet(tmp_path / "one.parquet")
+    for source in ("set", "one.parquet"):
+        with pytest.raises(DataError, match=rf"the column 'label' has 0 = '{names[0]}'.*expected 1 to mean"):
+            load(tmp_path / source, **NATIX)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["None", "Roadwork"],
+        ["No roadwork", "Present"],
+        ["noroadwork", "roadwork"],
+        ["normal", "clear"],
+        ["0", "1"],
+        ["nothing", "works"],
+        ["not under construction", "under construction"],
+        ["roadwork absent", "roadwork present"],
+    ],
+)
+def test_names_of_labels_that_may_be_right(
+    names: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "roadwork_dist")
+    classes(names).save_to_disk(tmp_path / "set")
+    check_natix(load(tmp_path / "set", **NATIX))
+    assert f"label: 0 = '{names[0]}', 1 = '{names[1]}'" in caplog.text
+
+
 def test_splits_of_a_data_set_on_disk(tmp_path: Path) -> None:
     both = datasets.DatasetDict(train=hugging_face_set(), test=hugging_face_set().select([1]))
     both.save_to_disk(tmp_path / "set")

@@ -15,6 +15,7 @@ from roadwork_dist.config.experiment import DataConfig
 from roadwork_dist.data.images import ImageSource, as_image_source
 from roadwork_dist.data.manifest import Manifest, build_manifest, is_null
 from roadwork_dist.data.mask_images import PngMask
+from roadwork_dist.data.sources.class_labels import names_of_features, read_class_labels
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -154,6 +155,7 @@ def _manifest(dataset: Any, name: str, folder: Path | None, config: DataConfig) 
             dataset = dataset.cast_column(column, datasets.Image(decode=False))
     wanted = [c for c in vars(columns).values() if c in dataset.column_names and c not in pictures]
     rows = dataset.select_columns(wanted).to_list() if wanted else [{} for _ in range(len(dataset))]
+    read_class_labels(rows, names_of_features(dataset.features), columns, name)
     for column in pictures:
         for row, source in zip(rows, _sources(dataset, column, name, root), strict=True):
             row[column] = PngMask(source, config.max_pixels) if source and column == columns.mask else source

@@ -10,6 +10,7 @@ from roadwork_dist.config.experiment import DataConfig
 from roadwork_dist.data.manifest import Manifest, build_manifest
 from roadwork_dist.data.remote.cache import RemoteCache
 from roadwork_dist.data.remote.parquet import ParquetImage, RemoteParquet
+from roadwork_dist.data.sources.class_labels import names_of_schema, read_class_labels
 from roadwork_dist.data.sources.remote import cache_of
 
 STREAMING = "?streaming"
@@ -89,6 +90,7 @@ def read_parquet_files(urls: Sequence[str], name: str, config: DataConfig) -> Ma
             for (file, group), own in zip(groups, cells, strict=True)
             for row in _with_pictures(file, group, own, columns.image, cache)
         ]
+    read_class_labels(rows, names_of_schema(files[0].schema), columns, name)
     return build_manifest(
         rows, name=name, columns=columns, column_names=present, max_pixels=config.max_pixels
     )

@@ -8,6 +8,7 @@ from typing import Any
 from roadwork_dist.common.errors import DataError
 from roadwork_dist.config.experiment import DataConfig
 from roadwork_dist.data.manifest import Manifest, build_manifest
+from roadwork_dist.data.sources.class_labels import names_of_schema, read_class_labels
 
 
 def read_table(path: Path, config: DataConfig) -> Manifest:
@@ -33,6 +34,7 @@ def read_table(path: Path, config: DataConfig) -> Manifest:
             columns, rows = schema.names, parquet.read_table(path).to_pylist()
         except (OSError, ValueError) as error:  # pyarrow's errors derive from these
             raise _unreadable(path, "a Parquet table", error) from error
+        read_class_labels(rows, names_of_schema(schema), config.columns, str(path))
     return build_manifest(
         rows,
         name=str(path),
