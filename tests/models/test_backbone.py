@@ -192,6 +192,57 @@ def test_other_vision_models_of_transformers(kind, tmp_path):
     assert backbone.identity == load(tmp_path).identity
 
 
+IMAGES = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 64,
+    "patch_size": 16,
+}
+
+
+@pytest.mark.parametrize("side", [64, 96])
+def test_i_jepa_has_no_class_token_and_gives_the_mean_of_its_patches(tmp_path, side):
+    from transformers import IJepaConfig, IJepaModel
+
+    torch.manual_seed(0)
+    IJepaModel(IJepaConfig(**IMAGES)).save_pretrained(tmp_path)
+    backbone = load(tmp_path, dtype="fp32")
+    assert (backbone.width, backbone.patch, backbone.view_size()) == (32, 16, 512)
+    reference = IJepaModel.from_pretrained(tmp_path).eval()
+    mean, std = (torch.tensor(v)[None, :, None, None] for v in (backbone.mean, backbone.std))
+    with torch.no_grad():
+        images = (views(2, side).float() / 255 - mean) / std
+        tokens = reference(images, interpolate_pos_encoding=True).last_hidden_state
+    features, cells = backbone.forward_cells(views(2, side))
+    torch.testing.assert_close(features, tokens.mean(dim=1))
+    torch.testing.assert_close(cells, tokens.unflatten(1, (side // 16, side // 16)))
+    assert torch.equal(backbone(views(2, side)), features)
+
+
+def test_features_of_i_jepas_first_patch_are_never_taken_for_its_mean(tmp_path, monkeypatch):
+    from transformers import IJepaConfig, IJepaModel
+
+    from roadwork_dist.models.backbone import transformers_backbone
+
+    IJepaModel(IJepaConfig(**IMAGES)).save_pretrained(tmp_path)
+    identity = load(tmp_path).identity
+    monkeypatch.setattr(transformers_backbone, "MEAN_TYPES", frozenset())
+    assert load(tmp_path).identity != identity
+
+
+def test_a_network_that_masks_patches_in_evaluation_is_refused(tmp_path):
+    from transformers import ViTMAEConfig, ViTMAEModel
+
+    ViTMAEModel(ViTMAEConfig(**IMAGES)).save_pretrained(tmp_path)
+    with pytest.raises(
+        BackboneError, match=r"ViTMAEModel\) masks patches at random .*: choose another"
+    ) as caught:
+        load(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_language_model_is_no_backbone(tmp_path):
     from transformers import BertConfig, BertModel
 

@@ -22,11 +22,13 @@ from roadwork_dist.models.backbone.token_merging import Merging, merge_tokens
 from roadwork_dist.models.hub import no_progress_bar
 from roadwork_dist.models.identity import weights_identity
 
-CLASS_TOKEN_TYPES = frozenset(
-    {"dinov3_vit", "dinov2", "dinov2_with_registers", "vit", "deit", "ijepa", "vit_msn", "vit_mae"}
-)
+CLASS_TOKEN_TYPES = frozenset({"dinov3_vit", "dinov2", "dinov2_with_registers", "vit", "deit", "vit_msn"})
 """Model types whose ``last_hidden_state[:, 0]`` is the CLS token after the final norm, for any size
 of view. Their ``pooler_output`` may be a further dense layer with tanh, which is not wanted."""
+
+MEAN_TYPES = frozenset({"ijepa"})
+"""Model types without CLS token and pooled output: all tokens are patches. Their mean after the final norm
+is what transformers' own classifier takes (``IJepaForImageClassification``)."""
 
 VOLATILE = frozenset(
     {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "id2label", "label2id"}
@@ -35,12 +37,16 @@ VOLATILE = frozenset(
 
 
 class TransformersBackbone(Backbone):
-    """A vision network of transformers: the normalised CLS token where it has one, else its pooled output."""
+    """A vision network of transformers.
+
+    Its feature is the normalised CLS token where it has one, else its pooled output or its tokens' mean.
+    """
 
     def __init__(self, info: BackboneInfo, network: nn.Module) -> None:
         super().__init__(info, network)
         config: Any = network.config
         self._class_token = config.model_type in CLASS_TOKEN_TYPES
+        self._averages = config.model_type in MEAN_TYPES
         accepts = inspect.signature(network.forward).parameters
         # Learned position embeddings are resampled only where this is asked for.
         self._options = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in accepts else {}
@@ -79,7 +85,9 @@ class TransformersBackbone(Backbone):
             return self._feature(output), seen.permute(0, 2, 3, 1)
         config: Any = self.network.config
         before = 1 + getattr(config, "num_register_tokens", 0)
-        if not self._class_token:  # CLIP has a CLS token, SigLIP none
+        if self._averages:
+            before = 0
+        elif not self._class_token:  # CLIP has a CLS token, SigLIP none
             before = 0 if round(seen.shape[1] ** 0.5) ** 2 == seen.shape[1] else 1
         patches = seen[:, before:]
         return self._feature(output), square_cells(
@@ -95,6 +103,9 @@ class TransformersBackbone(Backbone):
         if self._class_token:
             tokens: Tensor = output.last_hidden_state  # [N, 1 + registers + P, D]
             return tokens[:, 0]
+        if self._averages:
+            patches: Tensor = output.last_hidden_state  # [N, P, D]
+            return patches.mean(dim=1)
         pooled: Tensor | None = getattr(output, "pooler_output", None)
         if pooled is None:
             raise BackboneError(
@@ -174,18 +185,25 @@ def wrap_transformers(
     """Read what the package needs to know off a network of transformers.
 
     Raises:
-        BackboneError: it is no vision network.
+        BackboneError: it is no vision network, or one that masks what it sees.
     """
     network = getattr(network, "vision_model", network)  # the image tower of CLIP-like models
     config: Any = network.config
     if "pixel_values" not in inspect.signature(network.forward).parameters:
         raise BackboneError(f"{name} ({type(network).__name__}) takes no images: choose a vision model")
-    if config.model_type in CLASS_TOKEN_TYPES and hasattr(network, "pooler"):
+    if config.model_type == "vit_mae":
+        raise BackboneError(
+            f"{name} ({type(network).__name__}) masks patches at random in every pass, even in evaluation, "
+            "so that its features are never the same twice: choose another, such as dinov2_large"
+        )
+    if config.model_type in CLASS_TOKEN_TYPES | MEAN_TYPES and hasattr(network, "pooler"):
         network.pooler = None  # not used; often absent from the weights, hence random
-    patch = _side(config.patch_size) if config.model_type in CLASS_TOKEN_TYPES else None
+    patch = _side(config.patch_size) if config.model_type in CLASS_TOKEN_TYPES | MEAN_TYPES else None
     architecture = {"library": "transformers", "class": type(network).__name__, "mean": mean, "std": std}
     # Only what differs from the defaults: a field that a later version adds changes nothing.
     architecture |= {key: value for key, value in config.to_diff_dict().items() if key not in VOLATILE}
+    if config.model_type in MEAN_TYPES:
+        architecture["feature"] = "mean"  # never mixed with stored ones of the first token
     info = BackboneInfo(
         name=name,
         width=int(getattr(config, "hidden_size", None) or config.hidden_sizes[-1]),
