@@ -126,7 +126,7 @@ def run_crossval(config: ExperimentConfig) -> Path:
         write_predictions(run_dir / "predictions.parquet", rows, synthetic=synthetic)
         write_evaluation(run_dir, config, synthetic)
         if config.eval.report:
-            print(f"report: {report_from_run(run_dir, views_of=ViewsById([crossval.plain]))}")
+            print(f"report: {report_from_run(run_dir, views_of=ViewsById({OUT_OF_FOLD: crossval.plain}))}")
     crossval.accelerator.wait_for_everyone()
     return run_dir
 

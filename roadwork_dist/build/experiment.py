@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -186,7 +186,7 @@ def run_experiment(config: ExperimentConfig) -> Path:
         write_predictions(run_dir / "predictions.parquet", rows, synthetic=experiment.is_synthetic)
         write_evaluation(run_dir, config, experiment.is_synthetic)
         if config.eval.report:
-            print(f"report: {report_from_run(run_dir, views_of=ViewsById(experiment.datasets.values()))}")
+            print(f"report: {report_from_run(run_dir, views_of=ViewsById(experiment.datasets))}")
     experiment.accelerator.wait_for_everyone()
     return run_dir
 
@@ -275,12 +275,20 @@ def evaluate_splits(
 
 
 class ViewsById:
-    """Views of an evaluated photo by its id, for the report's pictures."""
+    """Views of an evaluated photo by its split and id, for the report's pictures.
 
-    def __init__(self, datasets: Iterable[RoadworkDataset]) -> None:
-        self._samples = {sample.id: (dataset, sample) for dataset in datasets for sample in dataset.manifest}
+    Args:
+        datasets: the photos by split; ids are unique within one only.
+    """
 
-    def __call__(self, sample_id: str) -> Any:
+    def __init__(self, datasets: Mapping[str, RoadworkDataset]) -> None:
+        self._samples = {
+            (split, sample.id): (dataset, sample)
+            for split, dataset in datasets.items()
+            for sample in dataset.manifest
+        }
+
+    def __call__(self, split: str, sample_id: str) -> Any:
         """[V, 3, S, S] uint8."""
-        dataset, sample = self._samples[sample_id]
+        dataset, sample = self._samples[split, sample_id]
         return dataset.views.plain(sample.image).numpy()

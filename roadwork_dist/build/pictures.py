@@ -10,12 +10,13 @@ from roadwork_dist.data.manifest import Sample
 from roadwork_dist.data.photo import PhotoViews
 from roadwork_dist.data.sources import load_manifest
 from roadwork_dist.data.views import ViewGeometry
+from roadwork_dist.evaluation.predictions import OUT_OF_FOLD
 
 logger = logging.getLogger(__name__)
 
 
 class PicturesOfRun:
-    """Views of a run's photos by their id, decoded when asked for; tables are read at the first one.
+    """Views of a run's photos by split and id, decoded when asked for; tables are read at the first one.
 
     Very long photos are padded with ImageNet's mean colour, whatever the backbone's is.
 
@@ -35,22 +36,23 @@ class PicturesOfRun:
             ViewGeometry(views.size, views.grid, views.scale, views.policy), None, config.data.max_pixels
         )
 
-    def __call__(self, sample_id: str) -> Any:
+    def __call__(self, split: str, sample_id: str) -> Any:
         """[V, 3, S, S] uint8.
 
         Raises:
             DataError: the photo is not at hand; the message says why.
         """
-        sample = self._samples.get(sample_id)
+        is_of_train = split == OUT_OF_FOLD or (split == "val" and self._config.data.val is None)
+        sample = self._samples.get(("train" if is_of_train else split, sample_id))
         if sample is None:
             raise DataError(f"{sample_id} is not in the run's sources")
         return self._views.plain(sample.image).numpy()
 
     @cached_property
-    def _samples(self) -> dict[str, Sample]:
-        """By id; where sets share an id, that of the set that was evaluated."""
+    def _samples(self) -> dict[tuple[str, str], Sample]:
+        """By source and id; ids are unique within a source only."""
         data = self._config.data
-        found: dict[str, Sample] = {}
+        found: dict[tuple[str, str], Sample] = {}
         for name, source in (("val", data.val), ("target", data.target), ("train", data.train)):
             if source is None or (name == "train" and data.val is not None):
                 continue
@@ -59,6 +61,5 @@ class PicturesOfRun:
             except DataError as error:
                 logger.warning("no pictures of %s: %s", name, error)
                 continue
-            for sample in manifest:
-                found.setdefault(sample.id, sample)
+            found |= {(name, sample.id): sample for sample in manifest}
         return found

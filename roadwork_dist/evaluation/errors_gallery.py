@@ -15,8 +15,8 @@ from roadwork_dist.common.errors import RoadworkError
 if TYPE_CHECKING:
     import pandas as pd
 
-ViewsOf = Callable[[str], ArrayLike]
-"""From a photo's id to its views, [V, 3, S, S] uint8."""
+ViewsOf = Callable[[str, str], ArrayLike]
+"""From a photo's split and id to its views, [V, 3, S, S] uint8."""
 
 LARGE, SMALL = 288, 160
 """Side in px of the thumbnail of the global view, and of the others."""
@@ -120,7 +120,7 @@ def _card(row: dict[Any, Any], views_of: ViewsOf | None) -> ErrorCard:
     problem = "The photos are not at hand, so the views are not shown." if views_of is None else ""
     if views_of is not None:
         try:
-            views = _thumbnails(np.asarray(views_of(row["id"])), _gates(row["view_gates"]))
+            views = _thumbnails(np.asarray(views_of(row["split"], row["id"])), _gates(row["view_gates"]))
         except (RoadworkError, OSError) as error:
             problem = f"The photo cannot be read: {error}"
     return ErrorCard(row["id"], int(row["label"]), float(row["probability"]), _facts(row), views, problem)

@@ -44,7 +44,7 @@ class ReportInput:
         fold_histories: the same of every fold of a cross-validation, by its name.
         sections: evaluated sets of photos; held-out ones are shown first.
         config_text: the resolved configuration as YAML.
-        views_of: from a photo's id to its views, [V, 3, S, S] uint8; None = photos not at hand.
+        views_of: from a photo's split and id to its views, [V, 3, S, S] uint8; None = photos not at hand.
         environment: name → text of what the run ran on.
         bootstrap: resamples of every interval.
         worst: worst errors shown per set.

@@ -57,7 +57,7 @@ def test_card_holds_views_gates_and_facts() -> None:
     rows["view_gates"] = [[0.7, 0.0, *[0.25] * 10]]
     rows[["weather", "daytime", "scene"]] = ["sunny", None, "urban"]
     rows[["latitude", "longitude"]] = [41.88, -87.63]
-    card = error_cards(rows, synthetic_views)[0]
+    card = error_cards(rows, lambda split, name: synthetic_views(f"{split} {name}"))[0]
     assert len(card.views) == 12
     assert [view.gate for view in card.views[:3]] == [0.7, 0.0, 0.25]
     assert [view.pruned for view in card.views[:3]] == [False, True, False]
@@ -69,12 +69,12 @@ def test_card_holds_views_gates_and_facts() -> None:
 def test_views_without_gates_have_none() -> None:
     rows = synthetic_predictions(1)
     rows["view_gates"] = None
-    card = error_cards(rows, lambda name: synthetic_views(name, views=1))[0]
+    card = error_cards(rows, lambda split, name: synthetic_views(name, views=1))[0]
     assert [(view.name, view.gate, view.pruned) for view in card.views] == [("whole photo", None, False)]
 
 
 def test_a_photo_that_cannot_be_read_is_said() -> None:
-    def broken(name: str) -> Any:
+    def broken(split: str, name: str) -> Any:
         raise DataError(f"{name} is truncated")
 
     card = error_cards(synthetic_predictions(1), broken)[0]

@@ -107,7 +107,7 @@ def test_whole_page(tmp_path: Path) -> None:
         history=synthetic_history(),
         sections=splits,
         config_text="seed: 42\n",
-        views_of=synthetic_views,
+        views_of=lambda split, name: synthetic_views(name),
         environment={"torch": "2.9"},
         bootstrap=100,
     )
@@ -202,7 +202,7 @@ def test_hostile_names_stay_text() -> None:
         config_text=HOSTILE,
         environment={HOSTILE: HOSTILE},
         history=[{"kind": "train", "step": 1, "loss": 1.0, f"loss/{HOSTILE}": 1.0, f"loss/b{HOSTILE}": 2.0}],
-        views_of=lambda name: synthetic_views("x", views=1, side=32),
+        views_of=lambda split, name: synthetic_views("x", views=1, side=32),
     )
     assert "<script" not in source
     assert page.text.count("<script>alert(1)</script>") > 40
@@ -272,7 +272,7 @@ def no_sizes(frame: pd.DataFrame) -> None:
 def test_poor_data_makes_a_page_too(spoil: Any, said: str, rows: int) -> None:
     frame = synthetic_predictions(rows)
     spoil(frame)
-    page, _ = page_of(split_of(frame), views_of=lambda name: synthetic_views(name, side=32))
+    page, _ = page_of(split_of(frame), views_of=lambda split, name: synthetic_views(name, side=32))
     assert said in page.text
 
 
@@ -346,7 +346,7 @@ def test_photos_not_at_hand_are_said_and_listed() -> None:
 def test_galleries_stop_after_two_sets() -> None:
     frame = synthetic_predictions(30, skill=0.2)
     splits = [split_of(frame, name=name) for name in ("a", "b", "c")]
-    page, _ = page_of(*splits, views_of=lambda name: synthetic_views(name, views=1, side=32))
+    page, _ = page_of(*splits, views_of=lambda split, name: synthetic_views(name, views=1, side=32))
     assert len([tag for tag, _ in page.tags if tag == "img"]) == 20
 
 
