@@ -27,6 +27,7 @@ from roadwork_dist.engine.accelerator import build_accelerator, share_cores
 from roadwork_dist.evaluation.evaluator import evaluate_predictions, summary_lines
 from roadwork_dist.evaluation.predictions import read_predictions, write_predictions
 from roadwork_dist.evaluation.report import report_from_run, splits_of
+from roadwork_dist.evaluation.report_section import EvaluatedSplit
 from roadwork_dist.losses.composite import RoadworkLoss
 from roadwork_dist.models.backbone import Backbone, load_backbone
 from roadwork_dist.models.detector import RoadworkHead, RoadworkModel
@@ -269,9 +270,17 @@ def evaluate_splits(
             split.frame, threshold=split.threshold, bootstrap=config.eval.bootstrap, seed=config.seed
         )
         results[split.name] = result
-        note = " (the threshold and the best epoch were chosen on these)" if not split.held_out else ""
-        print("\n".join(summary_lines(result, f"{split.name}{note}", synthetic)))
+        print("\n".join(summary_lines(result, f"{split.name}{_chosen_on(split)}", synthetic)))
     return results
+
+
+def _chosen_on(split: EvaluatedSplit) -> str:
+    """What was chosen on the labels of these photos."""
+    if split.held_out:
+        return ""
+    chose_threshold = split.threshold_from == split.name
+    what = "the threshold and the best epoch were" if chose_threshold else "the best epoch was"
+    return f" ({what} chosen on these)"
 
 
 class ViewsById:

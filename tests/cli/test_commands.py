@@ -189,10 +189,13 @@ def test_evaluate_other_photos_with_the_run_s_threshold(run: Path, data: Synthet
     assert (run / "evaluation.json").read_bytes() == own
 
 
-def test_evaluate_at_another_threshold_into_a_file(run: Path, tmp_path: Path) -> None:
+def test_evaluate_at_another_threshold_into_a_file(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     own = (run / "evaluation.json").read_bytes()
     output = tmp_path / "low.json"
     assert main(["evaluate", str(run), "--threshold", "0", "--output", str(output)]) == 0
+    assert "val (the best epoch was chosen on these): 4 labelled" in capsys.readouterr().out
     results = json.loads(output.read_text())
     assert {split: r["threshold"] for split, r in results.items()} == {"val": 0, "target": 0}
     assert results["val"]["confusion"]["fp"] == 2  # everything is called roadwork
