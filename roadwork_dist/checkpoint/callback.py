@@ -60,8 +60,6 @@ class Checkpointer(Callback):
     def on_setup(self, run: Run) -> None:
         """Learn who the frozen weights are and what is trained, while all is whole."""
         run.model.train()
-        if self._frozen:
-            return  # fit() was called before, and by now the model may be sharded
         self._frozen = frozen_identity(run.model)
         self._shapes = {name: tensor.shape for name, tensor in trained_tensors(run.model).items()}
 
@@ -107,8 +105,10 @@ class Checkpointer(Callback):
         """
         self._writer.finish(run)
         store = self.store(run)
-        # Every rank must go back to the same one, so one looks and tells.
-        found = on_main(lambda: store.verified(self._planned) or store.newest(), self._group)
+        planned, found = self._planned, None
+        if planned is not None:
+            # Every rank must go back to the same one, so one looks and tells.
+            found = on_main(lambda: store.verified(planned) or store.newest(), self._group)
         if found is not None:
             self._load_tensors(run, StoredTensors(found))
         logger.warning("back to %s", found.name if found else "nothing: there is no checkpoint yet")
@@ -131,9 +131,10 @@ class Checkpointer(Callback):
 
     def on_epoch_end(self, run: Run) -> None:
         """Save with the validation behind it."""
-        # Behind the last epoch there is nothing that could go on meanwhile.
+        # Behind the last epoch there is nothing that could go on meanwhile; and who says that all is saved
+        # has to know it.
         is_last = run.state.epoch == run.config.epochs or run.state.should_stop
-        self._save(run, planned=True, wait=is_last)
+        self._save(run, planned=True, wait=is_last or run.is_leaving)
 
     def on_fit_end(self, run: Run) -> None:
         """Give memory back; the last save was waited for."""

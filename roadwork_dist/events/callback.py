@@ -36,6 +36,8 @@ class Run(Protocol):
     # Set on any rank, at any time (by a signal's handler, say): all ranks leave the loop behind the
     # step that is under way, with a checkpoint.
     interrupt_requested: bool
+    # All ranks have agreed at the end of an epoch to leave behind it.
+    is_leaving: bool
     # Counts every batch that is read, in training and validation: what changes as long as the run moves.
     batches_read: int
 
@@ -84,7 +86,7 @@ class Callback:
     """
 
     def on_setup(self, run: Run) -> None:
-        """The model is as it was given: whole, not yet on its device."""
+        """Once: the model is as it was given, whole, not yet on its device."""
 
     def on_fit_start(self, run: Run) -> None:
         """The model is on its device, spread over the ranks; nothing is trained yet.

@@ -82,15 +82,13 @@ class Preemption(Callback):
         self._leave(run, gather_objects(self._request(run)))
 
     def on_epoch_end(self, run: Run) -> None:
-        """Leave where a rank was asked to behind the last batch of the validation.
+        """Leave where a rank was asked to since the last question of the validation.
 
         Raises:
             InterruptedRunError: on every rank.
         """
-        # Once an epoch, reached by all ranks.
-        requests = gather_objects(self._request(run))
-        if any(requests):
-            self._leave(run, requests)
+        if run.is_leaving:  # the same on all ranks; the checkpointer has waited for its save
+            self._leave(run, gather_objects(self._request(run)))
 
     def on_fit_end(self, run: Run) -> None:
         """Put the handlers back."""

@@ -19,7 +19,7 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from roadwork_dist.common.errors import ConfigError, NonFiniteLossError
-from roadwork_dist.common.random import seed_everything
+from roadwork_dist.common.random import capture_rng, restore_rng, seed_everything
 from roadwork_dist.config.schema import TrainConfig
 from roadwork_dist.data.loader import MapDataset, check_map_style, ids_digest, load_batches, sample_id
 from roadwork_dist.data.order import ShardOrder
@@ -88,6 +88,7 @@ class Trainer:
         self.run_dir = Path(config.output_dir)
         self.state = TrainState()
         self.interrupt_requested = False
+        self.is_leaving = False
         self._is_off_record = False  # weights are neither the first ones nor those of a checkpoint
         self.batches_read = 0
         self.accelerator = build_accelerator(device=config.device)
@@ -122,6 +123,7 @@ class Trainer:
     def engine(self) -> Engine:
         """The model on its processes, made when it is first asked for; every rank has to ask."""
         if self._engine is None:
+            self._emit("on_setup")  # while the model is whole, whoever asks first
             self._engine = build_engine(self.accelerator, self.model, self.optimizer, self.config)
         return self._engine
 
@@ -154,8 +156,8 @@ class Trainer:
         # Ranks draw different dropout masks; what is shared (order, augmentation) has its own seeds.
         seed_everything(self.config.seed + self.accelerator.process_index)
         try:
-            self._emit("on_setup")
             step = OptimizerStep(self.engine, self.task)
+            self.model.train()
             self._emit("on_fit_start")
             self._check_weights()
             self._emit("on_train_start")
@@ -165,6 +167,7 @@ class Trainer:
                     self._validate(self.val_data)
                 self.state.epoch += 1
                 self.state.step_in_epoch = 0
+                self.is_leaving = self._is_interrupted()
                 self._emit("on_epoch_end")
             self._emit("on_fit_end")
         except BaseException as error:
@@ -230,11 +233,18 @@ class Trainer:
 
     def _validate(self, data: MapDataset) -> None:
         # Each rank's rows have moved its own batch statistics; all validate with those that are saved.
-        broadcast_tensors(moving_buffers(self.model))
+        buffers = moving_buffers(self.model)
+        broadcast_tensors(buffers)
+        held, random = [buffer.clone() for buffer in buffers], capture_rng()
         self._emit("on_validation_start")
         try:
             outcome = self._evaluate(data, self._is_interrupted)
         except PassInterrupted:  # on all ranks
+            # What is saved is the state behind the epoch's last step, and a model may draw in eval mode too.
+            self.model.train()
+            restore_rng(random)
+            for buffer, before in zip(buffers, held, strict=True):
+                buffer.copy_(before)
             self._emit("on_validation_interrupted")
             raise
         figure = self._monitored(outcome.metrics)
@@ -247,7 +257,7 @@ class Trainer:
         improved = self.state.observe(figure)
         for callback in reversed(self.callbacks):
             callback.on_validation_end(self, outcome.metrics, improved)
-        self.state.should_stop = self._is_stale()
+        self.state.should_stop |= self._is_stale()  # an observer may have said so before
         self.model.train()
 
     def evaluate(self, data: MapDataset) -> PassResult:
@@ -258,11 +268,12 @@ class Trainer:
         return self._evaluate(data)
 
     def _evaluate(self, data: MapDataset, asked: Callable[[], bool] | None = None) -> PassResult:
+        lockstep = self.engine.lockstep  # a first use of the engine looks at the model in train mode
         self.model.eval()
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         shares = [evaluation_batches(len(data), self.config.batch_size, each, ranks) for each in range(ranks)]
         batches, counted, rounds = shares[rank], len(shares[rank]), max(map(len, shares))
-        if self.engine.lockstep:  # a rank with fewer batches runs fillers, which count for nothing
+        if lockstep:  # a rank with fewer batches runs fillers, which count for nothing
             batches = batches + [[0]] * (rounds - counted)
         loaded = self._load(data, batches)
         if asked is not None:

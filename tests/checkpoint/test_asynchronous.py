@@ -21,6 +21,7 @@ from roadwork_dist.checkpoint.tensors import write_tensors
 from roadwork_dist.common.errors import CheckpointError, InterruptedRunError
 from roadwork_dist.config.schema import CheckpointConfig
 from roadwork_dist.events.callback import Callback
+from roadwork_dist.guards.preemption import INTERRUPTED
 from roadwork_dist.training.trainer import Trainer
 
 STEPS = 8
@@ -162,6 +163,25 @@ def test_killed_while_writing_a_run_ends_like_an_undisturbed_one(processes: int,
     assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
     first, second = (stored(checkpoints(tmp_path / name)[-1]) for name in ("killed", "whole"))
     assert_same_tensors(first, second)
+
+
+class AskedBehindTheValidation(Callback):
+    def on_validation_end(self, run: Any, metrics: dict[str, float], improved: bool) -> None:
+        run.interrupt_requested = True
+
+
+def test_who_is_asked_to_stop_says_that_all_is_saved_only_when_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(store, "_seal", full)
+    config = toy_config(tmp_path, checkpoint=CheckpointConfig(asynchronous=True))
+    asked = AskedBehindTheValidation()
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        Trainer(toy_model(), config, toy_data(64), toy_data(7), callbacks=[asked]).fit()
+    assert not (tmp_path / INTERRUPTED).exists()
 
 
 def fit_and_crash(run_dir: Path) -> None:

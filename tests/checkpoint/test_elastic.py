@@ -223,3 +223,27 @@ def average_at_start(run_dir: Path) -> bool:
 def test_an_average_turned_on_later_starts_from_the_weights_gone_on_from(tmp_path: Path) -> None:
     fit(tmp_path, 16, stop=True, ema=EmaConfig(enabled=False))
     assert average_at_start(tmp_path)
+
+
+def fit_evaluated(run_dir: Path, first: str, stop: bool) -> str:
+    """What the model gives, or is given, before it trains must not change who it is."""
+    config = toy_config(run_dir, epochs=2, batch_size=16, checkpoint=CheckpointConfig(every_steps=2))
+    given = model()
+    weights = {name: tensor.clone() for name, tensor in given.state_dict().items()}
+    trainer = Trainer(
+        given, config, data(ROWS), data(20), task=RecordingTask(), callbacks=[StopAt(2)] if stop else []
+    )
+    if first == "evaluate":
+        trainer.evaluate(data(20))
+    if first == "load":
+        trainer.load_weights(weights)
+    with suppress(Stop):
+        trainer.fit()
+    return str(trainer.state.epoch)
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+@pytest.mark.parametrize("first", ["evaluate", "load"])
+def test_what_was_sharded_before_training_is_the_same_model(engine: str, first: str, tmp_path: Path) -> None:
+    run(train_with, engine, fit_evaluated, tmp_path, first, True, world_size=2)
+    assert run(train_with, engine, fit_evaluated, tmp_path, "", False, world_size=2) == ["2", "2"]

@@ -24,6 +24,7 @@ from support.toy import (
     toy_data,
     toy_model,
 )
+from torch import Tensor, nn
 
 from roadwork_dist.checkpoint import store
 from roadwork_dist.checkpoint.store import CheckpointStore
@@ -67,6 +68,21 @@ class InValidation(Callback):
             os.kill(os.getpid(), signal.SIGUSR1)
 
 
+class Drawing(nn.Module):
+    """Adds noise in eval mode too, as Monte-Carlo dropout does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 0.1 * torch.randn_like(x)
+
+
+def model() -> nn.Module:
+    """With all that a validation may move: batch statistics, and the random state."""
+    torch.manual_seed(7)
+    return nn.Sequential(
+        nn.Linear(6, 16), nn.BatchNorm1d(16), nn.GELU(), nn.Dropout(0.3), Drawing(), nn.Linear(16, 2)
+    )
+
+
 class SignalledWhileRead:
     """Validation rows; the first time that one of them is read, its reader gets SIGTERM."""
 
@@ -94,7 +110,7 @@ def train(
     config = toy_config(run_dir, epochs=3, batch_size=4, workers=workers, checkpoint=CheckpointConfig())
     world = int(os.environ.get("WORLD_SIZE", "1"))
     trainer = Trainer(
-        toy_model(dropout=0.3),
+        model(),
         config,
         NoisyData(16 * world),
         toy_data(9, seed=2)

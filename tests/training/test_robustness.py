@@ -577,3 +577,20 @@ def test_a_larger_patience_goes_on_after_an_early_stop(tmp_path: Path) -> None:
         toy_model(), toy_config(tmp_path, patience=3, **settings), toy_data(16), toy_data(16)
     ).fit()
     assert again.state.epoch == 4
+
+
+class Enough(Callback):
+    """Says in an event of the first epoch that the run has trained enough."""
+
+    def __init__(self, event: str) -> None:
+        setattr(self, event, self.stop)
+
+    def stop(self, run: Any, *_: Any) -> None:
+        run.state.should_stop = True
+
+
+@pytest.mark.parametrize("event", ["on_step_end", "on_validation_end", "on_epoch_end"])
+def test_an_observer_may_end_the_run_behind_the_epoch(tmp_path: Path, event: str) -> None:
+    config = toy_config(tmp_path, epochs=3)
+    trainer = Trainer(toy_model(), config, toy_data(16), toy_data(8), callbacks=[Enough(event)]).fit()
+    assert trainer.state.epoch == 1

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import statistics
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -125,18 +126,32 @@ def test_rewinding_goes_back_to_the_last_checkpoint_and_passes_its_rows_over(
         assert_same_tensors(newest_tensors(folder), newest_tensors(whole))
 
 
-def test_rewinding_before_the_first_checkpoint_only_skips(tmp_path: Path) -> None:
+def train_without_checkpoints(run_dir: Path, moment: str = "") -> dict[int, str]:
     config = toy_config(
-        tmp_path,
+        run_dir,
         epochs=1,
         batch_size=4,
         checkpoint=CheckpointConfig(),
         spike=SpikeConfig(action="rewind", window=3),
     )
     task = SpikingTask(range(6, 7))
-    observer = Moments(task, "")
-    Trainer(toy_model(), config, NoisyData(64), task=task, callbacks=[observer]).fit()
-    assert observer.seen[6] == observer.seen[5] != observer.seen[7]
+    observer = Moments(task, moment)
+    with suppress(InterruptedRunError):
+        Trainer(toy_model(), config, NoisyData(64), task=task, callbacks=[observer]).fit()
+    return observer.seen
+
+
+def test_rewinding_before_the_first_checkpoint_only_skips(tmp_path: Path) -> None:
+    seen = train_without_checkpoints(tmp_path)
+    assert seen[6] == seen[5] != seen[7]
+
+
+def test_a_stop_before_the_first_checkpoint_is_none_to_go_back_to(tmp_path: Path) -> None:
+    whole = train_without_checkpoints(tmp_path / "whole")
+    before = train_without_checkpoints(tmp_path / "asked", "asked at 3")
+    behind = train_without_checkpoints(tmp_path / "asked")
+    assert before | behind == whole
+    assert 3 < min(behind) < 6
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
