@@ -23,6 +23,7 @@ from roadwork_dist.engine.collectives import rank
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+_REPLACED = ".tmp-old-"
 DAMAGED = ".damaged"
 """Ends the name of a checkpoint that was put aside."""
 
@@ -80,7 +81,7 @@ class CheckpointStore:
                 are.
         """
         final = self.path(step)
-        temporary, replaced = self.folder / f".tmp-{final.name}", self.folder / f".tmp-old-{final.name}"
+        temporary, replaced = self.folder / f".tmp-{final.name}", self.folder / f"{_REPLACED}{final.name}"
 
         def begin() -> None:
             self._clear()
@@ -98,7 +99,7 @@ class CheckpointStore:
             shares = together(lambda: describe(temporary, write(temporary)), group)
             on_main(finish, group)
         except CheckpointError as error:
-            last = on_main(lambda: self._take_back(final, replaced), group)
+            last = on_main(self._take_back, group)
             raise CheckpointError(
                 f"checkpoint of step {step} could not be written to {self.folder} ({error}): "
                 + (f"the last good one is {last}; " if last else "there is none yet; ")
@@ -109,13 +110,19 @@ class CheckpointStore:
             self.prune(newest=step, best_step=best_step, spared=spared)
         return sum(int(entry["bytes"]) for share in shares for entry in share.values())
 
-    def _take_back(self, final: Path, replaced: Path) -> str | None:
+    def _take_back(self) -> str | None:
         """Undo a save that failed, and name the newest checkpoint that is left."""
-        if replaced.exists() and not final.exists():
-            replaced.rename(final)
+        self._put_back()
         self._clear()
         left = self.steps()
         return self.path(left[-1]).name if left else None
+
+    def _put_back(self) -> None:
+        """Undo what a save over the same step had begun when it failed or was killed."""
+        for replaced in self.folder.glob(f"{_REPLACED}*"):
+            final = self.folder / replaced.name.removeprefix(_REPLACED)
+            if not final.exists():
+                replaced.rename(final)
 
     def _clear(self) -> None:
         """Delete what a save that was killed left behind."""
@@ -174,6 +181,7 @@ class CheckpointStore:
         Raises:
             OSError: one cannot be renamed.
         """
+        self._put_back()
         for step in reversed(self.steps()):
             try:
                 verify(self.path(step))

@@ -175,6 +175,14 @@ def files_no_larger_than(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+def test_a_save_of_the_same_step_that_was_killed_midway_is_undone(store: CheckpointStore) -> None:
+    left = store.folder / ".tmp-step-00000020"
+    left.mkdir()
+    content(20)(left)
+    store.path(20).rename(store.folder / ".tmp-old-step-00000020")  # and then it was killed
+    assert store.recover() == store.path(20)
+
+
 @pytest.mark.parametrize("step", [20, 30])
 def test_what_the_system_refuses_to_write_leaves_nothing(store: CheckpointStore, step: int) -> None:
     with files_no_larger_than(500), pytest.raises(CheckpointError) as caught:
