@@ -44,10 +44,12 @@ def frozen_identity(model: nn.Module) -> str:
     elsewhere = json.dumps(getattr(model, "backbone_identity", None), sort_keys=True)
     digest = hashlib.sha256(elsewhere.encode())
     for name, tensor in sorted(model.state_dict().items()):
+        if not isinstance(tensor, Tensor):  # a module's extra state, which is its own affair
+            continue
         if not tensor.numel() or tensor.data_ptr() not in moved:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             flat = tensor.detach().cpu().contiguous().reshape(-1)
-            digest.update(memoryview(flat.view(torch.uint8).numpy()))
+            digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -141,7 +141,7 @@ class Engine(ABC):
         """
         whole = {}
         for name, tensor in self.model.state_dict(keep_vars=True).items():
-            if names is None or name in names:
+            if isinstance(tensor, Tensor) and (names is None or name in names):  # not a module's extra state
                 with self._gathered(tensor) as full:
                     if self.accelerator.is_main_process:
                         whole[name] = full.detach().to("cpu", copy=True).contiguous()

@@ -10,7 +10,7 @@ from roadwork_dist.config.schema import EmaConfig
 
 
 class ExponentialMovingAverage:
-    """fp32 shadow of trained weights, whatever their dtype.
+    """fp32 shadow of trained weights, whatever their dtype (complex64 of complex ones).
 
     ``shadow = d * shadow + (1 - d) * weight`` once per optimizer step, with
     ``d = min(decay, (1 + n) / (10 + n))`` after n updates while warming up (the rule of
@@ -27,7 +27,7 @@ class ExponentialMovingAverage:
         self.updates = 0
         self._names = list(weights)
         self._weights = list(weights.values())
-        self._shadow = [weight.detach().float().clone() for weight in self._weights]
+        self._shadow = [_precise(weight.detach()).clone() for weight in self._weights]
         self._is_fp32 = all(weight.dtype == torch.float32 for weight in self._weights)
 
     def decay_at(self, updates: int) -> float:
@@ -41,7 +41,7 @@ class ExponentialMovingAverage:
         """Move the shadow towards the weights as they are now."""
         weight = 1 - self.decay_at(self.updates)
         if self._shadow:  # a rank may hold no shard at all
-            current = self._weights if self._is_fp32 else [w.float() for w in self._weights]
+            current = self._weights if self._is_fp32 else [_precise(w) for w in self._weights]
             torch._foreach_lerp_(self._shadow, current, weight)
         self.updates += 1
 
@@ -69,3 +69,7 @@ class ExponentialMovingAverage:
     def shadow(self) -> dict[str, Tensor]:
         """The average by the weights' names, fp32, in its own memory."""
         return dict(zip(self._names, self._shadow, strict=True))
+
+
+def _precise(weight: Tensor) -> Tensor:
+    return weight.to(torch.complex64 if weight.is_complex() else torch.float32)

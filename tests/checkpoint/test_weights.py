@@ -118,3 +118,20 @@ def test_a_checkpoint_is_of_the_size_of_what_is_trained(tmp_path: Path) -> None:
     stored = sum(path.stat().st_size for path in checkpoint.iterdir())
     assert frozen > 100 * trained
     assert stored < 10 * trained  # in fact four: weights, average and AdamW's two moments
+
+
+class Remembering(nn.Linear):
+    """Keeps what is no tensor in its state dict, as quantised and fp8 layers do."""
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"seen": 3}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        assert state == {"seen": 3}
+
+
+def test_a_module_with_extra_state_trains_and_goes_on(tmp_path: Path) -> None:
+    for epochs in (1, 2):
+        config = toy_config(tmp_path, epochs=epochs)
+        trainer = Trainer(nn.Sequential(Remembering(6, 2)), config, toy_data(16), toy_data(8)).fit()
+        assert trainer.state.epoch == epochs

@@ -159,3 +159,15 @@ def test_training_updates_once_a_step_not_for_skipped_ones_and_validates_with_it
     ):
         assert torch.equal(validated, shadow)
         assert not torch.equal(validated, parameter)
+
+
+def test_complex_weights_are_averaged_in_both_parts() -> None:
+    weight = nn.Parameter(torch.tensor([1.0 + 2.0j, 3.0 - 1.0j], dtype=torch.complex64))
+    average = ExponentialMovingAverage({"w": weight}, EmaConfig(decay=0.75, warmup=False))
+    with torch.no_grad():
+        weight.mul_(3j)
+    average.update()
+    expected = torch.tensor([0.75 * (1 + 2j) + 0.25 * 3j * (1 + 2j), 0.75 * (3 - 1j) + 0.25 * 3j * (3 - 1j)])
+    torch.testing.assert_close(average.shadow()["w"], expected)
+    with average.swapped_in():
+        torch.testing.assert_close(weight.detach(), expected)
