@@ -2,11 +2,13 @@
 
 import faulthandler
 import json
+import os
 import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import IO
 
 FRAMES = 8
 # Innermost lines of a process that may merely wait for another one, or for a GPU that does.
@@ -68,18 +70,17 @@ def _shortened(line: str) -> str:
 
 
 def innermost_lines(thread: int) -> list[str]:
-    """Where a thread of this process is, innermost first; empty if it has ended.
-
-    Raises:
-        OSError: there is no room for a temporary file.
-    """
+    """Where a thread of this process is, innermost first; empty if it has ended or cannot be seen."""
     # Not through sys._current_frames() and f_back: the collector may run while they make a frame object, let
     # the other thread go on, and the object then belongs to a call that is over (CPython 3.11: wrong lines,
     # or a crash much later). faulthandler reads the stack in one go and makes no objects.
-    with tempfile.TemporaryFile() as file:
-        faulthandler.dump_traceback(file, all_threads=True)
-        file.seek(0)
-        text = file.read().decode(errors="backslashreplace")
+    try:
+        with _scratch() as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+            file.seek(0)
+            text = file.read().decode(errors="backslashreplace")
+    except OSError:  # no room for it; the pulse itself says more than none at all
+        return []
     lines: list[str] = []
     inside = False
     for line in text.splitlines():
@@ -88,6 +89,13 @@ def innermost_lines(thread: int) -> list[str]:
         elif inside and (found := _FRAME.match(line)):
             lines.append(f"{found['file']}:{found['line']} in {found['name']}")
     return lines[:FRAMES]
+
+
+def _scratch() -> IO[bytes]:
+    """A file for a moment, in memory where the system has such: a full disk must not silence a rank."""
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("stacks"), "w+b")
+    return tempfile.TemporaryFile()
 
 
 def _path(folder: Path, rank: int) -> Path:

@@ -1,5 +1,6 @@
 """Where a thread is, told by another one."""
 
+import errno
 import sys
 import threading
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from roadwork_dist.guards import pulse
 from roadwork_dist.guards.pulse import FRAMES, innermost_lines
 
 
@@ -70,3 +72,13 @@ def test_no_frame_object_of_a_running_thread_is_made(monkeypatch: pytest.MonkeyP
     with waiting_thread() as other:
         monkeypatch.setattr(sys, "_current_frames", made)
         assert "waits_here" in names(innermost_lines(other))
+
+
+def test_without_room_for_the_stack_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pulse without lines says that the rank lives; no pulse would make it the guilty one."""
+
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pulse, "_scratch", full)
+    assert innermost_lines(threading.get_ident()) == []
