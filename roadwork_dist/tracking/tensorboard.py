@@ -15,6 +15,11 @@ class TensorBoard(Callback):
 
     def __init__(self) -> None:
         self._writer: SummaryWriter | None = None
+        self._purge: int | None = None
+
+    def on_train_start(self, run: Run) -> None:
+        """Steps behind the one gone on from come again: the viewer drops the earlier ones."""
+        self._purge = run.state.step + 1
 
     def on_step_end(self, run: Run, result: StepResult) -> None:
         """Scalars ``train/…``."""
@@ -42,8 +47,8 @@ class TensorBoard(Callback):
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            # Steps from here on come again after a resume: the viewer drops the earlier ones.
-            self._writer = SummaryWriter(str(run.run_dir / "tensorboard"), purge_step=run.state.step)
+            purge = run.state.step + 1 if self._purge is None else self._purge
+            self._writer = SummaryWriter(str(run.run_dir / "tensorboard"), purge_step=purge)
         for name, value in figures.items():
             self._writer.add_scalar(f"{kind}/{name}", value, run.state.step)
 

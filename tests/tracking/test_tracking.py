@@ -15,7 +15,12 @@ from support.toy import toy_config, toy_data, toy_model
 from torch.distributed import HashStore, destroy_process_group, init_device_mesh, init_process_group
 from torch.distributed.fsdp import fully_shard
 
-from roadwork_dist.common.errors import ConfigError, MissingDependencyError, RoadworkError
+from roadwork_dist.common.errors import (
+    ConfigError,
+    InterruptedRunError,
+    MissingDependencyError,
+    RoadworkError,
+)
 from roadwork_dist.config.io import to_yaml
 from roadwork_dist.config.schema import TrackingConfig, TrainConfig, WandbConfig
 from roadwork_dist.events.callback import Callback
@@ -156,6 +161,13 @@ class StopAt(Callback):
             raise KeyboardInterrupt
 
 
+class AskInValidation(Callback):
+    """Asks to stop in the first validation."""
+
+    def on_validation_start(self, run: Any) -> None:
+        run.interrupt_requested = run.state.epoch == 0
+
+
 def scalars(folder: Path) -> Any:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -182,6 +194,19 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path: Path) -> None
     assert [event.step for event in events.Scalars("val/mcc")] == [4, 8]
     names = {"loss", "loss/cross_entropy", "lr", "grad_norm", "samples_per_s", "data_wait", "memory_mb"}
     assert {f"train/{name}" for name in names} <= set(events.Tags()["scalars"])
+
+
+def test_tensorboard_keeps_the_step_before_a_validation_that_was_given_up(tmp_path: Path) -> None:
+    def train(*callbacks: Callback) -> None:
+        config = toy_config(tmp_path, epochs=2, tracking=TrackingConfig(tensorboard=True))
+        Trainer(toy_model(), config, toy_data(64), toy_data(80), callbacks=callbacks).fit()
+
+    with pytest.raises(InterruptedRunError):
+        train(AskInValidation())
+    train()
+    events = scalars(tmp_path)
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 9))
+    assert [event.step for event in events.Scalars("val/mcc")] == [4, 8]
 
 
 def test_a_missing_package_is_told_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
