@@ -5,6 +5,8 @@ from pathlib import Path
 
 from roadwork_dist.cli.arguments import Parser, whole_number
 
+_LARGE = 48
+
 
 def run(arguments: Sequence[str]) -> int:
     """Render the set, once."""
@@ -23,10 +25,18 @@ def run(arguments: Sequence[str]) -> int:
         "--target", type=whole_number(0), default=40, help="photos around the target cities (%(default)s)"
     )
     parser.add_argument(
-        "--large", type=whole_number(0), default=48, help="photos of 4032x3024; others are half (%(default)s)"
+        "--large",
+        type=whole_number(0),
+        help=f"photos of 4032x3024; others are half ({_LARGE}, or all there are if they are fewer)",
     )
     parser.add_argument("--workers", type=whole_number(0), default=2, help="processes (%(default)s)")
     options = parser.parse(arguments)
+    photos = options.train + options.val + options.target
+    if not photos:
+        parser.error("--train, --val and --target are all 0, expected at least one photo")
+    large = min(_LARGE, photos) if options.large is None else options.large
+    if large > photos:
+        parser.error(f"--large is {large}, expected 0 to the {photos} photos there are in all")
     from roadwork_dist.build.progress import progress_bar
     from roadwork_dist.data.synthetic.dataset import write_synthetic
 
@@ -37,7 +47,7 @@ def run(arguments: Sequence[str]) -> int:
             n_train=options.train,
             n_val=options.val,
             n_target=options.target,
-            n_large=options.large,
+            n_large=large,
             workers=options.workers,
             progress=tell,
         )

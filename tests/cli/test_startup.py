@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from roadwork_dist.cli.main import COMMANDS, main
+from roadwork_dist.data.synthetic.dataset import SyntheticSet
 
 HEAVY = {"torch", "transformers", "timm", "pandas", "sklearn", "datasets", "accelerate", "pyarrow"}
 
@@ -81,12 +82,32 @@ def one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["doctor", "--verbose"], "unknown option --verbose;"),
         (["synth", "x", "--sede", "1"], "did you mean --seed;"),
         (["synth", "x", "--workers", "two"], "'two' is no whole number"),
+        (["synth", "x", "--train", "0", "--val", "0", "--target", "0"], "expected at least one photo"),
+        (
+            ["synth", "x", "--train", "3", "--val", "0", "--target", "1", "--large", "5"],
+            "--large is 5, expected 0 to",
+        ),
     ],
 )
 def test_mistakes_are_told_in_one_line(
     arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert says in one_line(arguments, capsys)
+
+
+@pytest.mark.parametrize(("train", "large"), [(3, 4), (264, 48)])
+def test_a_small_synthetic_set_needs_no_number_of_large_photos(
+    train: int, large: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def write(out: Path, *, n_large: int, **_: object) -> SyntheticSet:
+        asked.append(n_large)
+        return SyntheticSet(out, out / "train.csv", out / "val.csv", out / "target.csv", rendered=0)
+
+    monkeypatch.setattr("roadwork_dist.data.synthetic.dataset.write_synthetic", write)
+    assert main(["synth", str(tmp_path), "--train", str(train), "--val", "0", "--target", "1"]) == 0
+    assert asked == [large]
 
 
 def test_an_unknown_key_of_a_file_is_fatal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
