@@ -9,9 +9,13 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from roadwork_dist import __version__
 from roadwork_dist.cli.arguments import Parser
+
+if TYPE_CHECKING:
+    import torch
 
 GIB = 2**30
 WIDTH = 18
@@ -117,13 +121,30 @@ def accelerators() -> Iterator[Finding]:
         "fp32 is faster here for a backbone on the CPU: --backbone.dtype fp32",
     )
     yield Finding("attention", True, f"{attention_in_use()}, of transformers backbones")
-    flash = _installed("flash_attn")
-    yield Finding(
-        "flash attention",
-        flash is not None,
-        flash or "not installed; torch's own fused kernels (sdpa) are used instead",
-        "pip install flash-attn (needs a GPU of compute capability 8.0 or newer and CUDA's compiler)",
+    yield flash_attention(torch.device("cuda" if found else "cpu"))
+
+
+def flash_attention(device: "torch.device") -> Finding:
+    """Versions that are installed; on a GPU also whether it has kernels for any of them."""
+    import torch
+
+    from roadwork_dist.models.backbone.attention import FLASH, usable_versions
+
+    installed = usable_versions(torch.device("cpu"))
+    usable = usable_versions(device)
+    advice = (
+        "pip install flash-attn (version 2; needs a GPU of compute capability 8.0 or newer and CUDA's "
+        "compiler) or flash-attn-4 (9.0 or newer)"
     )
+    if not usable:
+        reason = f"{', '.join(installed)}, without kernels for this GPU" if installed else "not installed"
+        instead = "torch's own fused kernels (sdpa) are used instead"
+        return Finding("flash attention", False, f"{reason}; {instead}", advice)
+    bringing = packages_distributions()
+    modules = dict.fromkeys(FLASH[name][0].split(".")[0] for name in usable)
+    distributions = dict.fromkeys(d for module in modules for d in bringing.get(module, ()))
+    versions = ", ".join(f"{name} {version(name)}" for name in distributions)
+    return Finding("flash attention", True, ", ".join(usable) + (f" ({versions})" if versions else ""))
 
 
 def cpu_has_bf16() -> bool:
@@ -212,8 +233,8 @@ OPTIONAL = (
     (
         "DeepSpeed",
         "deepspeed",
-        "for sharded training; this version trains data parallel without it",
-        "pip install deepspeed",
+        "for ZeRO 1, 2, 3 and offload (accelerate_configs/zero*.yaml)",
+        "pip install 'roadwork-dist[deepspeed]'",
     ),
     (
         "bitsandbytes",
