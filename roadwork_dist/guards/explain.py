@@ -1,4 +1,4 @@
-"""Says in one line what torch tells of a killed loader process or a lost rank."""
+"""Says in one line what torch tells of a killed loader process, a lost rank or weights without a gradient."""
 
 import re
 import time
@@ -7,7 +7,7 @@ import traceback
 import torch
 from torch.utils.data._utils import signal_handling
 
-from roadwork_dist.common.errors import LoaderWorkerError, LostPeerError
+from roadwork_dist.common.errors import ConfigError, LoaderWorkerError, LostPeerError
 
 # torch/csrc/DataLoader.cpp and torch/utils/data/dataloader.py
 _WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)")
@@ -17,6 +17,10 @@ _PEER = re.compile(
     r"Connection closed by peer|Connection reset by peer|Broken pipe|Socket closed|recv failed|"
     r"remote process exited|ncclRemoteError|NCCL communicator was aborted|Connection refused"
 )
+
+# torch/csrc/distributed/c10d/reducer.cpp
+_UNUSED = re.compile(r"Expected to have finished reduction in the prior iteration")
+_INDICES = re.compile(r"Parameter indices which did not receive grad for rank \d+: ([\d ]+)")
 
 
 def explained(error: BaseException) -> BaseException:
@@ -34,6 +38,14 @@ def explained(error: BaseException) -> BaseException:
         if found := _WORKER.search(text):
             signals = [match[1].strip() for other in chain if (match := _SIGNAL.search(other))]
             return LoaderWorkerError(_worker_line(found[1].strip(), signals[0] if signals else ""))
+    if _UNUSED.search(str(error)):
+        found = _INDICES.search(str(error))
+        which = _numbers(found[1]) if found else ""
+        return ConfigError(
+            f"weights that are to be trained got no gradient on this rank{which}: freeze what the loss does "
+            "not use (requires_grad_(False)); give what only some batches use a part of every loss "
+            "(0 * weight.sum())"
+        )
     is_about_peers = isinstance(error, torch.distributed.DistError) or "/gloo/" in str(error)
     if is_about_peers and (found := _PEER.search(str(error))):
         return LostPeerError(
@@ -41,6 +53,12 @@ def explained(error: BaseException) -> BaseException:
             "why; the last checkpoint is untouched, start again to go on from there"
         )
     return error
+
+
+def _numbers(indices: str) -> str:
+    count = len(indices.split())
+    shown = ", ".join(indices.split()[:8]) + (", …" if count > 8 else "")
+    return f" (number {shown} of the model's parameters that require one, counted from 0)"
 
 
 def _is_from_loader(error: BaseException) -> bool:

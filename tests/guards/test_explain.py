@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from support.ranks import run, spawn
 from support.toy import NoisyData, assert_same_tensors, lines, newest_tensors, toy_config, toy_model
+from torch import Tensor, nn
 
 from roadwork_dist.common.errors import LoaderWorkerError, LostPeerError, RoadworkError
 from roadwork_dist.guards.explain import explained
@@ -35,6 +36,33 @@ def train(run_dir: Path, at: int = 0) -> tuple[str, str]:
     except RoadworkError as error:
         return type(error).__name__, str(error)
     return "", ""
+
+
+class PartlyUsed(nn.Module):
+    """Two layers, of which the loss uses one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.unused = nn.Linear(6, 2), nn.Linear(6, 2)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.used(inputs)
+
+
+def train_partly(run_dir: Path) -> tuple[str, str]:
+    try:
+        Trainer(PartlyUsed(), toy_config(run_dir, epochs=1), NoisyData(64)).fit()
+    except RoadworkError as error:
+        return type(error).__name__, str(error)
+    return "", ""
+
+
+def test_weights_that_the_loss_does_not_use_are_named(tmp_path: Path) -> None:
+    assert run(train_partly, tmp_path / "alone") == [("", "")]
+    for end in spawn(train_partly, tmp_path / "together", world_size=2):
+        name, line = end.value
+        assert name == "ConfigError"
+        assert "(number 2, 3 of the model's parameters that require one, counted from 0): freeze" in line
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
