@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from fnmatch import fnmatch
 from importlib.metadata import packages_distributions
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
@@ -189,6 +191,16 @@ def test_the_example_of_the_readme_trains(tmp_path: Path, monkeypatch: pytest.Mo
     digits = load_digits()
     part = Bunch(images=digits.images[:160], target=digits.target[:160])
     monkeypatch.setattr("sklearn.datasets.load_digits", lambda: part)
-    monkeypatch.chdir(tmp_path)
-    exec(compile(code.replace("epochs=5", "epochs=1"), "README.md", "exec"), {"__name__": "__main__"})
-    assert (tmp_path / "runs/digits/metrics.jsonl").stat().st_size > 0
+    code = code.replace("epochs=5", "epochs=1")
+    weights = []
+    for seed, start in enumerate(
+        ("first", "again")
+    ):  # in another folder, as after a kill before anything was saved
+        (tmp_path / start).mkdir()
+        monkeypatch.chdir(tmp_path / start)
+        torch.manual_seed(seed)  # a process starts with any
+        names: dict[str, Any] = {"__name__": "__main__"}
+        exec(compile(code, "README.md", "exec"), names)
+        assert Path("runs/digits/metrics.jsonl").stat().st_size > 0
+        weights.append(names["model"].state_dict())
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
