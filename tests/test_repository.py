@@ -193,9 +193,7 @@ def test_the_example_of_the_readme_trains(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("sklearn.datasets.load_digits", lambda: part)
     code = code.replace("epochs=5", "epochs=1")
     weights = []
-    for seed, start in enumerate(
-        ("first", "again")
-    ):  # in another folder, as after a kill before anything was saved
+    for seed, start in enumerate(("first", "again")):  # as after a kill before anything was saved
         (tmp_path / start).mkdir()
         monkeypatch.chdir(tmp_path / start)
         torch.manual_seed(seed)  # a process starts with any
