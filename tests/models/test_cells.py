@@ -32,6 +32,7 @@ def of_transformers(kind: str) -> Backbone:
     configs = {
         "dinov3": lambda: t.DINOv3ViTConfig(**TINY, intermediate_size=64, num_register_tokens=4),
         "dinov2": lambda: t.Dinov2Config(**TINY, image_size=64, patch_size=16),
+        "deit": lambda: t.DeiTConfig(**TINY, **image),
         "clip": lambda: t.CLIPVisionConfig(**TINY, **image),
         "siglip": lambda: t.SiglipVisionConfig(**TINY, **image),
         "convnext": lambda: t.ConvNextConfig(hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1]),
@@ -48,6 +49,7 @@ def of_transformers(kind: str) -> Backbone:
         (lambda: of_timm("resnet10t"), (2, 2, 512)),
         (lambda: of_transformers("dinov3"), (4, 4, 32)),
         (lambda: of_transformers("dinov2"), (4, 4, 32)),
+        (lambda: of_transformers("deit"), (4, 4, 32)),
         (lambda: of_transformers("clip"), (4, 4, 32)),
         (lambda: of_transformers("siglip"), (4, 4, 32)),
         (lambda: of_transformers("convnext"), (2, 2, 32)),

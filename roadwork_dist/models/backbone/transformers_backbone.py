@@ -85,6 +85,8 @@ class TransformersBackbone(Backbone):
             return self._feature(output), seen.permute(0, 2, 3, 1)
         config: Any = self.network.config
         before = 1 + getattr(config, "num_register_tokens", 0)
+        if config.model_type == "deit":  # its distillation token
+            before = 2
         if self._averages:
             before = 0
         elif not self._class_token:  # CLIP has a CLS token, SigLIP none
