@@ -180,6 +180,17 @@ def error_limit(result: Mapping[str, Any]) -> float | None:
     return float(1 - 0.05 ** (1 / result["scored"]))
 
 
+def calibration_note(result: Mapping[str, Any]) -> str:
+    """Why the calibration error lies above its interval; empty where it does not."""
+    figure = result["metrics"].get("ece")
+    if not figure or figure["high"] is None or figure["value"] <= figure["high"]:
+        return ""
+    return (
+        f"{result['scored']} photos bias the calibration error upwards; its interval, which is corrected for "
+        "that, lies below it"
+    )
+
+
 def number(value: float | None, digits: int = 3) -> str:
     """A figure as text; an en dash where it has no value."""
     return "–" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
@@ -203,6 +214,8 @@ def summary_lines(result: Mapping[str, Any], name: str = "validation", synthetic
         lines.append(
             f"  {label:<18} {number(figure['value']):>6}   {number(figure['low'])} … {number(figure['high'])}"
         )
+    if note := calibration_note(result):
+        lines.append(f"  {note}")
     counts = result["confusion"]
     lines.append(
         f"  right {counts['tp'] + counts['tn']}, false alarms {counts['fp']}, missed roadwork {counts['fn']}"

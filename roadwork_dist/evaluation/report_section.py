@@ -14,6 +14,7 @@ from roadwork_dist.evaluation.errors_gallery import ErrorCard, ViewsOf, error_ca
 from roadwork_dist.evaluation.evaluator import (
     FIGURES,
     LOWER_IS_BETTER,
+    calibration_note,
     error_limit,
     evaluate_predictions,
     labels_and_probabilities,
@@ -154,6 +155,8 @@ def caveats(split: EvaluatedSplit, result: Mapping[str, Any]) -> list[str]:
     if mcc and mcc["low"] is not None and mcc["high"] - mcc["low"] > 0.1:
         width = mcc["high"] - mcc["low"]
         said.append(f"{result['scored']} photos leave an interval of MCC that is {width:.2f} wide.")
+    if note := calibration_note(result):
+        said.append(f"{note}.")
     for key, what in (("unlabelled", "have no label"), ("unscored", "have no finite probability")):
         if result[key]:
             said.append(f"{result[key]} of {result['photos']} photos {what} and are left out.")

@@ -15,6 +15,7 @@ from roadwork_dist.evaluation.evaluator import (
     summary_lines,
     threshold_interval,
 )
+from roadwork_dist.evaluation.report_section import EvaluatedSplit, caveats
 from roadwork_dist.metrics.bootstrap import bootstrap_intervals
 from roadwork_dist.metrics.classification import best_threshold, classification_metrics
 
@@ -116,6 +117,21 @@ def test_no_errors_still_allow_some() -> None:
     assert "up to 5.8%" in summary_lines(result)[-1]
     frame.loc[0, "probability"] = 1 - frame["probability"][0]
     assert error_limit(evaluate_predictions(frame, bootstrap=100)) is None
+
+
+def test_a_calibration_error_above_its_interval_is_explained() -> None:
+    frame = synthetic_predictions(250)
+    frame["probability"] = np.linspace(0.02, 0.98, 250)
+    frame["label"] = (np.random.default_rng(1).random(250) < frame["probability"]).astype(int)
+    result = evaluate_predictions(frame, bootstrap=200)
+    figure = result["metrics"]["ece"]
+    assert figure["low"] == 0 < figure["high"] < figure["value"]
+    assert "250 photos bias the calibration error upwards" in "\n".join(summary_lines(result))
+    split = EvaluatedSplit(name="val", frame=frame, threshold=0.5, held_out=False)
+    assert any("its interval, which is corrected" in caveat for caveat in caveats(split, result))
+    frame["label"] = 1 - frame["label"]
+    result = evaluate_predictions(frame, bootstrap=200)
+    assert not any("bias" in line for line in [*summary_lines(result), *caveats(split, result)])
 
 
 def test_interval_of_the_threshold_holds_it_and_needs_two_classes() -> None:
