@@ -29,7 +29,11 @@ class LoadedBatch:
 
 def moving_buffers(model: nn.Module) -> list[Tensor]:
     """Buffers that forward passes in training may move (batch statistics): of modules in train mode."""
-    return [buffer for part in model.modules() if part.training for buffer in part.buffers(recurse=False)]
+    return [buffer for part in _moving_parts(model) for buffer in part.buffers(recurse=False)]
+
+
+def _moving_parts(model: nn.Module) -> list[nn.Module]:
+    return [part for part in model.modules() if part.training and any(True for _ in part.buffers(False))]
 
 
 class OptimizerStep:
@@ -43,7 +47,7 @@ class OptimizerStep:
     def __init__(self, engine: Engine, task: Task) -> None:
         self.engine, self.task, self.device = engine, task, engine.device
         self._clock = WorkClock(engine.model.parameters(), self.device)
-        self._buffers: list[Tensor] | None = None
+        self._parts: list[nn.Module] | None = None
 
     def __call__(
         self,
@@ -64,9 +68,12 @@ class OptimizerStep:
             interrupt: was this rank asked to stop? The answers of all ranks travel with the losses.
             is_spike: whether a finite loss is one to be refused; alike on all ranks.
         """
-        if self._buffers is None:  # the model is in train mode only now
-            self._buffers = moving_buffers(self.engine.model)
-        held = [buffer.clone() for buffer in self._buffers]
+        if self._parts is None:  # the model is in train mode only now
+            self._parts = _moving_parts(self.engine.model)
+        # By name: a forward pass may put another tensor in a buffer's place.
+        held = [
+            (part, name, b.clone()) for part in self._parts for name, b in part.named_buffers(recurse=False)
+        ]
         counts = self._count(micro_batches)
         rows = int(counts.pop("rows"))
         weights = self.task.weights
@@ -91,8 +98,8 @@ class OptimizerStep:
         bad_rows: list[int] = []
         if skipped:
             # The forward passes have moved batch statistics; one NaN would stay in them for good.
-            for buffer, before in zip(self._buffers, held, strict=True):
-                buffer.copy_(before)
+            for part, name, before in held:
+                part.get_buffer(name).copy_(before)
             # Reached by all ranks or by none: the norm is the same on all of them.
             bad_rows = [index for share in gather_objects(bad_indices) for index in share]
         return StepResult(

@@ -196,6 +196,30 @@ def test_a_skipped_step_leaves_batch_statistics_alone(tmp_path: Path) -> None:
     assert model[1].num_batches_tracked == 1
 
 
+class Centred(nn.Module):
+    """Puts a new tensor in the place of its running mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = nn.Linear(6, 2)
+        self.register_buffer("mean", torch.zeros(6))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * inputs.mean(0)
+        return self.dense(inputs - self.mean)
+
+
+def test_a_skipped_step_leaves_a_buffer_that_the_model_replaces_alone(tmp_path: Path) -> None:
+    inputs, labels = toy_data(64).tensors
+    inputs[5] = float("nan")
+    model = Centred()
+    Trainer(model, toy_config(tmp_path, epochs=1), TensorDataset(inputs, labels)).fit()
+    assert [line["kind"] for line in lines(tmp_path)].count("skip") == 1
+    assert model.mean.isfinite().all()
+    assert model.mean.any()
+
+
 class ValidationOf(Callback):
     """Remembers figures and batch statistics at the end of validation."""
 
