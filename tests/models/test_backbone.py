@@ -576,3 +576,10 @@ def test_flash_that_cannot_be_had_is_an_error(dinov3_folder):
 def test_flash_is_refused_for_a_network_that_it_cannot_be_chosen_for():
     with pytest.raises(ConfigError, match=r"'flash', but efficientnet_lite0 is no network of transformers"):
         load("efficientnet_lite0", attention="flash")
+
+
+def test_a_flash_attention_built_for_another_torch_is_none(monkeypatch, tmp_path):
+    (tmp_path / "flash_attn").mkdir()
+    (tmp_path / "flash_attn" / "__init__.py").write_text("raise ImportError('undefined symbol')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "flash_attention_4" not in attention.usable_versions(CPU)

@@ -70,7 +70,7 @@ def usable_versions(device: torch.device) -> list[str]:
 def _is_installed(module: str) -> bool:
     try:
         return find_spec(module) is not None
-    except ModuleNotFoundError:  # of a module whose package is not there
+    except ImportError:  # of a module whose package is not there, or was built for another torch
         return False
 
 
