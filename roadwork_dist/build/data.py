@@ -14,12 +14,12 @@ from roadwork_dist.common.errors import RoadworkError
 from roadwork_dist.config.experiment import ExperimentConfig
 from roadwork_dist.data.augment.mix import MixedRows, PhotoRows
 from roadwork_dist.data.augment.policy import augmenter_for
-from roadwork_dist.data.check import check_images, drop_unreadable
+from roadwork_dist.data.check import check_images, drop_unreadable, refuse_too_many
 from roadwork_dist.data.content import content_hashes
 from roadwork_dist.data.dataset import RoadworkDataset
 from roadwork_dist.data.extract import Extraction, extract
 from roadwork_dist.data.manifest import Manifest
-from roadwork_dist.data.masks import mask_targets
+from roadwork_dist.data.masks import faulty_masks, mask_targets
 from roadwork_dist.data.photo import PhotoViews
 from roadwork_dist.data.remote.image import are_on_server
 from roadwork_dist.data.sources import load_manifest
@@ -156,18 +156,22 @@ class DatasetBuilder:
         A collective: every rank returns when all shares are computed, or raises when one is not.
 
         Raises:
-            DataError: more photos are unreadable than ``data.max_unreadable_share`` allows.
+            DataError: more photos or masks are unreadable than ``data.max_unreadable_share`` allows.
             BackboneError: the backbone gave features that are not finite.
             ConfigError: the store cannot be written.
         """
         views = photo_views(self.config, self.backbone, augment=augment)
         store = FeatureStore(self.root, self._space(views))
         hashes = self._content(manifest)
+        faulty = self._faulty_masks(manifest, hashes) if self.masks else {}
+        most = self.config.data.max_unreadable_share
+        refuse_too_many(manifest.name, list(faulty.values()), len(manifest), most)  # not hours later
         done = self._extract(manifest, hashes, views, store)
+        done = replace(done, unreadable=dict(sorted((faulty | done.unreadable).items())))
         if self.accelerator.is_main_process:
             store.note(self.backbone.name, manifest.name, len(manifest))
         store.reload()
-        readable = drop_unreadable(manifest, done.unreadable, self.config.data.max_unreadable_share)
+        readable = drop_unreadable(manifest, done.unreadable, most)
         hashes = [value for row, value in enumerate(hashes) if row not in done.unreadable]
         return KeptFeatures(readable, views, store, hashes, done)
 
@@ -210,6 +214,24 @@ class DatasetBuilder:
         for number, (share, _) in enumerate(shares):
             hashes[number::ranks] = share
         return hashes
+
+    def _faulty_masks(self, manifest: Manifest, hashes: Sequence[str | None]) -> dict[int, str]:
+        """What is wrong with masks, by row; a collective: every rank looks at a part of them."""
+        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        own: dict[int, str] = {}
+        error: OSError | RoadworkError | None = None
+        try:
+            samples, limit = manifest.samples[rank::ranks], self.config.data.max_pixels
+            found = faulty_masks(samples, hashes[rank::ranks], self.root, max_pixels=limit)
+            own = {rank + number * ranks: fault for number, fault in found.items()}
+        except (OSError, RoadworkError) as caught:
+            error = caught
+        # Every rank gets here, also one that failed: nobody waits for a rank that has gone.
+        shares = gather_objects((own, error))
+        for _, failed in shares:
+            if failed is not None:
+                raise error or failed
+        return dict(sorted(item for share, _ in shares for item in share.items()))
 
     def _extract(
         self, manifest: Manifest, hashes: Sequence[str | None], views: PhotoViews, store: FeatureStore
@@ -262,7 +284,7 @@ class DatasetBuilder:
         store: FeatureStore | None,
         hashes: Sequence[str | None] | None,
     ) -> RoadworkDataset:
-        masks = mask_targets([s.mask for s in manifest], self.root) if self.masks else None
+        masks = mask_targets([s.mask for s in manifest], self.root, photos=hashes) if self.masks else None
         text = self._text(manifest) if self._reads_text(manifest) else None
         return RoadworkDataset(manifest, views=views, store=store, hashes=hashes, text=text, masks=masks)
 

@@ -13,6 +13,7 @@ from roadwork_dist.common.errors import DataError
 from roadwork_dist.common.types import CLASSES, UNLABELLED
 from roadwork_dist.data.images import MAX_PIXELS, verify
 from roadwork_dist.data.manifest import Manifest, Sample, describe_unknown
+from roadwork_dist.data.mask_images import refuse_turned
 
 logger = logging.getLogger(__name__)
 
@@ -113,21 +114,10 @@ def examine(sample: Sample, max_pixels: int) -> tuple[tuple[int, int], str]:
     try:
         height, width = verify(sample.image, max_pixels=max_pixels)
         if sample.mask is not None:
-            _check_mask(sample, height, width)
+            refuse_turned(sample.mask.name, sample.mask.bits().shape, (height, width))
     except DataError as error:
         return (0, 0), str(error)
     return (height, width), ""
-
-
-def _check_mask(sample: Sample, height: int, width: int) -> None:
-    """A mask that lies while its photo stands was stored without the photo's EXIF orientation."""
-    assert sample.mask is not None
-    mask_height, mask_width = sample.mask.bits().shape
-    if (mask_width - mask_height) * (width - height) < 0:
-        raise DataError(
-            f"{sample.mask.name}: mask has {mask_width}x{mask_height} px but the upright photo "
-            f"{width}x{height}, expected the same orientation: store the mask upright"
-        )
 
 
 def drop_unreadable(manifest: Manifest, unreadable: Mapping[int, str], max_share: float) -> Manifest:

@@ -73,19 +73,47 @@ class PngMask:
         return np.asarray(image)
 
 
-def decode_mask(source: MaskSource, *, side: int = MASK_SIDE) -> Tensor:
+def refuse_turned(name: str, mask_size: tuple[int, int], photo_size: tuple[int, int]) -> None:
+    """A mask that lies while its photo stands was stored without the photo's EXIF orientation.
+
+    Args:
+        name: of the mask.
+        mask_size: its height and width in px.
+        photo_size: those of the upright photo.
+
+    Raises:
+        DataError: it is turned.
+    """
+    (mask_height, mask_width), (height, width) = mask_size, photo_size
+    if (mask_width - mask_height) * (width - height) < 0:
+        raise DataError(
+            f"{name}: mask has {mask_width}x{mask_height} px but the upright photo "
+            f"{width}x{height}, expected the same orientation: store the mask upright"
+        )
+
+
+def decode_mask(
+    source: MaskSource, *, side: int = MASK_SIDE, photo_size: tuple[int, int] | None = None
+) -> Tensor:
     """The target of the mask head: the share of each cell that each class covers.
 
     The mask of the whole photo is squeezed to ``side`` × ``side`` cells, as the global view is; each
     cell is the mean over its area, to 1/255. A cone of 25 px in 4032 px still leaves a trace.
 
+    Args:
+        source: the mask.
+        side: cells along each side.
+        photo_size: height and width of the upright photo, to hold the mask's against; None = do not.
+
     Returns:
         ``[M, side, side]`` float32 in [0, 1].
 
     Raises:
-        DataError: the mask cannot be read.
+        DataError: the mask cannot be read, or is turned.
     """
     bits = source.bits()
+    if photo_size is not None:
+        refuse_turned(source.name, bits.shape, photo_size)
     present = int(np.bitwise_or.reduce(bits, axis=None))
     image = Image.fromarray(np.ascontiguousarray(bits))
     target = np.zeros((len(MASK_CLASSES), side, side), dtype=np.float32)

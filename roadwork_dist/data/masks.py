@@ -7,20 +7,26 @@ runs and, compressed, in memory during one. Cells are whole multiples of 1/255, 
 import hashlib
 import pickle
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from roadwork_dist.common.errors import DataError
 from roadwork_dist.common.files import write_atomic
 from roadwork_dist.common.types import MASK_CLASSES, MASK_SIDE
+from roadwork_dist.data.images import MAX_PIXELS, photo_size
+from roadwork_dist.data.manifest import Sample
 from roadwork_dist.data.mask_images import MaskSource, PngMask, decode_mask
 from roadwork_dist.data.packed import pack_tensor, unpack_tensor
+from roadwork_dist.data.remote.retry import ServerDownError
 from roadwork_dist.data.store.locks import unless_read_only
 
+FOLDER = "masks"
 SHAPE = (len(MASK_CLASSES), MASK_SIDE, MASK_SIDE)
 
 
@@ -53,8 +59,53 @@ class MaskTargets:
         return cells.float() / 255, torch.tensor(known, dtype=torch.bool)
 
 
+def faulty_masks(
+    samples: Sequence[Sample],
+    photos: Sequence[str | None],
+    root: Path | str,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    threads: int = 4,
+) -> dict[int, str]:
+    """Find the masks that cannot be read or are turned; those without fault are kept as targets.
+
+    What is kept is not looked at again: it was held against the same photo.
+
+    Args:
+        samples: photos and masks.
+        photos: content of each photo, as of ``content_hashes``; one without is passed over.
+        root: folder of the feature store.
+        max_pixels: limit of pixels of a photo.
+        threads: masks decoded at once.
+
+    Returns:
+        Row -> what is wrong, one line that names the file.
+
+    Raises:
+        ServerDownError: nothing can be read.
+        OSError: the disk of the store is full.
+    """
+    folder = Path(root) / FOLDER
+
+    def fault_of(sample: Sample, photo: str | None) -> str:
+        try:
+            if sample.mask is not None and photo is not None:
+                _target(sample.mask, folder, photo, partial(photo_size, sample.image, max_pixels=max_pixels))
+        except ServerDownError:
+            raise
+        except DataError as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(max(1, threads)) as pool:
+        return {row: fault for row, fault in enumerate(pool.map(fault_of, samples, photos)) if fault}
+
+
 def mask_targets(
-    sources: Sequence[MaskSource | None], root: Path | str | None = None, threads: int = 4
+    sources: Sequence[MaskSource | None],
+    root: Path | str | None = None,
+    threads: int = 4,
+    photos: Sequence[str | None] | None = None,
 ) -> MaskTargets:
     """Decode the masks of a manifest, or read their kept targets.
 
@@ -62,25 +113,37 @@ def mask_targets(
         sources: one per row; ``None`` = no mask.
         root: folder of the feature store, where targets are kept; ``None`` = nowhere.
         threads: masks decoded at once.
+        photos: content of each row's photo where :func:`faulty_masks` has looked at them.
 
     Raises:
         DataError: a mask cannot be read; the message names it.
     """
-    folder = None if root is None else Path(root) / "masks"
+    folder = None if root is None else Path(root) / FOLDER
+
+    def target(source: MaskSource | None, photo: str | None) -> Tensor | None:
+        return None if source is None else _target(source, folder, photo)
+
     with ThreadPoolExecutor(max(1, threads)) as pool:
-        return MaskTargets(list(pool.map(lambda s: None if s is None else _target(s, folder), sources)))
+        return MaskTargets(list(pool.map(target, sources, photos or [None] * len(sources))))
 
 
-def _target(source: MaskSource, folder: Path | None) -> Tensor:
+def _target(
+    source: MaskSource,
+    folder: Path | None,
+    photo: str | None = None,
+    size_of_photo: Callable[[], tuple[int, int]] | None = None,
+) -> Tensor:
     path = None
     if folder is not None:
         content = source.image.read() if isinstance(source, PngMask) else pickle.dumps(source)
-        name = hashlib.sha256(content).hexdigest()
+        # With its photo: the same mask may be right for one and turned for another.
+        name = hashlib.sha256(content + (photo or "").encode()).hexdigest()
         path = folder / name[:2] / f"{name}.safetensors"
         kept = unpack_tensor(path)
         if kept is not None:
             return kept
-    cells = (decode_mask(source) * 255).round().to(torch.uint8)
+    size = None if size_of_photo is None else size_of_photo()
+    cells = (decode_mask(source, photo_size=size) * 255).round().to(torch.uint8)
     if folder is not None and path is not None:
         with unless_read_only(folder.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
