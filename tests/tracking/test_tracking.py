@@ -2,6 +2,7 @@
 
 import io
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -168,6 +169,11 @@ class AskInValidation(Callback):
         run.interrupt_requested = run.state.epoch == 0
 
 
+def wait_for_another_second() -> None:
+    """Event files are read in the order of their names: the second, then a count, of which 10 is before 9."""
+    time.sleep(1.05)
+
+
 def scalars(folder: Path) -> Any:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -183,6 +189,7 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path: Path) -> None
 
     with pytest.raises(KeyboardInterrupt):
         train(StopAt(7))  # steps 5 to 7 are in the events, the last checkpoint is of step 6
+    wait_for_another_second()
     train()
     events = scalars(tmp_path)
     assert len(list((tmp_path / "tensorboard").iterdir())) == 2
@@ -203,6 +210,7 @@ def test_tensorboard_keeps_the_step_before_a_validation_that_was_given_up(tmp_pa
 
     with pytest.raises(InterruptedRunError):
         train(AskInValidation())
+    wait_for_another_second()
     train()
     events = scalars(tmp_path)
     assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 9))
