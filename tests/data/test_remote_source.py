@@ -70,7 +70,7 @@ def test_a_missing_and_a_damaged_tar_are_counted_by_their_photos(server: FileSer
     lost_ids = {id_ for id_, tar in zip(manifest.ids, of_tar, strict=True) if tar in lost}
     assert {name for name, _ in report.unreadable} <= lost_ids
     told = dict(report.unreadable)
-    assert sum("404" in reason for reason in told.values()) == of_tar.count(1)
+    assert sum("answered 404" in reason for reason in told.values()) == of_tar.count(1)
     assert sum("shards.json tells" in reason for reason in told.values()) >= 2
 
 
