@@ -27,7 +27,7 @@ from roadwork_dist.data.splits import groups_of, stratified_group_split
 from roadwork_dist.data.store import FeatureSpace, FeatureStore
 from roadwork_dist.data.streamed import StreamedDataset
 from roadwork_dist.data.text import TextCache, TextEmbeddings, embed_descriptions
-from roadwork_dist.engine.collectives import gather_objects
+from roadwork_dist.engine.collectives import gather_results
 from roadwork_dist.inference.predictor import plain_views
 from roadwork_dist.models.backbone import Backbone
 
@@ -199,72 +199,51 @@ class DatasetBuilder:
     def _content(self, manifest: Manifest) -> list[str | None]:
         """Content of each photo; a collective: every rank reads a part of them and all learn the whole."""
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
-        own: list[str | None] = []
-        error: OSError | None = None
-        try:
-            own = content_hashes([sample.image for sample in manifest.samples[rank::ranks]], self.root)
-        except OSError as caught:  # the disk of the store is full, say
-            error = caught
-        # Every rank gets here, also one that failed: nobody waits for a rank that has gone.
-        shares = gather_objects((own, error))
-        for _, failed in shares:
-            if failed is not None:
-                raise error or failed
+        images = [sample.image for sample in manifest.samples[rank::ranks]]
+        shares = gather_results(lambda: content_hashes(images, self.root))
         hashes: list[str | None] = [None] * len(manifest)
-        for number, (share, _) in enumerate(shares):
+        for number, share in enumerate(shares):
             hashes[number::ranks] = share
         return hashes
 
     def _faulty_masks(self, manifest: Manifest, hashes: Sequence[str | None]) -> dict[int, str]:
         """What is wrong with masks, by row; a collective: every rank looks at a part of them."""
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
-        own: dict[int, str] = {}
-        error: OSError | RoadworkError | None = None
-        try:
-            samples, limit = manifest.samples[rank::ranks], self.config.data.max_pixels
-            found = faulty_masks(samples, hashes[rank::ranks], self.root, max_pixels=limit)
-            own = {rank + number * ranks: fault for number, fault in found.items()}
-        except (OSError, RoadworkError) as caught:
-            error = caught
-        # Every rank gets here, also one that failed: nobody waits for a rank that has gone.
-        shares = gather_objects((own, error))
-        for _, failed in shares:
-            if failed is not None:
-                raise error or failed
-        return dict(sorted(item for share, _ in shares for item in share.items()))
+        samples, limit = manifest.samples[rank::ranks], self.config.data.max_pixels
+        shares = gather_results(
+            lambda: faulty_masks(samples, hashes[rank::ranks], self.root, max_pixels=limit)
+        )
+        return {n + row * ranks: fault for n, share in enumerate(shares) for row, fault in share.items()}
 
     def _extract(
         self, manifest: Manifest, hashes: Sequence[str | None], views: PhotoViews, store: FeatureStore
     ) -> Extraction:
         """Compute missing features, each rank its share; what all ranks together did."""
         accelerator = self.accelerator
-        done, error = Extraction(0, 0), None
-        try:
-            with progress_bar(f"features of {manifest.name}", accelerator, unit="images") as tell:
-                done = extract(
-                    manifest.samples,
-                    hashes,
-                    views=views,
-                    store=store,
-                    encode=self.backbone,
-                    batch_views=self.config.features.batch_views,
-                    augment_on=accelerator.device if accelerator.device.type == "cuda" else None,
-                    workers=self.config.workers,
-                    share=(accelerator.process_index, accelerator.num_processes),
-                    on_progress=tell,
-                )
-        except RoadworkError as caught:
-            error = caught
-            logger.error("features of %s: %s", manifest.name, error)  # the others may compute for hours yet
-        # Every rank gets here, also one without photos of its own and one that failed: nobody waits for a
-        # rank that has gone. Nobody reads a feature before all shares are computed, and all ranks leave
-        # out the same photos.
-        shares = gather_objects((done, error))
-        for _, failed in shares:
-            if failed is not None:
-                raise error or failed
-        unreadable = {row: text for each, _ in shares for row, text in each.unreadable.items()}
-        computed, found = (sum(getattr(each, name) for each, _ in shares) for name in ("computed", "found"))
+
+        def own_share() -> Extraction:
+            try:
+                with progress_bar(f"features of {manifest.name}", accelerator, unit="images") as tell:
+                    return extract(
+                        manifest.samples,
+                        hashes,
+                        views=views,
+                        store=store,
+                        encode=self.backbone,
+                        batch_views=self.config.features.batch_views,
+                        augment_on=accelerator.device if accelerator.device.type == "cuda" else None,
+                        workers=self.config.workers,
+                        share=(accelerator.process_index, accelerator.num_processes),
+                        on_progress=tell,
+                    )
+            except RoadworkError as error:  # the others may compute for hours yet
+                logger.error("features of %s: %s", manifest.name, error)
+                raise
+
+        # Nobody reads a feature before all shares are computed, and all ranks leave out the same photos.
+        shares = gather_results(own_share)
+        unreadable = {row: text for each in shares for row, text in each.unreadable.items()}
+        computed, found = (sum(getattr(each, name) for each in shares) for name in ("computed", "found"))
         return Extraction(computed, found, unreadable)
 
     def _space(self, views: PhotoViews) -> FeatureSpace:

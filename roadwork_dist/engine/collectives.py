@@ -3,12 +3,14 @@
 Every function here is a collective: all ranks call it, in the same order, or all hang.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from roadwork_dist.common.errors import RoadworkError
 
 T = TypeVar("T")
 
@@ -47,6 +49,25 @@ def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     gathered: list[T] = [value] * world_size()
     dist.all_gather_object(gathered, value, group=group)
     return gathered
+
+
+def gather_results(work: Callable[[], T]) -> list[T]:
+    """Do a share of work on every rank; what all of them came to, in the order of ranks.
+
+    Raises:
+        OSError, RoadworkError: of this rank's share, else of the first one that failed; on all ranks.
+    """
+    result, error = None, None
+    try:
+        result = work()
+    except (OSError, RoadworkError) as caught:
+        error = caught
+    # Every rank gets here, also one that failed: nobody waits for a rank that has gone.
+    shares = gather_objects((result, error))
+    for _, failed in shares:
+        if failed is not None:
+            raise error or failed
+    return [result for result, _ in shares]  # type: ignore[misc]
 
 
 def broadcast_object(value: T, source: int = 0) -> T:

@@ -29,11 +29,27 @@ class LoadedBatch:
 
 def moving_buffers(model: nn.Module) -> list[Tensor]:
     """Buffers that forward passes in training may move (batch statistics): of modules in train mode."""
-    return [buffer for part in _moving_parts(model) for buffer in part.buffers(recurse=False)]
+    return [buffer for part in moving_parts(model) for buffer in part.buffers(recurse=False)]
 
 
-def _moving_parts(model: nn.Module) -> list[nn.Module]:
+def moving_parts(model: nn.Module) -> list[nn.Module]:
+    """Modules in train mode that have such buffers."""
     return [part for part in model.modules() if part.training and any(True for _ in part.buffers(False))]
+
+
+def hold_buffers(parts: Sequence[nn.Module]) -> Callable[[], None]:
+    """Copy the buffers of modules; what is returned puts the copies back."""
+    # By name: a forward pass may put another tensor in a buffer's place.
+    held = [
+        (part, name, buffer.clone()) for part in parts for name, buffer in part.named_buffers(recurse=False)
+    ]
+
+    @torch.no_grad()
+    def put_back() -> None:
+        for part, name, before in held:
+            part.get_buffer(name).copy_(before)
+
+    return put_back
 
 
 class OptimizerStep:
@@ -69,11 +85,8 @@ class OptimizerStep:
             is_spike: whether a finite loss is one to be refused; alike on all ranks.
         """
         if self._parts is None:  # the model is in train mode only now
-            self._parts = _moving_parts(self.engine.model)
-        # By name: a forward pass may put another tensor in a buffer's place.
-        held = [
-            (part, name, b.clone()) for part in self._parts for name, b in part.named_buffers(recurse=False)
-        ]
+            self._parts = moving_parts(self.engine.model)
+        put_buffers_back = hold_buffers(self._parts)
         counts = self._count(micro_batches)
         rows = int(counts.pop("rows"))
         weights = self.task.weights
@@ -98,8 +111,7 @@ class OptimizerStep:
         bad_rows: list[int] = []
         if skipped:
             # The forward passes have moved batch statistics; one NaN would stay in them for good.
-            for part, name, before in held:
-                part.get_buffer(name).copy_(before)
+            put_buffers_back()
             # Reached by all ranks or by none: the norm is the same on all of them.
             bad_rows = [index for share in gather_objects(bad_indices) for index in share]
         return StepResult(

@@ -39,7 +39,7 @@ from roadwork_dist.training.defaults import all_callbacks
 from roadwork_dist.training.passes import PassInterrupted, PassResult, interruptible, run_pass
 from roadwork_dist.training.row_plan import keep_row_plan, row_plan
 from roadwork_dist.training.spikes import SpikeGuard
-from roadwork_dist.training.step import LoadedBatch, OptimizerStep, moving_buffers
+from roadwork_dist.training.step import LoadedBatch, OptimizerStep, hold_buffers, moving_buffers, moving_parts
 from roadwork_dist.training.task import ClassificationTask, Task, operations_of
 
 logger = logging.getLogger(__name__)
@@ -157,7 +157,7 @@ class Trainer:
         seed_everything(self.config.seed + self.accelerator.process_index)
         try:
             step = OptimizerStep(self.engine, self.task)
-            self.model.train()
+            self.model.train()  # the mode says which buffers a checkpoint brings
             self._emit("on_fit_start")
             self._check_weights()
             self._emit("on_train_start")
@@ -233,9 +233,8 @@ class Trainer:
 
     def _validate(self, data: MapDataset) -> None:
         # Each rank's rows have moved its own batch statistics; all validate with those that are saved.
-        buffers = moving_buffers(self.model)
-        broadcast_tensors(buffers)
-        held, random = [buffer.clone() for buffer in buffers], capture_rng()
+        broadcast_tensors(moving_buffers(self.model))
+        put_buffers_back, random = hold_buffers(moving_parts(self.model)), capture_rng()
         self._emit("on_validation_start")
         try:
             outcome = self._evaluate(data, self._is_interrupted)
@@ -243,8 +242,7 @@ class Trainer:
             # What is saved is the state behind the epoch's last step, and a model may draw in eval mode too.
             self.model.train()
             restore_rng(random)
-            for buffer, before in zip(buffers, held, strict=True):
-                buffer.copy_(before)
+            put_buffers_back()
             self._emit("on_validation_interrupted")
             raise
         figure = self._monitored(outcome.metrics)

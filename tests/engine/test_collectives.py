@@ -5,10 +5,12 @@ from typing import Any
 import torch
 from support.ranks import run
 
+from roadwork_dist.common.errors import DataError
 from roadwork_dist.engine.accelerator import build_accelerator
 from roadwork_dist.engine.collectives import (
     broadcast_object,
     gather_objects,
+    gather_results,
     gather_rows,
     sum_over_ranks,
     world_size,
@@ -66,3 +68,24 @@ def test_one_process_gets_back_what_it_gave() -> None:
     rows = gather_rows({"a": torch.ones(2, requires_grad=True)})
     assert rows["a"].tolist() == [1.0, 1.0]
     assert not rows["a"].requires_grad
+
+
+def share_that_fails(failing: int) -> str:
+    """What a rank ends with when one rank's share of the work fails."""
+    rank = build_accelerator(device="cpu").process_index
+
+    def work() -> int:
+        if rank == failing:
+            raise DataError(f"rank {rank} cannot read")
+        return 10 * rank
+
+    try:
+        return str(gather_results(work))
+    except DataError as error:
+        return str(error)
+
+
+def test_results_of_all_shares_or_the_error_of_one_on_every_rank() -> None:
+    assert run(share_that_fails, 9, world_size=2) == ["[0, 10]"] * 2
+    assert run(share_that_fails, 1, world_size=2) == ["rank 1 cannot read"] * 2
+    assert gather_results(lambda: "alone") == ["alone"]
