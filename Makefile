@@ -44,14 +44,14 @@ demo-real: $(PLAIN) ## train on real photographs (needs Debian's tuxpaint-stamps
 		echo "Install them (161 MB, GPL-2): sudo apt-get install tuxpaint-stamps-default" >&2; exit 1; }
 	$(BIN)/roadwork-dist demo-real $(ARGS)
 
-test: $(DEV) ## run the tests; ARGS="tests/data -k view" picks some
+test: $(DEV) ## run the tests; ARGS="tests/photos -k view" picks some
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 # Not among the development extras: transformers imports torchao wherever it is installed, which costs every
 # test that loads one of its networks two seconds.
 test-fp8: $(DEV) ## install torchao and run the tests of fp8 training
 	$(UV_INSTALL) --editable '.[dev,fp8]'
-	OMP_NUM_THREADS=1 $(BIN)/pytest tests/engine/test_fp8.py
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/trainer/engine/test_fp8.py
 	$(BIN)/uv pip uninstall --quiet --python $(BIN)/python torchao
 
 lint: $(DEV) ## style and the direction of imports: seconds

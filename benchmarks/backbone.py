@@ -26,8 +26,8 @@ from importlib.metadata import version
 import torch
 
 from roadwork_dist.common.errors import RoadworkError
-from roadwork_dist.models.backbone import Backbone, build_random
-from roadwork_dist.planning.chips import bf16_peak
+from roadwork_dist.detector.backbone import Backbone, build_random
+from roadwork_dist.trainer.tracking.chips import bf16_peak
 
 VIEWS_OF_A_PHOTO = 12
 

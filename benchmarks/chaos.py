@@ -57,14 +57,14 @@ def train(run_dir: Path, steps: int, pause: float) -> None:
     import torch
     from torch import Tensor, nn
 
-    from roadwork_dist.config.schema import (
+    from roadwork_dist.trainer.config import (
         CheckpointConfig,
         EmaConfig,
         OptimConfig,
         TrackingConfig,
         TrainConfig,
     )
-    from roadwork_dist.training.trainer import Trainer
+    from roadwork_dist.trainer.trainer import Trainer
 
     torch.set_num_threads(1)
 

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from roadwork_dist.common.errors import InterruptedRunError
-from roadwork_dist.config.schema import (
+from roadwork_dist.trainer.config import (
     CheckpointConfig,
     EmaConfig,
     OptimConfig,
@@ -45,10 +45,10 @@ from roadwork_dist.config.schema import (
     TrackingConfig,
     TrainConfig,
 )
-from roadwork_dist.engine.accelerator import build_accelerator
-from roadwork_dist.engine.collectives import broadcast_object
-from roadwork_dist.events.callback import Callback
-from roadwork_dist.training.trainer import Trainer
+from roadwork_dist.trainer.engine.accelerator import build_accelerator
+from roadwork_dist.trainer.engine.collectives import broadcast_object
+from roadwork_dist.trainer.events.callback import Callback
+from roadwork_dist.trainer.trainer import Trainer
 
 WIDTH, BATCH, FEATURES, RESUMED_BATCH = 1024, 8, 64, 4
 """Of the linear layers; rows of a step while saving; inputs; rows of a step while resuming."""

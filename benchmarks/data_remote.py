@@ -30,14 +30,14 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from roadwork_dist.config.experiment import DataConfig, RemoteConfig
-from roadwork_dist.data.loader import load_batches
-from roadwork_dist.data.manifest import Manifest
-from roadwork_dist.data.order import shard_order_of
-from roadwork_dist.data.remote.read_ahead import read_ahead_of
-from roadwork_dist.data.sampler import Sampler
-from roadwork_dist.data.shards.plan import ShardOptions
-from roadwork_dist.data.shards.write import write_shards
-from roadwork_dist.data.sources import load_manifest
+from roadwork_dist.photos.manifest import Manifest
+from roadwork_dist.sources import load_manifest
+from roadwork_dist.sources.shard_order import shard_order_of
+from roadwork_dist.storage.remote.read_ahead import read_ahead_of
+from roadwork_dist.storage.shards.plan import ShardOptions
+from roadwork_dist.storage.shards.write import write_shards
+from roadwork_dist.trainer.feed.loader import load_batches
+from roadwork_dist.trainer.feed.sampler import Sampler
 
 BATCH = 16
 PIECE = 1 << 16

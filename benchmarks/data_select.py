@@ -8,7 +8,7 @@ validation photos for that choice and that k; on validation photos themselves a 
 Cost: views through the backbone, and CPU time of a photo from views in memory to probability and from its
 file to probability, in turns, in one process of one thread.
 
-    roadwork-dist distil RUN
+    roadwork-dist select-views RUN
     python benchmarks/data_select.py RUN [--data SOURCE] [--svg FOLDER]
 """
 
@@ -27,24 +27,24 @@ import torch
 from measuring import alternate, heading, median_and_spread, ratios
 from torch import Tensor
 
-from roadwork_dist.build.data import DatasetBuilder, load_manifests
-from roadwork_dist.build.selection import seen_batches
-from roadwork_dist.common.types import TEXT_WIDTH, VOCABULARIES
+from roadwork_dist.config.batch import TEXT_WIDTH, VOCABULARIES
 from roadwork_dist.config.experiment import ExperimentConfig
 from roadwork_dist.config.io import load_experiment
-from roadwork_dist.data.dataset import collate
-from roadwork_dist.data.images import FileImage, photo_size
-from roadwork_dist.data.manifest import Manifest
-from roadwork_dist.data.sources import load_manifest
-from roadwork_dist.data.views import photo_boxes
-from roadwork_dist.engine.accelerator import build_accelerator
+from roadwork_dist.datasets.boxed import view_boxes
+from roadwork_dist.datasets.dataset import collate
+from roadwork_dist.detector.backbone import Backbone
+from roadwork_dist.detector.view_selection import ViewSelector, select_views
 from roadwork_dist.evaluation.charts import Line, line_chart
-from roadwork_dist.inference.boxed import view_boxes
 from roadwork_dist.inference.predictor import ALL_CROPS, Predictor
 from roadwork_dist.metrics.bootstrap import bootstrap_intervals
 from roadwork_dist.metrics.classification import best_threshold, classification_metrics
-from roadwork_dist.models.backbone import Backbone
-from roadwork_dist.models.selection import ViewSelector, select_views
+from roadwork_dist.photos.images import FileImage, photo_size
+from roadwork_dist.photos.manifest import Manifest
+from roadwork_dist.photos.views import photo_boxes
+from roadwork_dist.recipes.data import DatasetBuilder, load_manifests
+from roadwork_dist.recipes.select_views import seen_batches
+from roadwork_dist.sources import load_manifest
+from roadwork_dist.trainer.engine.accelerator import build_accelerator
 
 CROPS = (2, 4, 6, 8, 11)
 """The k of the curve; 0, the global view alone, stands before them."""

@@ -27,18 +27,18 @@ from measuring import Times, alternate, heading, median_and_spread, ratios
 from PIL import Image
 
 from roadwork_dist.config.experiment import DataConfig
-from roadwork_dist.data.images import ImageSource, photo_size
-from roadwork_dist.data.jpeg import decode_for_views
-from roadwork_dist.data.manifest import Manifest
-from roadwork_dist.data.photo import views_of_photo
-from roadwork_dist.data.shards.descriptors import open_files
-from roadwork_dist.data.shards.image import ShardImage
-from roadwork_dist.data.shards.plan import ShardOptions
-from roadwork_dist.data.shards.write import write_shards
-from roadwork_dist.data.sources import load_manifest
-from roadwork_dist.data.synthetic.metadata import photo_facts
-from roadwork_dist.data.synthetic.render import render
-from roadwork_dist.data.views import ViewGeometry, make_views, photo_boxes
+from roadwork_dist.demo.synthetic.metadata import photo_facts
+from roadwork_dist.demo.synthetic.render import render
+from roadwork_dist.photos.images import ImageSource, photo_size
+from roadwork_dist.photos.jpeg import decode_for_views
+from roadwork_dist.photos.manifest import Manifest
+from roadwork_dist.photos.photo import views_of_photo
+from roadwork_dist.photos.views import ViewGeometry, make_views, photo_boxes
+from roadwork_dist.sources import load_manifest
+from roadwork_dist.storage.shards.descriptors import open_files
+from roadwork_dist.storage.shards.image import ShardImage
+from roadwork_dist.storage.shards.plan import ShardOptions
+from roadwork_dist.storage.shards.write import write_shards
 
 GEOMETRY = ViewGeometry(512)
 SHARD_BYTES = 50_000_000

@@ -34,22 +34,22 @@ from measuring import Times, alternate, heading, median_and_spread, ratios
 from PIL import Image
 from torch import Tensor, nn
 
-from roadwork_dist.build.data import DatasetBuilder, load_manifests, photo_views
-from roadwork_dist.build.experiment import build_model, build_task
 from roadwork_dist.config.experiment import BackboneConfig, ExperimentConfig
 from roadwork_dist.config.io import parse_experiment
-from roadwork_dist.data.content import content_hashes
-from roadwork_dist.data.dataset import RoadworkDataset, collate
-from roadwork_dist.data.extract import extract
-from roadwork_dist.data.images import BytesImage
-from roadwork_dist.data.loader import load_batches
-from roadwork_dist.data.manifest import Manifest, Sample
-from roadwork_dist.data.photo import PhotoViews
-from roadwork_dist.data.store import FeatureSpace, FeatureStore
-from roadwork_dist.data.synthetic.dataset import write_synthetic
-from roadwork_dist.data.views import ViewGeometry
-from roadwork_dist.engine.accelerator import build_accelerator
-from roadwork_dist.models.backbone import Backbone, load_backbone
+from roadwork_dist.datasets.dataset import RoadworkDataset, collate
+from roadwork_dist.demo.synthetic.dataset import write_synthetic
+from roadwork_dist.detector.backbone import Backbone, load_backbone
+from roadwork_dist.features.content_hashes import content_hashes
+from roadwork_dist.features.extract import extract
+from roadwork_dist.features.store import FeatureSpace, FeatureStore
+from roadwork_dist.photos.images import BytesImage
+from roadwork_dist.photos.manifest import Manifest, Sample
+from roadwork_dist.photos.photo import PhotoViews
+from roadwork_dist.photos.views import ViewGeometry
+from roadwork_dist.recipes.data import DatasetBuilder, load_manifests, photo_views
+from roadwork_dist.recipes.pretrain import build_model, build_task
+from roadwork_dist.trainer.engine.accelerator import build_accelerator
+from roadwork_dist.trainer.feed.loader import load_batches
 
 PARTS = ("large", "extract", "head", "demo")
 VIEWS, BATCH, BLOCK = 12, 32, 1024

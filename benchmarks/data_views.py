@@ -29,13 +29,13 @@ from measuring import Times, alternate, heading, median_and_spread, ratios
 from PIL import Image
 from torch import Tensor
 
-from roadwork_dist.data.dataset import RoadworkDataset, collate
-from roadwork_dist.data.images import FileImage
-from roadwork_dist.data.jpeg import decode_for_views
-from roadwork_dist.data.loader import load_batches
-from roadwork_dist.data.manifest import Manifest, Sample
-from roadwork_dist.data.photo import PhotoViews, views_of_photo
-from roadwork_dist.data.views import ViewGeometry, layout_of, make_views, photo_boxes, shared_image
+from roadwork_dist.datasets.dataset import RoadworkDataset, collate
+from roadwork_dist.photos.images import FileImage
+from roadwork_dist.photos.jpeg import decode_for_views
+from roadwork_dist.photos.manifest import Manifest, Sample
+from roadwork_dist.photos.photo import PhotoViews, views_of_photo
+from roadwork_dist.photos.views import ViewGeometry, layout_of, make_views, photo_boxes, shared_image
+from roadwork_dist.trainer.feed.loader import load_batches
 
 FAST, EXACT = ViewGeometry(512), ViewGeometry(512, quality="exact")
 HALF, FULL = "half-scale decode alone", "full decode alone"
@@ -83,7 +83,7 @@ def turned(data: bytes) -> bytes:
 
 def on_gpu(photos: list[bytes]) -> list[Tensor]:
     """Hardware decode of all photos together and the same views, on the GPU; waits for it."""
-    from roadwork_dist.data.nvjpeg import views_on_gpu
+    from roadwork_dist.photos.nvjpeg import views_on_gpu
 
     views = views_on_gpu(photos, FAST, device=torch.device("cuda"))
     torch.cuda.synchronize()

@@ -116,8 +116,8 @@ def trainer(data: TensorDataset, clock: Clock, folder: Path) -> None:
 
 def as_a_rank(engine: str, steps: int, turns: int) -> None:
     """Let both loops take turns; rank 0 prints their milliseconds a step as JSON."""
-    from roadwork_dist.engine.accelerator import build_accelerator
-    from roadwork_dist.engine.collectives import broadcast_object
+    from roadwork_dist.trainer.engine.accelerator import build_accelerator
+    from roadwork_dist.trainer.engine.collectives import broadcast_object
 
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)

@@ -114,9 +114,9 @@ def roadwork_dist(
     data: TensorDataset, clock: Clock, folder: Path, model: Callable[[], nn.Module] = network
 ) -> None:
     """This package, with a line of JSON a step and the moving average."""
-    from roadwork_dist.config.schema import OptimConfig, ScheduleConfig, TrackingConfig, TrainConfig
-    from roadwork_dist.events.callback import Callback
-    from roadwork_dist.training.trainer import Trainer
+    from roadwork_dist.trainer.config import OptimConfig, ScheduleConfig, TrackingConfig, TrainConfig
+    from roadwork_dist.trainer.events.callback import Callback
+    from roadwork_dist.trainer.trainer import Trainer
 
     class Ticks(Callback):
         def on_step_end(self, run: Any, result: Any) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from roadwork_dist.config.experiment import BackboneConfig
-from roadwork_dist.models.backbone import BACKBONES, Backbone, build_random, load_backbone
+from roadwork_dist.detector.backbone import BACKBONES, Backbone, build_random, load_backbone
 
 
 def load(name: str, share: float, device: torch.device) -> Backbone:

@@ -1,6 +1,6 @@
 """Hooks of the documentation's build: reference pages from the packages that are there, worked-out tables."""
 
-import ast
+import configparser
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,8 +34,8 @@ def pages() -> dict[str, list[str]]:
 
 
 def on_config(config: Any) -> Any:
-    """Append the reference to the navigation, from the lowest floor up."""
-    names = sorted(pages(), key=lambda name: (_floor(name), name))
+    """Append the reference to the navigation, from the lowest layer of imports up."""
+    names = sorted(pages(), key=lambda name: (_height(name), name))
     config.nav.append({"Reference": [{name: f"reference/{name}.md"} for name in names]})
     return config
 
@@ -65,9 +65,14 @@ def _options(module: str) -> str:
     return "\n    options:\n      members: false" if is_package else ""
 
 
-def _floor(name: str) -> int:
-    """Number in "Floor 3: ..." of a package's docstring; 8 for the root's own modules."""
-    init = PACKAGE / name / "__init__.py"
-    docstring = ast.get_docstring(ast.parse(init.read_text())) if init.is_file() else None
-    found = re.match(r"Floor (\d+)", docstring or "")
-    return int(found[1]) if found else (-1 if name == "roadwork_dist" else 8)
+def _height(name: str) -> int:
+    """Layer of the import contract that a room is in, from the lowest; the package itself comes first."""
+    contract = configparser.ConfigParser()
+    contract.read(ROOT / "setup.cfg")
+    layers = contract["importlinter:contract:rooms"]["layers"].strip().splitlines()
+    heights = {
+        room.strip().removeprefix("roadwork_dist."): height
+        for height, layer in enumerate(reversed(layers))
+        for room in layer.split("|")
+    }
+    return heights[name] if name != "roadwork_dist" else -1

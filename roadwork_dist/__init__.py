@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from roadwork_dist.config.experiment import ExperimentConfig
-    from roadwork_dist.config.schema import (
+    from roadwork_dist.detector.detector import RoadworkModel
+    from roadwork_dist.inference.predictor import Predictor
+    from roadwork_dist.trainer.config import (
         CheckpointConfig,
         EmaConfig,
         OptimConfig,
@@ -16,25 +18,23 @@ if TYPE_CHECKING:
         TrackingConfig,
         TrainConfig,
     )
-    from roadwork_dist.events.callback import Callback
-    from roadwork_dist.inference.predictor import Predictor
-    from roadwork_dist.models.detector import RoadworkModel
-    from roadwork_dist.training.trainer import Trainer
+    from roadwork_dist.trainer.events.callback import Callback
+    from roadwork_dist.trainer.trainer import Trainer
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Callback": "roadwork_dist.events.callback",
-    "CheckpointConfig": "roadwork_dist.config.schema",
-    "EmaConfig": "roadwork_dist.config.schema",
+    "Callback": "roadwork_dist.trainer.events.callback",
+    "CheckpointConfig": "roadwork_dist.trainer.config",
+    "EmaConfig": "roadwork_dist.trainer.config",
     "ExperimentConfig": "roadwork_dist.config.experiment",
-    "OptimConfig": "roadwork_dist.config.schema",
+    "OptimConfig": "roadwork_dist.trainer.config",
     "Predictor": "roadwork_dist.inference.predictor",
-    "RoadworkModel": "roadwork_dist.models.detector",
-    "ScheduleConfig": "roadwork_dist.config.schema",
-    "TrackingConfig": "roadwork_dist.config.schema",
-    "TrainConfig": "roadwork_dist.config.schema",
-    "Trainer": "roadwork_dist.training.trainer",
+    "RoadworkModel": "roadwork_dist.detector.detector",
+    "ScheduleConfig": "roadwork_dist.trainer.config",
+    "TrackingConfig": "roadwork_dist.trainer.config",
+    "TrainConfig": "roadwork_dist.trainer.config",
+    "Trainer": "roadwork_dist.trainer.trainer",
 }
 
 __all__ = [

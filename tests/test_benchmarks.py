@@ -7,8 +7,9 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from support.paths import ROOT
 
-FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
+FOLDER = ROOT / "benchmarks"
 
 
 def load(name: str) -> ModuleType:

@@ -19,11 +19,12 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from sklearn.datasets import load_digits
 from sklearn.utils import Bunch
+from support.paths import ROOT
 
 import roadwork_dist
+from roadwork_dist.config.experiment import ExperimentConfig
 from roadwork_dist.config.io import presets, setting_names
 
-ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "roadwork_dist"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -143,11 +144,57 @@ def test_imports_point_down() -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_every_package_has_a_floor() -> None:
-    layers = set(re.split(r"[\s|]+", declared()["importlinter:contract:floors"]["layers"].strip()))
-    for path in PACKAGE.iterdir():
-        if (path / "__init__.py").is_file() or (path.suffix == ".py" and path.name != "__init__.py"):
-            assert f"roadwork_dist.{path.stem}" in layers, f"{path.name} is on no floor of setup.cfg"
+def rooms() -> list[str]:
+    """Names of the packages right below ``roadwork_dist``."""
+    return sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
+
+
+def test_every_room_is_in_the_contract() -> None:
+    layers = re.split(r"[\s|]+", declared()["importlinter:contract:rooms"]["layers"].strip())
+    assert sorted(layers) == [f"roadwork_dist.{room}" for room in rooms()]
+
+
+def test_the_trainer_may_import_metrics_and_common_alone() -> None:
+    forbidden = declared()["importlinter:contract:trainer"]["forbidden_modules"].split()
+    others = set(rooms()) - {"trainer", "metrics", "common"}
+    assert sorted(forbidden) == sorted(f"roadwork_dist.{room}" for room in others)
+
+
+def test_no_room_holds_more_than_a_quarter_of_the_package() -> None:
+    lines = {
+        room: sum(len(p.read_text().splitlines()) for p in (PACKAGE / room).rglob("*.py")) for room in rooms()
+    }
+    largest = max(lines, key=lines.__getitem__)
+    assert lines[largest] <= sum(lines.values()) / 4, f"{largest} holds {lines[largest]} lines of {lines}"
+
+
+def test_the_trainer_comes_without_the_detector() -> None:
+    code = "from roadwork_dist import Callback, TrainConfig, Trainer"
+    assert not modules_after(code) & {"PIL", "jsonargparse", "torchvision", "timm", "transformers", "pandas"}
+    inside = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            f"{code}\nimport sys\nprint(*(n for n in sys.modules if 'roadwork_dist.' in n))",
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+        timeout=60,
+    )
+    assert {name.split(".")[1] for name in inside.stdout.split()} == {"trainer", "metrics", "common"}
+
+
+def test_every_test_file_is_collected(request: pytest.FixtureRequest) -> None:
+    if request.config.args_source is not pytest.Config.ArgsSource.TESTPATHS:
+        pytest.skip("only some of the tests were asked for")
+    known = subprocess.run(["git", "ls-files", "*/test_*.py"], capture_output=True, text=True, cwd=ROOT)
+    if known.returncode:
+        pytest.skip("not a checkout of git")
+    collected = {item.path for item in request.session.items}
+    missing = [name for name in known.stdout.split() if ROOT / name not in collected]
+    assert not missing, f"pytest collects nothing from {missing}: see norecursedirs and python_files"
 
 
 @pytest.mark.parametrize(
@@ -173,7 +220,7 @@ def test_make_lists_its_targets() -> None:
 
 
 def test_settings_in_the_documentation_exist() -> None:
-    known = set(setting_names())
+    known = set(setting_names(ExperimentConfig))
     for page in PAGES:
         text = page.read_text()
         for name in re.findall(r"--([a-z_]+(?:\.[a-z_0-9]+)+)", text):

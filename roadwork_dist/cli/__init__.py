@@ -1,1 +1,1 @@
-"""Floor 9: thin commands."""
+"""Thin commands: they read arguments, call a recipe and say what came out."""

@@ -11,7 +11,7 @@ from roadwork_dist.common.errors import ConfigError
 from roadwork_dist.common.registry import nearest
 
 if TYPE_CHECKING:
-    from roadwork_dist.checkpoint.inspection import Summary
+    from roadwork_dist.trainer.checkpoint.inspection import Summary
 
 EXIT_DAMAGED = 1
 
@@ -63,7 +63,7 @@ _EITHER = "run folder, or folder of a checkpoint"
 def _list(arguments: Sequence[str]) -> int:
     parser = _parser("list", "List checkpoints. Sizes are compared with the manifest, contents not.", _EITHER)
     options = parser.parse(arguments)
-    from roadwork_dist.checkpoint.inspection import checkpoints_at, summary
+    from roadwork_dist.trainer.checkpoint.inspection import checkpoints_at, summary
 
     rows = [_row(summary(path)) for path in checkpoints_at(options.run)]
     rows.insert(0, ["step", "epoch", "figure", "size", "processes", "engine", "age", "complete"])
@@ -92,9 +92,9 @@ def _verify(arguments: Sequence[str]) -> int:
         "verify", "Read every file of every checkpoint and compare it with its SHA-256.", _EITHER
     )
     options = parser.parse(arguments)
-    from roadwork_dist.checkpoint.inspection import checkpoints_at
-    from roadwork_dist.checkpoint.store import damage, read_manifest
     from roadwork_dist.common.errors import CheckpointError
+    from roadwork_dist.trainer.checkpoint.checkpoint_store import damage, read_manifest
+    from roadwork_dist.trainer.checkpoint.inspection import checkpoints_at
 
     code = 0
     for path in checkpoints_at(options.run):
@@ -126,8 +126,8 @@ def _consolidate(arguments: Sequence[str]) -> int:
         "--step", type=whole_number(0), help="which checkpoint (default: the newest whole one)"
     )
     options = parser.parse(arguments)
-    from roadwork_dist.checkpoint.consolidate import consolidate
-    from roadwork_dist.checkpoint.inspection import chosen_checkpoint
+    from roadwork_dist.trainer.checkpoint.consolidate import consolidate
+    from roadwork_dist.trainer.checkpoint.inspection import chosen_checkpoint
 
     checkpoint = chosen_checkpoint(options.run, options.step)
     print(f"{checkpoint.name} → {consolidate(checkpoint, options.output, average=options.average)}")
@@ -144,7 +144,7 @@ def _prune(arguments: Sequence[str]) -> int:
     parser.add_argument("--keep", type=whole_number(1), default=1, help="newest ones that stay (default: 1)")
     parser.add_argument("--dry_run", action="store_true", help="only tell what would be deleted")
     options = parser.parse(arguments)
-    from roadwork_dist.checkpoint.inspection import plan_pruning
+    from roadwork_dist.trainer.checkpoint.inspection import plan_pruning
 
     plan = plan_pruning(options.run, options.keep)
     for path in plan.kept:

@@ -34,7 +34,7 @@ def run(arguments: Sequence[str]) -> int:
     source = words.pop(1) if len(words) > 1 and not words[1].startswith("-") else None
     config = parse_experiment(words[1:], prog="roadwork-dist data check")
     # After parsing: mistakes are told without waiting for torch.
-    from roadwork_dist.build.check import check_experiment, check_source
+    from roadwork_dist.recipes.check import check_experiment, check_source
 
     problems = check_source(source, config, print) if source else check_experiment(config, print)
     for problem in problems:

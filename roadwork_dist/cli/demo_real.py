@@ -15,7 +15,7 @@ def run(arguments: Sequence[str]) -> int:
 
     All arguments but ``--photos`` and ``--stamps`` are settings, as of ``pretrain``.
     """
-    from roadwork_dist.data.cutouts import STAMPS, write_cutouts
+    from roadwork_dist.demo.cutouts import STAMPS, write_cutouts
 
     parser = argparse.ArgumentParser(prog="roadwork-dist demo-real", add_help=False, allow_abbrev=False)
     parser.add_argument("--photos", type=Path, default=Path("real-data"))
@@ -31,7 +31,7 @@ def run(arguments: Sequence[str]) -> int:
         f"real photographs: {table} (cut-outs on a plain ground; label 1 = road signs, traffic cones and "
         "vehicles, 0 = everything else)"
     )
-    from roadwork_dist.build.crossval import run_crossval
+    from roadwork_dist.recipes.crossval import run_crossval
 
     run_crossval(config)
     return 0

@@ -82,7 +82,7 @@ def accelerators() -> Iterator[Finding]:
     """torch, GPUs, arithmetic, attention."""
     import torch
 
-    from roadwork_dist.models.backbone.attention import attention_in_use
+    from roadwork_dist.detector.backbone.attention import attention_in_use
 
     yield Finding("torch", True, f"{torch.__version__}, {torch.get_num_threads()} threads")
     found = torch.cuda.is_available()
@@ -128,7 +128,7 @@ def flash_attention(device: "torch.device") -> Finding:
     """Versions that are installed; on a GPU also whether it has kernels for any of them."""
     import torch
 
-    from roadwork_dist.models.backbone.attention import FLASH, usable_versions
+    from roadwork_dist.detector.backbone.attention import FLASH, usable_versions
 
     installed = usable_versions(torch.device("cpu"))
     usable = usable_versions(device)
@@ -174,7 +174,7 @@ def weights() -> Iterator[Finding]:
         )
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    from roadwork_dist.models.backbone.table import BACKBONES
+    from roadwork_dist.detector.backbone.table import BACKBONES
 
     absent = []
     for name in BACKBONES:

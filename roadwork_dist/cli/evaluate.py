@@ -38,8 +38,8 @@ def run(arguments: Sequence[str]) -> int:
         parser.error(f"--output {options.output} does not end in .json")
     if options.image_root is not None and options.data is None:
         parser.error("--image_root says where the photos of --data are, and there is no --data")
-    from roadwork_dist.build.evaluation import evaluate_run
     from roadwork_dist.cli.logs import set_up_logging
+    from roadwork_dist.recipes.evaluate import evaluate_run
 
     set_up_logging()
     files = evaluate_run(

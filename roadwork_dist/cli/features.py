@@ -61,7 +61,7 @@ def _extract(arguments: Sequence[str]) -> int:
     config = parse_experiment(arguments, prog="roadwork-dist features")
     set_up_logging()
     # After parsing: --help and mistakes are told without waiting for torch.
-    from roadwork_dist.build.features import extract_features
+    from roadwork_dist.recipes.features import extract_features
 
     done = extract_features(config)
     if os.environ.get("RANK", "0") == "0":
@@ -84,7 +84,7 @@ def _parser(command: str, description: str) -> Parser:
 
 def _list(arguments: Sequence[str]) -> int:
     options = _parser("list", "List the kinds of features that a store keeps.").parse(arguments)
-    from roadwork_dist.data.store.upkeep import spaces_in, summary_of
+    from roadwork_dist.features.store.upkeep import spaces_in, summary_of
 
     spaces = [summary_of(folder) for folder in spaces_in(options.dir)]
     for space in sorted(spaces, key=lambda each: -each.last_used):
@@ -105,7 +105,7 @@ def _verify(arguments: Sequence[str]) -> int:
         "needs them computes them again.",
     )
     options = parser.parse(arguments)
-    from roadwork_dist.data.store.upkeep import spaces_in, summary_of, verify
+    from roadwork_dist.features.store.upkeep import spaces_in, summary_of, verify
 
     code = 0
     for folder in spaces_in(options.dir):
@@ -133,7 +133,7 @@ def _prune(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--yes", action="store_true", help="delete")
     options = parser.parse(arguments)
-    from roadwork_dist.data.store.upkeep import plan_pruning, remove
+    from roadwork_dist.features.store.upkeep import plan_pruning, remove
 
     plan = plan_pruning(options.dir, older_than=options.unused_days, names=options.names)
     for each in plan:

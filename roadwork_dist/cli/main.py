@@ -21,12 +21,15 @@ COMMANDS = {
     "pretrain": "train, evaluate and report; started again it goes on where it was",
     "evaluate": "evaluate a trained run on its own or another data set",
     "predict": "probabilities of roadwork for photos and folders",
-    "distil": "teach a run which crops are worth the backbone (views.select)",
+    "select-views": "teach a run which crops are worth the backbone (views.select)",
     "report": "write a run's report anew",
     "checkpoint": "list, verify, consolidate or prune what a run has saved",
     "doctor": "what this machine has, what is missing and how to get it",
     "demo-real": "train on real photographs and print out-of-fold MCC",
 }
+
+RENAMED = {"distil": "select-views"}
+"""Words of earlier versions, which still work."""
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -36,7 +39,7 @@ EXIT_ASKED_TO_STOP = 75
 
 def usage() -> str:
     """The text of ``roadwork-dist --help``."""
-    commands = "\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items())
+    commands = "\n".join(f"  {name:<12} {text}" for name, text in COMMANDS.items())
     return (
         f"roadwork-dist {__version__}: train detectors of roadwork in street photos\n\n"
         f"usage: roadwork-dist [--debug] COMMAND ...\n\n{commands}\n\n"
@@ -103,6 +106,9 @@ def _one_line(error: RoadworkError) -> str:
 
 
 def _run(command: str, arguments: list[str]) -> int:
+    if command in RENAMED:
+        print(f"{command} is now called {RENAMED[command]}; the old word still works", file=sys.stderr)
+        command = RENAMED[command]
     if command not in COMMANDS:
         close = nearest(command, list(COMMANDS), n=1)[0]
         raise ConfigError(f"unknown command {command!r}: did you mean {close!r}? see roadwork-dist --help")

@@ -11,7 +11,7 @@ from roadwork_dist.cli.arguments import Parser, probability, whole_number
 from roadwork_dist.common.errors import DataError
 
 if TYPE_CHECKING:
-    from roadwork_dist.data.manifest import Sample
+    from roadwork_dist.photos.manifest import Sample
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 """What counts as a photo in a folder."""
@@ -25,10 +25,10 @@ def run(arguments: Sequence[str]) -> int:
     options = _parser().parse(arguments)
     photos = find_photos(options.paths)
     # After what can be told without waiting for torch.
-    from roadwork_dist.build.progress import progress_bar
     from roadwork_dist.cli.logs import set_up_logging
     from roadwork_dist.inference.output import PredictionFile
     from roadwork_dist.inference.predictor import Predictor, Unreadable
+    from roadwork_dist.recipes.progress import progress_bar
 
     set_up_logging()
     output = PredictionFile(options.output)
@@ -91,8 +91,8 @@ def _photos_below(folder: Path) -> Iterator[Path]:
 
 def _samples(photos: Sequence[Path]) -> "Iterator[Sample]":
     """Photos with their path as id; bytes of a name that are not UTF-8 show as a replacement mark."""
-    from roadwork_dist.data.images import FileImage
-    from roadwork_dist.data.manifest import Sample
+    from roadwork_dist.photos.images import FileImage
+    from roadwork_dist.photos.manifest import Sample
 
     for photo in photos:
         yield Sample(id=os.fsencode(photo).decode("utf-8", "replace"), image=FileImage(photo))

@@ -11,7 +11,7 @@ def run(arguments: Sequence[str]) -> int:
     config = parse_experiment(arguments)
     set_up_logging()
     # After parsing: --help and mistakes are told without waiting for torch.
-    from roadwork_dist.build.experiment import run_experiment
+    from roadwork_dist.recipes.pretrain import run_experiment
 
     run_experiment(config)
     return 0

@@ -8,7 +8,7 @@ from roadwork_dist.cli.arguments import Parser
 from roadwork_dist.cli.runs import run_config, run_folder
 
 if TYPE_CHECKING:
-    from roadwork_dist.build.pictures import PicturesOfRun
+    from roadwork_dist.recipes.pictures import PicturesOfRun
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -32,9 +32,9 @@ def run(arguments: Sequence[str]) -> int:
 
 def _pictures(folder: Path) -> "PicturesOfRun | None":
     """Pictures cut as the saved model sees them; None where the run has saved none."""
-    from roadwork_dist.build.pictures import PicturesOfRun
     from roadwork_dist.config.experiment import ViewsConfig
-    from roadwork_dist.models.pretrained import CONFIG_FILE, read_config
+    from roadwork_dist.detector.pretrained import CONFIG_FILE, read_config
+    from roadwork_dist.recipes.pictures import PicturesOfRun
 
     saved = [*folder.glob(f"best/{CONFIG_FILE}"), *sorted(folder.glob(f"fold-*/*/{CONFIG_FILE}"))]
     views = read_config(saved[0].parent).extra.get("views") if saved else None

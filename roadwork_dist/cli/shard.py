@@ -12,7 +12,7 @@ from roadwork_dist.cli.arguments import Parser, whole_number
 from roadwork_dist.cli.sizes import size
 
 if TYPE_CHECKING:
-    from roadwork_dist.data.shards.write import Written
+    from roadwork_dist.storage.shards.write import Written
 
 SETTINGS = ("--config", "--device", "--data.", "--views.", "--backbone.")
 """Settings of ``pretrain`` that matter here: exact names, and groups."""
@@ -29,11 +29,11 @@ def run(arguments: Sequence[str]) -> int:
 
     config = parse_experiment(settings, prog="roadwork-dist shard")
     # After parsing: mistakes are told without waiting for torch.
-    from roadwork_dist.build.progress import progress_bar
-    from roadwork_dist.build.shards import Compaction
-    from roadwork_dist.data.shards.plan import ShardOptions
-    from roadwork_dist.data.shards.write import write_shards
-    from roadwork_dist.data.sources import is_synthetic, load_manifest
+    from roadwork_dist.recipes.progress import progress_bar
+    from roadwork_dist.recipes.shards import Compaction
+    from roadwork_dist.sources import is_synthetic, load_manifest
+    from roadwork_dist.storage.shards.plan import ShardOptions
+    from roadwork_dist.storage.shards.write import write_shards
 
     manifest = load_manifest(options.source, config.data, name="train", setting="SOURCE")
     compaction = Compaction(config, samples=options.sample) if options.compact else None

@@ -37,8 +37,8 @@ def run(arguments: Sequence[str]) -> int:
     large = min(_LARGE, photos) if options.large is None else options.large
     if large > photos:
         parser.error(f"--large is {large}, expected 0 to the {photos} photos there are in all")
-    from roadwork_dist.build.progress import progress_bar
-    from roadwork_dist.data.synthetic.dataset import write_synthetic
+    from roadwork_dist.demo.synthetic.dataset import write_synthetic
+    from roadwork_dist.recipes.progress import progress_bar
 
     with progress_bar("rendering synthetic photos") as tell:
         made = write_synthetic(

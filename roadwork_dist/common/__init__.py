@@ -1,1 +1,1 @@
-"""Floor 0: types, errors, randomness and files. Imports nothing else of the package."""
+"""Errors, files, locks, randomness, registries. Imports nothing else of the package."""

@@ -1,1 +1,1 @@
-"""Floor 1: the configuration's schema, its files and its presets."""
+"""The detector's settings, their files and presets, and the batch that its parts exchange."""

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from roadwork_dist.common.errors import ConfigError
-from roadwork_dist.config.schema import TrainConfig, check
+from roadwork_dist.trainer.config import TrainConfig, check
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +117,7 @@ for half as much time again. Features of the two are kept apart."""
 two are kept apart."""
     select: int | None = None
     """Crops that go through the backbone beside the global view when photos are predicted, chosen by what \
-`roadwork-dist distil` has taught after training. null = all. Training always sees all views."""
+`roadwork-dist select-views` has taught after training. null = all. Training always sees all views."""
 
     def __post_init__(self) -> None:
         if self.size != "auto":

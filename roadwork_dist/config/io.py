@@ -1,11 +1,11 @@
-"""Settings from presets, YAML files and dotted overrides, and back to YAML."""
+"""Settings of any schema, from presets, YAML files and dotted overrides."""
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
@@ -13,9 +13,11 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from roadwork_dist.common.errors import ConfigError
 from roadwork_dist.common.registry import nearest
 from roadwork_dist.config.experiment import ExperimentConfig
-from roadwork_dist.config.schema import TrainConfig
+from roadwork_dist.trainer.config import TrainConfig
 
 DEFAULT_PRESET = "demo"
+
+C = TypeVar("C", bound=TrainConfig)
 
 
 def presets() -> dict[str, Path]:
@@ -42,8 +44,14 @@ def resolve_config(name: str) -> Path:
     )
 
 
-def build_parser(prog: str) -> ArgumentParser:
-    """A parser with one option per setting (``--optim.lr``), ``--config`` and ``--print_config``."""
+def build_parser(schema: type[TrainConfig], prog: str, default: str | None = None) -> ArgumentParser:
+    """A parser with one option per setting (``--optim.lr``), ``--config`` and ``--print_config``.
+
+    Args:
+        schema: the dataclass whose fields are the settings.
+        prog: the command, for the help.
+        default: preset that is read where no ``--config`` is given; None = the defaults of the schema.
+    """
     # The texts below the fields of the schema are the help of the options.
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
@@ -52,45 +60,54 @@ def build_parser(prog: str) -> ArgumentParser:
         exit_on_error=False,
         allow_abbrev=False,  # --epoch is a typing error, not --epochs
         description="Settings come from the preset or file given with --config "
-        f"(without one: {DEFAULT_PRESET}), then from the options, left to right, wherever --config stands.",
+        f"(without one: {default or 'the defaults'}), then from the options, left to right, wherever "
+        "--config stands.",
     )
     parser.add_argument("--config", action="config", help=f"YAML file or preset: {', '.join(presets())}")
-    parser.add_class_arguments(ExperimentConfig, None, fail_untyped=True)
+    parser.add_class_arguments(schema, None, fail_untyped=True)
     return parser
 
 
-def parse_experiment(arguments: Sequence[str], *, prog: str = "roadwork-dist pretrain") -> ExperimentConfig:
-    """Settings of an experiment from command-line arguments.
+def parse_settings(
+    schema: type[C], arguments: Sequence[str], *, prog: str = "roadwork-dist", default: str | None = None
+) -> C:
+    """Settings of a schema from command-line arguments.
+
+    Args:
+        schema: the dataclass whose fields are the settings.
+        arguments: words of the command line, without the command.
+        prog: the command, for the help.
+        default: preset that is read where no ``--config`` is given; None = the defaults of the schema.
 
     Raises:
         ConfigError: an unknown key (the message names the nearest), a wrong type or a broken rule.
         SystemExit: after ``--help`` or ``--print_config``.
     """
-    parser = build_parser(prog)
+    parser = build_parser(schema, prog, default)
     try:
-        namespace = parser.parse_args(_with_config_files(arguments))
+        namespace = parser.parse_args(_with_config_files(schema, arguments, default))
         settings = parser.instantiate(namespace).as_dict()
     except (ArgumentError, TypeError, ValueError, KeyError) as error:
-        raise ConfigError(_explain(error)) from error
+        raise ConfigError(_explain(error, schema)) from error
     settings.pop("config", None)
-    return ExperimentConfig(**settings)
+    return schema(**settings)
+
+
+def parse_experiment(arguments: Sequence[str], *, prog: str = "roadwork-dist pretrain") -> ExperimentConfig:
+    """Settings of an experiment; without a ``--config`` those of the demo. See :func:`parse_settings`."""
+    return parse_settings(ExperimentConfig, arguments, prog=prog, default=DEFAULT_PRESET)
 
 
 def load_experiment(path: Path) -> ExperimentConfig:
     """Settings from a YAML file alone, for example a run folder's ``config.yaml``.
 
     Raises:
-        ConfigError: as :func:`parse_experiment`.
+        ConfigError: as :func:`parse_settings`.
     """
     return parse_experiment(["--config", str(path)])
 
 
-def to_yaml(config: TrainConfig) -> str:
-    """All settings as YAML that :func:`load_experiment` reads back."""
-    return yaml.safe_dump(_plain(asdict(config)), sort_keys=False)
-
-
-def _with_config_files(arguments: Sequence[str]) -> list[str]:
+def _with_config_files(schema: type, arguments: Sequence[str], default: str | None) -> list[str]:
     """The files of all configs, in their order, then the other words; the default preset if there is none.
 
     A config behind an option must not undo that option.
@@ -105,11 +122,13 @@ def _with_config_files(arguments: Sequence[str]) -> list[str]:
             names.append(word.removeprefix("--config="))
         else:
             others.append(word)
-    chosen = [f"--config={_readable(resolve_config(name))}" for name in names or [DEFAULT_PRESET]]
+    if not names and default is not None:
+        names = [default]
+    chosen = [f"--config={_readable(schema, resolve_config(name))}" for name in names]
     return [*chosen, *others]
 
 
-def _readable(path: Path) -> str:
+def _readable(schema: type, path: Path) -> str:
     """The path itself, once it is known to hold settings: the parser's own errors name no file."""
     try:
         settings = yaml.safe_load(path.read_text())
@@ -117,7 +136,7 @@ def _readable(path: Path) -> str:
         raise ConfigError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
         raise ConfigError(f"{path} holds no settings: expected lines like `epochs: 3`, got {settings!r}")
-    _check_groups(path, settings, ExperimentConfig)
+    _check_groups(path, settings, schema)
     return str(path)
 
 
@@ -134,7 +153,7 @@ def _check_groups(path: Path, settings: dict[str, Any], schema: type, prefix: st
         _check_groups(path, value, group, f"{prefix}{name}.")
 
 
-def setting_names(schema: type = ExperimentConfig, prefix: str = "") -> list[str]:
+def setting_names(schema: type, prefix: str = "") -> list[str]:
     """Dotted names of all settings of a schema."""
     names: list[str] = []
     groups = _groups(schema)
@@ -169,7 +188,7 @@ _UNKNOWN_KEY = (
 )
 
 
-def _explain(error: Exception) -> str:
+def _explain(error: Exception, schema: type) -> str:
     text = " ".join(str(error).split())
     for pattern in _WRONG_TYPE:
         if match := pattern.search(text):
@@ -179,12 +198,6 @@ def _explain(error: Exception) -> str:
     for pattern in _UNKNOWN_KEY:
         if match := pattern.search(text):
             name = ".".join(part for part in (match.groupdict().get("group"), match["name"]) if part)
-            close = nearest(name, [*setting_names(), "config", "print_config"], n=1)[0]
+            close = nearest(name, [*setting_names(schema), "config", "print_config"], n=1)[0]
             return f"unknown setting {name!r}: did you mean {close!r}? see --help for all"
     return f"{text}; see --help for every setting and its type"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value

@@ -1,1 +1,1 @@
-"""Floor 7: evaluation and the report."""
+"""Figures with intervals, slices and the report."""

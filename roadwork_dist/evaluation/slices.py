@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from roadwork_dist.common.types import VOCABULARIES
-from roadwork_dist.data.gps import haversine_km, sphere_kmeans
+from roadwork_dist.config.batch import VOCABULARIES
+from roadwork_dist.sources.gps import haversine_km, sphere_kmeans
 
 if TYPE_CHECKING:
     import pandas as pd

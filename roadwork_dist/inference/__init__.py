@@ -1,1 +1,1 @@
-"""Floor 7: predictions for photos."""
+"""Predictions of a trained model for photos."""

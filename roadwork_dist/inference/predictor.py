@@ -14,23 +14,23 @@ import torch
 from accelerate.utils import send_to_device
 
 from roadwork_dist.common.errors import CheckpointError, ConfigError, DataError
-from roadwork_dist.common.types import Batch, ModelOutput
+from roadwork_dist.config.batch import Batch, ModelOutput
 from roadwork_dist.config.experiment import BackboneConfig, ViewsConfig
-from roadwork_dist.data.dataset import RoadworkDataset, Row, collate
-from roadwork_dist.data.images import MAX_PIXELS, FileImage
-from roadwork_dist.data.loader import load_batches
-from roadwork_dist.data.manifest import Manifest, Sample
-from roadwork_dist.data.photo import PhotoViews
-from roadwork_dist.data.sampler import evaluation_batches
-from roadwork_dist.data.text import TextEmbeddings, TextEncoder, embed_descriptions
-from roadwork_dist.data.views import geometry_for
-from roadwork_dist.engine.precision import in_precision
-from roadwork_dist.inference.boxed import BoxedRows
-from roadwork_dist.models.backbone import Backbone, load_backbone
-from roadwork_dist.models.detector import RoadworkModel
-from roadwork_dist.models.distillation import identity_of, read_selector
-from roadwork_dist.models.pretrained import CONFIG_FILE, PretrainedConfig, read_config
-from roadwork_dist.models.selection import SelectiveDetector
+from roadwork_dist.datasets.boxed import BoxedRows
+from roadwork_dist.datasets.dataset import RoadworkDataset, Row, collate
+from roadwork_dist.detector.backbone import Backbone, load_backbone
+from roadwork_dist.detector.detector import RoadworkModel
+from roadwork_dist.detector.pretrained import CONFIG_FILE, PretrainedConfig, read_config
+from roadwork_dist.detector.selector_training import identity_of, read_selector
+from roadwork_dist.detector.view_selection import SelectiveDetector
+from roadwork_dist.features.text import TextEmbeddings, TextEncoder, embed_descriptions
+from roadwork_dist.photos.images import MAX_PIXELS, FileImage
+from roadwork_dist.photos.manifest import Manifest, Sample
+from roadwork_dist.photos.photo import PhotoViews
+from roadwork_dist.photos.views import geometry_for
+from roadwork_dist.trainer.engine.precision import in_precision
+from roadwork_dist.trainer.feed.loader import load_batches
+from roadwork_dist.trainer.feed.sampler import evaluation_batches
 
 logger = logging.getLogger(__name__)
 
@@ -232,7 +232,7 @@ class Predictor:
         if self.text_encoder is None or not any(descriptions):
             return None
         if self._encode_text is None:
-            from roadwork_dist.models.text import load_text_encoder
+            from roadwork_dist.detector.text import load_text_encoder
 
             self._encode_text = load_text_encoder(self.text_encoder)
         return embed_descriptions(descriptions, self._encode_text)

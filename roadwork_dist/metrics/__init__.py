@@ -1,1 +1,1 @@
-"""Floor 4: figures of merit and their intervals."""
+"""Figures of merit and their intervals."""

@@ -1,1 +1,1 @@
-"""Floor 2: what training costs, worked out on paper."""
+"""What training costs in memory, traffic and time, worked out on paper."""

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from roadwork_dist.planning.flops import VIT_H_PLUS, training_operations
+from roadwork_dist.detector.backbone.flops import VIT_H_PLUS, training_operations
 from roadwork_dist.planning.memory import Engine, Job
 
 VIEWS, SIDE = 12, 512

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
-from roadwork_dist.planning.chips import bf16_peak
 from roadwork_dist.planning.jobs import PLANS, Plan
 from roadwork_dist.planning.links import LINKS
 from roadwork_dist.planning.memory import ENGINES, Engine, memory
@@ -12,6 +11,7 @@ from roadwork_dist.planning.traffic import (
     compute_seconds,
     efficiency,
 )
+from roadwork_dist.trainer.tracking.chips import bf16_peak
 
 H100 = bf16_peak("NVIDIA H100 80GB HBM3") or 0.0
 UTILISATION = 0.4

@@ -14,7 +14,7 @@ from PIL import Image
 from support.tiny_run import tiny_arguments, tiny_set
 
 from roadwork_dist.cli.main import main
-from roadwork_dist.data.synthetic.dataset import SyntheticSet
+from roadwork_dist.demo.synthetic.dataset import SyntheticSet
 
 Row = dict[str, Any]
 
@@ -150,7 +150,7 @@ def test_a_recipe_that_cannot_start_is_told_before_features_are_computed(
     def extract(*arguments: Any, **named: Any) -> None:
         raise AssertionError("features are computed")
 
-    monkeypatch.setattr("roadwork_dist.build.data.extract", extract)
+    monkeypatch.setattr("roadwork_dist.recipes.data.extract", extract)
     (tmp_path / "run" / "checkpoints" / "step-00000002").mkdir(parents=True)
     assert says in stopped(["pretrain", *tiny_arguments(data, tmp_path), *words], capsys)
 

@@ -14,9 +14,9 @@ from support.tiny_run import tiny_arguments, tiny_set
 from support.toy import stored, toy_config, toy_data, toy_model
 
 from roadwork_dist.cli.main import main
-from roadwork_dist.config.schema import CheckpointConfig, EmaConfig
-from roadwork_dist.models.detector import RoadworkModel
-from roadwork_dist.training.trainer import Trainer
+from roadwork_dist.detector.detector import RoadworkModel
+from roadwork_dist.trainer.config import CheckpointConfig, EmaConfig
+from roadwork_dist.trainer.trainer import Trainer
 
 
 def train(run_dir: Path, average: bool = True) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ import torch
 from support.tiny_run import tiny_arguments, tiny_set
 
 from roadwork_dist.cli.main import main
-from roadwork_dist.data.synthetic.dataset import SyntheticSet
+from roadwork_dist.demo.synthetic.dataset import SyntheticSet
 from roadwork_dist.inference.predictor import Predictor
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from roadwork_dist.cli import doctor
-from roadwork_dist.models.backbone import attention
+from roadwork_dist.detector.backbone import attention
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 DISTRIBUTIONS = {"flash_attn": ["flash-attn", "flash-attn-4"], "flash_attn_interface": ["flash-attn-3"]}

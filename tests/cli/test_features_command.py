@@ -13,13 +13,13 @@ from support.ranks import run
 from support.tiny_run import tiny_arguments, tiny_set
 
 from roadwork_dist.cli.main import main
-from roadwork_dist.data.store import FeatureSpace, FeatureStore
-from roadwork_dist.data.store.catalogue import Catalogue
-from roadwork_dist.data.store.index import concatenate
-from roadwork_dist.data.store.locks import FileLock
-from roadwork_dist.data.store.part import parts_in
-from roadwork_dist.data.store.upkeep import spaces_in
-from roadwork_dist.data.synthetic.dataset import SyntheticSet
+from roadwork_dist.demo.synthetic.dataset import SyntheticSet
+from roadwork_dist.features.store import FeatureSpace, FeatureStore
+from roadwork_dist.features.store.catalogue import Catalogue
+from roadwork_dist.features.store.index import concatenate
+from roadwork_dist.features.store.locks import FileLock
+from roadwork_dist.features.store.part import parts_in
+from roadwork_dist.features.store.upkeep import spaces_in
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +160,7 @@ def test_prune_deletes_what_is_unused_and_unfinished_when_told_so(
 
 WRITES = """
 import sys, time, torch
-from roadwork_dist.data.store import FeatureSpace, FeatureStore
+from roadwork_dist.features.store import FeatureSpace, FeatureStore
 store = FeatureStore(sys.argv[1], FeatureSpace({"size": 48}, None, "tiny conv bf16", "fp32"))
 store.put("new", "", None, torch.zeros(1, 4))
 store.flush()

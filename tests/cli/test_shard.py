@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from support.shards import load, write_photos
 
-from roadwork_dist.build.shards import cosines, view_kinds
 from roadwork_dist.cli.main import main
 from roadwork_dist.cli.shard import byte_size, split_settings
 from roadwork_dist.config.experiment import DataConfig
-from roadwork_dist.data.sources import is_synthetic
+from roadwork_dist.recipes.shards import cosines, view_kinds
+from roadwork_dist.sources import is_synthetic
 
 
 @pytest.fixture(scope="module")

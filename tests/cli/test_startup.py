@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from roadwork_dist.cli.main import COMMANDS, main
-from roadwork_dist.data.synthetic.dataset import SyntheticSet
+from roadwork_dist.demo.synthetic.dataset import SyntheticSet
 
 HEAVY = {"torch", "transformers", "timm", "pandas", "sklearn", "datasets", "accelerate", "pyarrow"}
 
@@ -105,7 +105,7 @@ def test_a_small_synthetic_set_needs_no_number_of_large_photos(
         asked.append(n_large)
         return SyntheticSet(out, out / "train.csv", out / "val.csv", out / "target.csv", rendered=0)
 
-    monkeypatch.setattr("roadwork_dist.data.synthetic.dataset.write_synthetic", write)
+    monkeypatch.setattr("roadwork_dist.demo.synthetic.dataset.write_synthetic", write)
     assert main(["synth", str(tmp_path), "--train", str(train), "--val", "0", "--target", "1"]) == 0
     assert asked == [large]
 

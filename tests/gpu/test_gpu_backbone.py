@@ -9,12 +9,12 @@ from support.devices import CPU, GPU, assert_close_to_bf16, needs_gpu, random_vi
 from support.photos import small_experiment, write_small_set
 from torch import Tensor
 
-from roadwork_dist.build.data import DatasetBuilder
 from roadwork_dist.config.experiment import BackboneConfig, ExperimentConfig
-from roadwork_dist.data.sources import load_manifest
-from roadwork_dist.engine.accelerator import build_accelerator
-from roadwork_dist.models.backbone import attention_in_use, build_random, load_backbone
-from roadwork_dist.models.backbone.base import IMAGENET_MEAN, IMAGENET_STD
+from roadwork_dist.detector.backbone import attention_in_use, build_random, load_backbone
+from roadwork_dist.detector.backbone.base import IMAGENET_MEAN, IMAGENET_STD
+from roadwork_dist.recipes.data import DatasetBuilder
+from roadwork_dist.sources import load_manifest
+from roadwork_dist.trainer.engine.accelerator import build_accelerator
 
 pytestmark = needs_gpu
 

@@ -11,13 +11,13 @@ from support.devices import GPU, needs_gpu, random_views
 from roadwork_dist.common.errors import DataError
 from roadwork_dist.common.random import generator_for
 from roadwork_dist.config.experiment import AugmentConfig
-from roadwork_dist.data.augment import Augmenter
-from roadwork_dist.data.augment.batched import augmented_on_device, prepared
-from roadwork_dist.data.augment.draws import DRAWS
-from roadwork_dist.data.augment.operations import OPERATIONS
-from roadwork_dist.data.nvjpeg import views_on_gpu
-from roadwork_dist.data.photo import views_of_photo
-from roadwork_dist.data.views import ViewGeometry
+from roadwork_dist.photos.augment import Augmenter
+from roadwork_dist.photos.augment.batched import augmented_on_device, prepared
+from roadwork_dist.photos.augment.draws import DRAWS
+from roadwork_dist.photos.augment.operations import OPERATIONS
+from roadwork_dist.photos.nvjpeg import views_on_gpu
+from roadwork_dist.photos.photo import views_of_photo
+from roadwork_dist.photos.views import ViewGeometry
 
 pytestmark = needs_gpu
 

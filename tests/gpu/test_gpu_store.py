@@ -10,15 +10,15 @@ from PIL import Image
 from support.devices import GPU, needs_gpu
 from torch import Tensor
 
-from roadwork_dist.data.content import content_hashes
-from roadwork_dist.data.dataset import RoadworkDataset, collate
-from roadwork_dist.data.extract import Extraction, extract
-from roadwork_dist.data.images import BytesImage
-from roadwork_dist.data.loader import load_batches
-from roadwork_dist.data.manifest import Manifest, Sample
-from roadwork_dist.data.photo import PhotoViews
-from roadwork_dist.data.store import FeatureSpace, FeatureStore
-from roadwork_dist.data.views import ViewGeometry
+from roadwork_dist.datasets.dataset import RoadworkDataset, collate
+from roadwork_dist.features.content_hashes import content_hashes
+from roadwork_dist.features.extract import Extraction, extract
+from roadwork_dist.features.store import FeatureSpace, FeatureStore
+from roadwork_dist.photos.images import BytesImage
+from roadwork_dist.photos.manifest import Manifest, Sample
+from roadwork_dist.photos.photo import PhotoViews
+from roadwork_dist.photos.views import ViewGeometry
+from roadwork_dist.trainer.feed.loader import load_batches
 
 pytestmark = needs_gpu
 

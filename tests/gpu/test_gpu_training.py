@@ -26,15 +26,15 @@ from torch.utils.data import TensorDataset
 
 from roadwork_dist.common.random import capture_rng, restore_rng
 from roadwork_dist.config.experiment import LossConfig, ModelConfig
-from roadwork_dist.config.schema import OptimConfig
-from roadwork_dist.events.callback import Callback
-from roadwork_dist.losses.composite import RoadworkLoss
-from roadwork_dist.models.detector import RoadworkHead, RoadworkModel
-from roadwork_dist.tracking import figures
-from roadwork_dist.tracking.figures import MemoryGauge, peak_memory_mb
-from roadwork_dist.training.averaging import EmaCallback
-from roadwork_dist.training.detection import RoadworkTask
-from roadwork_dist.training.trainer import Trainer
+from roadwork_dist.detector.detector import RoadworkHead, RoadworkModel
+from roadwork_dist.detector.losses.composite import RoadworkLoss
+from roadwork_dist.detector.task import RoadworkTask
+from roadwork_dist.trainer.callbacks.averaging import EmaCallback
+from roadwork_dist.trainer.config import OptimConfig
+from roadwork_dist.trainer.events.callback import Callback
+from roadwork_dist.trainer.tracking import figures
+from roadwork_dist.trainer.tracking.figures import MemoryGauge, peak_memory_mb
+from roadwork_dist.trainer.trainer import Trainer
 
 pytestmark = [
     needs_gpu,

@@ -13,14 +13,14 @@ from PIL import Image
 import roadwork_dist
 from roadwork_dist.common.errors import BackboneError, CheckpointError, ConfigError
 from roadwork_dist.config.experiment import BackboneConfig, ModelConfig, ViewsConfig
-from roadwork_dist.data.dataset import RoadworkDataset, collate
-from roadwork_dist.data.images import BytesImage
-from roadwork_dist.data.manifest import Manifest, Sample
-from roadwork_dist.data.text import embed_descriptions
+from roadwork_dist.datasets.dataset import RoadworkDataset, collate
+from roadwork_dist.detector.backbone import Backbone, load_backbone
+from roadwork_dist.detector.detector import RoadworkHead, RoadworkModel
+from roadwork_dist.detector.text import load_text_encoder
+from roadwork_dist.features.text import embed_descriptions
 from roadwork_dist.inference.predictor import Predictor, Unreadable, plain_views
-from roadwork_dist.models.backbone import Backbone, load_backbone
-from roadwork_dist.models.detector import RoadworkHead, RoadworkModel
-from roadwork_dist.models.text import load_text_encoder
+from roadwork_dist.photos.images import BytesImage
+from roadwork_dist.photos.manifest import Manifest, Sample
 
 BACKBONE = BackboneConfig(name="efficientnet_lite0", dtype="fp32")
 VIEWS = ViewsConfig(size=64, policy="auto")

@@ -10,7 +10,7 @@ from support.photos import small_experiment, write_small_set
 from support.ranks import run
 from support.toy import lines
 
-from roadwork_dist.build import data, experiment
+from roadwork_dist.recipes import data, pretrain
 
 OVERRIDES = (
     *("--features.mode=online", "--epochs=1", "--eval.report=false", "--eval.bootstrap=100"),
@@ -30,7 +30,7 @@ def train(photos: Path, run_dir: Path, on_device: bool, *overrides: str) -> None
         return replace(views, on_device=on_device and augment)
 
     data.photo_views = photo_views
-    experiment.run_experiment(small_experiment(photos, run_dir, *OVERRIDES, *overrides))
+    pretrain.run_experiment(small_experiment(photos, run_dir, *OVERRIDES, *overrides))
 
 
 def test_training_sees_the_same_views(tmp_path: Path) -> None:

@@ -13,11 +13,11 @@ from support.photos import small_experiment, write_small_set
 from support.ranks import run, spawn
 from support.toy import assert_same_tensors, lines, newest_tensors
 
-from roadwork_dist.build import experiment
+from roadwork_dist.detector.detector import RoadworkModel
+from roadwork_dist.detector.pretrained import read_config
 from roadwork_dist.evaluation.predictions import read_predictions
-from roadwork_dist.events.callback import Callback
-from roadwork_dist.models.detector import RoadworkModel
-from roadwork_dist.models.pretrained import read_config
+from roadwork_dist.recipes import pretrain
+from roadwork_dist.trainer.events.callback import Callback
 
 SAME_MATHS = (
     "--model.dropout=0",
@@ -33,7 +33,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(photos: Path, run_dir: Path, *overrides: str) -> None:
-    experiment.run_experiment(small_experiment(photos, run_dir, *overrides))
+    pretrain.run_experiment(small_experiment(photos, run_dir, *overrides))
 
 
 class DieAt(Callback):
@@ -49,7 +49,7 @@ class DieAt(Callback):
 
 def train_and_die(photos: Path, run_dir: Path, moment: str) -> None:
     if moment == "while features are computed":
-        from roadwork_dist.data.store import FeatureStore
+        from roadwork_dist.features.store import FeatureStore
 
         put, calls = FeatureStore.put, iter(range(999))
 
@@ -61,7 +61,7 @@ def train_and_die(photos: Path, run_dir: Path, moment: str) -> None:
         FeatureStore.put = put_or_die  # type: ignore[method-assign]
         train(photos, run_dir, f"--features.dir={run_dir / 'features'}")
     config = small_experiment(photos, run_dir, f"--features.dir={run_dir / 'features'}")
-    built = experiment.build_experiment(config)
+    built = pretrain.build_experiment(config)
     built.trainer.callbacks.insert(0, DieAt(int(moment.removeprefix("step "))))
     built.trainer.fit()
 

@@ -12,12 +12,12 @@ from support.ranks import run, spawn
 from support.tiny_run import tiny_arguments, tiny_set
 from support.toy import assert_same_tensors, lines, newest_tensors
 
-from roadwork_dist.build import crossval
-from roadwork_dist.build.experiment import build_experiment
 from roadwork_dist.config.io import parse_experiment
-from roadwork_dist.data.augment.mix import MixedRows
-from roadwork_dist.data.synthetic.dataset import SyntheticSet
-from roadwork_dist.events.callback import Callback
+from roadwork_dist.datasets.mix import MixedRows
+from roadwork_dist.demo.synthetic.dataset import SyntheticSet
+from roadwork_dist.recipes import crossval
+from roadwork_dist.recipes.pretrain import build_experiment
+from roadwork_dist.trainer.events.callback import Callback
 
 KINDS = {
     "views exchanged": ("--augment.mix=cutmix",),

@@ -8,15 +8,15 @@ import pytest
 from support.file_server import serve
 from support.tiny_run import tiny_arguments, tiny_set
 
-from roadwork_dist.build import data as build_data
-from roadwork_dist.build.experiment import run_experiment
 from roadwork_dist.config.experiment import DataConfig
 from roadwork_dist.config.io import parse_experiment
-from roadwork_dist.data.manifest import Manifest
-from roadwork_dist.data.shards.plan import ShardOptions
-from roadwork_dist.data.shards.write import write_shards
-from roadwork_dist.data.sources import load_manifest
-from roadwork_dist.data.streamed import StreamedDataset
+from roadwork_dist.datasets.streamed import StreamedDataset
+from roadwork_dist.photos.manifest import Manifest
+from roadwork_dist.recipes import data as build_data
+from roadwork_dist.recipes.pretrain import run_experiment
+from roadwork_dist.sources import load_manifest
+from roadwork_dist.storage.shards.plan import ShardOptions
+from roadwork_dist.storage.shards.write import write_shards
 
 
 @pytest.mark.parametrize("mode", ["online", "cached"])

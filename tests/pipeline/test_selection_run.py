@@ -8,19 +8,20 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from support.paths import ROOT
 from support.photos import small_experiment, write_small_set
 from torch import Tensor, nn
 
-from roadwork_dist.build.experiment import build_model
 from roadwork_dist.cli.main import main
 from roadwork_dist.common.errors import ConfigError
 from roadwork_dist.config.experiment import ViewsConfig
-from roadwork_dist.config.io import to_yaml
-from roadwork_dist.data.photo import PhotoViews
-from roadwork_dist.data.views import ViewGeometry
-from roadwork_dist.inference.boxed import view_boxes
+from roadwork_dist.datasets.boxed import view_boxes
+from roadwork_dist.detector.backbone import load_backbone
 from roadwork_dist.inference.predictor import Predictor, crops_to_select
-from roadwork_dist.models.backbone import load_backbone
+from roadwork_dist.photos.photo import PhotoViews
+from roadwork_dist.photos.views import ViewGeometry
+from roadwork_dist.recipes.pretrain import build_model
+from roadwork_dist.trainer.yaml import to_yaml
 
 CPU = torch.device("cpu")
 
@@ -46,14 +47,17 @@ def untrained_run(photos: Path, folder: Path, *, gates: bool) -> Path:
 @pytest.fixture(scope="module")
 def run(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = untrained_run(photos, tmp_path_factory.mktemp("run"), gates=True)
-    assert main(["distil", str(folder)]) == 0
+    assert main(["select-views", str(folder)]) == 0
     return folder
 
 
-def test_distil_keeps_a_selector_beside_the_weights(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_select_views_keeps_a_selector_beside_the_weights(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = (run / "best" / "selector.safetensors").read_bytes()
-    assert main(["distil", str(run / "best")]) == 0
-    printed = capsys.readouterr().out
+    assert main(["distil", str(run / "best")]) == 0  # the command's word before version 0.2
+    printed, told = capsys.readouterr()
+    assert "distil is now called select-views" in told
     assert "training photos; " in printed
     assert printed.rstrip().endswith(f"selector: {run / 'best' / 'selector.safetensors'}")
     # Again from the same features and weights, it is the same selector.
@@ -77,7 +81,7 @@ def test_evaluate_looks_at_some_crops_and_leaves_the_runs_own_figures_alone(run:
 def test_predict_sends_the_global_view_and_the_crops_through_the_backbone(
     run: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from roadwork_dist.models.backbone.timm_backbone import TimmBackbone
+    from roadwork_dist.detector.backbone.timm_backbone import TimmBackbone
 
     seen: list[int] = []
     for name in ("_extract", "_extract_cells"):
@@ -102,8 +106,9 @@ def test_predict_sends_the_global_view_and_the_crops_through_the_backbone(
 def test_what_is_missing_is_told(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = untrained_run(photos, tmp_path / "fresh", gates=False)
     assert main(["evaluate", str(folder), "--views.select", "4"]) == 2
-    assert f"views.select needs it: `roadwork-dist distil {folder}` writes it" in capsys.readouterr().err
-    assert main(["distil", str(folder)]) == 2
+    told = capsys.readouterr().err
+    assert f"views.select needs it: `roadwork-dist select-views {folder}` writes it" in told
+    assert main(["select-views", str(folder)]) == 2
     assert "gates do not differ between crops" in capsys.readouterr().err
     assert main(["predict", "--model", str(folder), "--output", "p.csv", "--views.select", "0", "x"]) == 2
 
@@ -145,7 +150,7 @@ def test_selecting_no_crop_is_refused() -> None:
 def test_the_benchmark_prints_its_tables(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     benchmark = import_module("data_select")
     settings = "--draws 2 --resamples 50 --photos 1 --turns 2"
     assert benchmark.main([str(run), *settings.split(), "--svg", str(tmp_path)]) == 0

@@ -6,7 +6,7 @@ import pytest
 from support.tiny_run import tiny_arguments, tiny_set
 
 from roadwork_dist.cli.main import main
-from roadwork_dist.data.images import FileImage
+from roadwork_dist.photos.images import FileImage
 
 
 def test_a_run_on_shards_gives_the_same_predictions_from_the_same_features(

@@ -9,7 +9,7 @@ from support.photos import small_experiment, write_small_set
 from support.ranks import run
 from support.toy import lines
 
-from roadwork_dist.build.experiment import build_experiment
+from roadwork_dist.recipes.pretrain import build_experiment
 
 
 @pytest.fixture(scope="module")

@@ -10,13 +10,13 @@ from support.toy import toy_model
 from torch import Tensor, nn
 
 from roadwork_dist.config.experiment import BackboneConfig, ModelConfig
-from roadwork_dist.config.schema import EmaConfig
-from roadwork_dist.models.backbone import build_random
-from roadwork_dist.models.detector import RoadworkHead
-from roadwork_dist.optim.ema import ExponentialMovingAverage
-from roadwork_dist.planning.flops import VIT_H_PLUS, VisionTransformer, count_operations
+from roadwork_dist.detector.backbone import build_random
+from roadwork_dist.detector.backbone.flops import VIT_H_PLUS, VisionTransformer, count_operations
+from roadwork_dist.detector.detector import RoadworkHead
 from roadwork_dist.planning.jobs import HEAD_ACTIVATIONS, HEAD_OPERATIONS, HEAD_PARAMETERS, PLANS, VIEWS
 from roadwork_dist.planning.memory import ENGINES, Engine, Job, memory
+from roadwork_dist.trainer.config import EmaConfig
+from roadwork_dist.trainer.optim.ema import ExponentialMovingAverage
 
 JOB = Job(trained=80_000_000, frozen=40_000_000, frozen_bytes=2, units=10, activations=1e9, workspace=5e8)
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from support.paths import ROOT
 
 from roadwork_dist.config.io import parse_experiment
 from roadwork_dist.planning.jobs import PLANS
 from roadwork_dist.planning.tables import FILES, TABLES
 
-ROOT = Path(__file__).resolve().parents[2]
 PAGES = (ROOT / "docs" / "scaling.md", ROOT / "docs" / "how-to" / "engines.md")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from support.paths import ROOT
 from support.slurm import SlurmCluster
 from support.tiny_run import tiny_arguments, tiny_set
 from support.toy import lines
@@ -15,7 +16,6 @@ from roadwork_dist.config.io import parse_experiment
 
 pytestmark = pytest.mark.slurm
 
-ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).parent
 TWO_BY_TWO = ("--nodes=2", "--gpus-per-node=2")
 ONE_PROCESS = ("--nodes=1", "--gpus-per-node=1")

@@ -7,9 +7,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from support.paths import ROOT
 from support.slurm import free_ports
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "mpirun"])

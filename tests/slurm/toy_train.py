@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from roadwork_dist.common.errors import InterruptedRunError
-from roadwork_dist.events.callback import Callback
+from roadwork_dist.trainer.events.callback import Callback
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from support.toy import NoisyData, toy_config, toy_data, toy_model
 
-from roadwork_dist.training.trainer import Trainer
+from roadwork_dist.trainer.trainer import Trainer
 
 
 class Pace(Callback):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from roadwork_dist.common.types import DAYTIME, MASK_CLASSES, MASK_SIDE, SCENE, TEXT_WIDTH, WEATHER, Batch
+from roadwork_dist.config.batch import DAYTIME, MASK_CLASSES, MASK_SIDE, SCENE, TEXT_WIDTH, WEATHER, Batch
 
 GPU = torch.device("cuda")
 CPU = torch.device("cpu")

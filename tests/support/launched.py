@@ -5,7 +5,7 @@ from pathlib import Path
 
 from support.toy import toy_config, toy_data, toy_model
 
-from roadwork_dist.training.trainer import Trainer
+from roadwork_dist.trainer.trainer import Trainer
 
 if __name__ == "__main__":
     trainer = Trainer(

@@ -12,16 +12,16 @@ from PIL import Image
 from support.toy import toy_config
 
 from roadwork_dist.config.experiment import DataConfig, RemoteConfig
-from roadwork_dist.config.schema import CheckpointConfig
-from roadwork_dist.data.images import decode
-from roadwork_dist.data.manifest import Manifest
-from roadwork_dist.data.order import shard_order_of
-from roadwork_dist.data.remote.read_ahead import read_ahead_of
-from roadwork_dist.data.shards.plan import ShardOptions
-from roadwork_dist.data.shards.write import write_shards
-from roadwork_dist.data.sources import load_manifest
-from roadwork_dist.events.callback import Callback
-from roadwork_dist.training.trainer import Trainer
+from roadwork_dist.photos.images import decode
+from roadwork_dist.photos.manifest import Manifest
+from roadwork_dist.sources import load_manifest
+from roadwork_dist.sources.shard_order import shard_order_of
+from roadwork_dist.storage.remote.read_ahead import read_ahead_of
+from roadwork_dist.storage.shards.plan import ShardOptions
+from roadwork_dist.storage.shards.write import write_shards
+from roadwork_dist.trainer.config import CheckpointConfig
+from roadwork_dist.trainer.events.callback import Callback
+from roadwork_dist.trainer.trainer import Trainer
 
 
 def write_photo_shards(folder: Path, photos: int = 48, size: int = 70_000) -> Path:

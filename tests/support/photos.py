@@ -4,7 +4,7 @@ from pathlib import Path
 
 from roadwork_dist.config.experiment import ExperimentConfig
 from roadwork_dist.config.io import parse_experiment
-from roadwork_dist.data.synthetic.dataset import write_synthetic
+from roadwork_dist.demo.synthetic.dataset import write_synthetic
 
 
 def write_small_set(folder: Path) -> Path:

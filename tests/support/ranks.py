@@ -16,7 +16,7 @@ _context = multiprocessing.get_context("forkserver")
 # seconds, in every process.
 _context.set_forkserver_preload(
     [
-        *("roadwork_dist.build.experiment", "sklearn.metrics"),
+        *("roadwork_dist.recipes.pretrain", "sklearn.metrics"),
         *("torch._inductor.compile_fx", "torch.distributed.checkpoint"),
     ]
 )

@@ -8,10 +8,10 @@ import numpy as np
 from PIL import Image
 
 from roadwork_dist.config.experiment import DataConfig
-from roadwork_dist.data.manifest import Manifest
-from roadwork_dist.data.shards.plan import ShardOptions
-from roadwork_dist.data.shards.write import Written, write_shards
-from roadwork_dist.data.sources import load_manifest
+from roadwork_dist.photos.manifest import Manifest
+from roadwork_dist.sources import load_manifest
+from roadwork_dist.storage.shards.plan import ShardOptions
+from roadwork_dist.storage.shards.write import Written, write_shards
 
 
 def picture(seed: int, size: tuple[int, int] = (96, 72), kind: str = "JPEG", **options: Any) -> bytes:

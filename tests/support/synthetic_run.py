@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from roadwork_dist.common.random import generator_for
-from roadwork_dist.common.types import DAYTIME, SCENE, WEATHER
+from roadwork_dist.config.batch import DAYTIME, SCENE, WEATHER
 from roadwork_dist.evaluation.predictions import as_predictions
 
 CITIES = ((41.88, -87.63), (29.76, -95.37), (40.71, -74.01), (34.05, -118.24), (47.61, -122.33))

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from roadwork_dist.data.synthetic.dataset import SyntheticSet, write_synthetic
+from roadwork_dist.demo.synthetic.dataset import SyntheticSet, write_synthetic
 
 
 def tiny_set(folder: Path) -> SyntheticSet:

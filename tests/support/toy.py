@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from roadwork_dist.checkpoint.tensors import StoredTensors
-from roadwork_dist.config.schema import CheckpointConfig, EmaConfig, OptimConfig, ScheduleConfig, TrainConfig
-from roadwork_dist.events.callback import Callback
-from roadwork_dist.training.trainer import Trainer
+from roadwork_dist.trainer.checkpoint.tensors import StoredTensors
+from roadwork_dist.trainer.config import CheckpointConfig, EmaConfig, OptimConfig, ScheduleConfig, TrainConfig
+from roadwork_dist.trainer.events.callback import Callback
+from roadwork_dist.trainer.trainer import Trainer
 
 TIMINGS = (
     *("samples_per_s", "samples_per_s_per_rank", "data_wait", "steps", "step_s_p50", "step_s_p95"),

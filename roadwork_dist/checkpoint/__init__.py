@@ -1,1 +1,0 @@
-"""Floor 6: training state on disk."""

@@ -1,1 +1,0 @@
-"""Floor 3: from photos on disk to batches."""

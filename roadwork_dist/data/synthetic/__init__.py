@@ -1,5 +1,0 @@
-"""Synthetic street scenes with exact masks: the demo's data and the tests' data."""
-
-from roadwork_dist.data.synthetic.dataset import SyntheticSet, write_synthetic
-
-__all__ = ["SyntheticSet", "write_synthetic"]

@@ -1,0 +1,1 @@
+"""Data sets of photos: rows of a manifest as batches for the detector."""

@@ -1,0 +1,52 @@
+"""Rows that know where their views lie on the photo."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from roadwork_dist.datasets.dataset import RoadworkDataset, Row
+from roadwork_dist.photos.images import photo_size
+from roadwork_dist.photos.photo import PhotoViews
+from roadwork_dist.photos.views import photo_boxes
+
+
+class BoxedRows:
+    """The rows of a data set with ``boxes``, by which crops are selected.
+
+    Args:
+        dataset: the rows.
+        views: how a photo becomes views.
+    """
+
+    pure = True
+
+    def __init__(self, dataset: RoadworkDataset, views: PhotoViews) -> None:
+        self.dataset, self.views = dataset, views
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Row:
+        """One row.
+
+        Raises:
+            DataError: the photo cannot be read.
+        """
+        row = self.dataset[index]
+        height, width = photo_size(self.dataset.manifest[index].image, max_pixels=self.views.max_pixels)
+        return {**row, "boxes": view_boxes(self.views, width, height)}
+
+    def read_ahead(self, batches: Iterable[list[int]]) -> Iterable[list[int]]:
+        """As of the data set."""
+        return self.dataset.read_ahead(batches)
+
+
+def view_boxes(views: PhotoViews, width: int, height: int) -> Tensor:
+    """[V, 4] left, top, width and height of all views that a photo may have, in shares of the photo.
+
+    Also those that a small photo does not get, so that rows have one shape.
+    """
+    boxes = photo_boxes(replace(views.geometry, policy="all"), width, height)
+    return torch.tensor(boxes, dtype=torch.float32) / torch.tensor([width, height, width, height])

@@ -1,0 +1,225 @@
+"""Mixing of training photos: MixUp (arXiv 1710.09412) and CutMix (arXiv 1905.04899).
+
+A photo is mixed with a partner drawn from all training rows, not from its batch: who stands in a
+batch depends on the number of processes, and losses must not. The larger share is always the row's
+own, lambda' = max(lambda, 1 - lambda) (equation 9 of arXiv 1905.02249), so its id, label, metadata
+and weather go on standing for it, and only what the loss needs is added: ``soft_label``.
+
+V views · S side of a view in px · D width of the backbone · M mask classes
+"""
+
+import math
+from collections.abc import Iterable, Sequence, Sized
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from roadwork_dist.common.errors import DataError
+from roadwork_dist.common.random import generator_for
+from roadwork_dist.config.batch import MASK_SIDE, UNLABELLED
+from roadwork_dist.config.experiment import AugmentConfig
+from roadwork_dist.photos.augment.operations import blend
+
+AUTO_ALPHA = {"mixup": 0.2, "cutmix": 1.0}
+"""Parameter of the Beta distribution in the ImageNet settings of the two papers."""
+
+Row = dict[str, Any]
+
+
+class PhotoRows(Sized, Protocol):
+    """Rows of photos, each a pure function of (epoch, row), as of ``RoadworkDataset``."""
+
+    def __getitem__(self, index: int, /) -> Row: ...
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose augmentation draws are used."""
+
+    def sample_id(self, row: int, /) -> str:
+        """Id of a row."""
+
+
+class MixedRows:
+    """Training rows of which some are mixed with another one.
+
+    Every row is a pure function of (seed, epoch, sample id), as are those it is made of. Each has two
+    fields more: ``soft_label``, the share of class 1, and ``views_of_two``, whether its views come
+    from two photos. A row stays as it is where it or its partner is unlabelled, where the partner
+    is the row itself, cannot be read or has another number of views, and by chance (``mix_share``).
+
+    Args:
+        rows: the rows to train on, and the partners; nothing else is read.
+        labels: label of each row: 0, 1 or UNLABELLED.
+        config: which way of mixing (not ``off``), how often and how strongly.
+        seed: seed of the run.
+        weights: sampling weight of each row, which partners are drawn by as well; None = all alike.
+
+    Raises:
+        ValueError: ``labels`` or ``weights`` have another length than ``rows``.
+    """
+
+    pure = True
+
+    def __init__(
+        self,
+        rows: PhotoRows,
+        labels: Sequence[int],
+        config: AugmentConfig,
+        *,
+        seed: int,
+        weights: Sequence[float] | None = None,
+    ) -> None:
+        chances = np.ones(len(rows)) if weights is None else np.asarray(weights, dtype=np.float64)
+        if not len(rows) == len(labels) == len(chances):
+            raise ValueError(f"{len(labels)} labels and {len(chances)} weights for {len(rows)} rows")
+        chances = np.where(np.asarray(labels) == UNLABELLED, 0.0, chances)
+        self.rows, self.config, self.seed, self.epoch = rows, config, seed, 0
+        self.alpha = AUTO_ALPHA[config.mix] if config.mix_alpha == "auto" else config.mix_alpha
+        self._partners = np.flatnonzero(chances)
+        self._cumulative = np.cumsum(chances[self._partners])
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose draws are used."""
+        self.epoch = epoch
+        self.rows.set_epoch(epoch)
+
+    def sample_id(self, row: int) -> str:
+        """Id of a row."""
+        return self.rows.sample_id(row)
+
+    def read_ahead(self, batches: Iterable[list[int]]) -> Iterable[list[int]]:
+        """Pass batches of rows on; the rows themselves are fetched ahead, their partners are not."""
+        ahead = getattr(self.rows, "read_ahead", None)
+        return batches if ahead is None else ahead(batches)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Row:
+        """One row, mixed or not.
+
+        Raises:
+            DataError: the photo itself or its features cannot be read; the message names it.
+        """
+        row = self.rows[index]
+        label = row["label"]
+        row = {**row, "soft_label": torch.tensor(float(label == 1)), "views_of_two": False}
+        rng = generator_for("mix", self.config.mix, self.seed, self.epoch, row["id"])
+        if label == UNLABELLED or rng.random() >= self.config.mix_share:
+            return row
+        partner = self._partner(index, rng)
+        if partner is None or _pixels_or_features(partner).shape != _pixels_or_features(row).shape:
+            return row
+        share = float(rng.beta(self.alpha, self.alpha))
+        keep = max(share, 1 - share)
+        if self.config.mix == "mixup":
+            return row | mixup(row, partner, keep)
+        cut = cutmix_views if "views" in row else cutmix_features
+        return row | cut(row, partner, keep, rng)
+
+    def _partner(self, index: int, rng: np.random.Generator) -> Row | None:
+        """A labelled row drawn by weight; ``None`` for the row itself and for one that cannot be read."""
+        if not len(self._partners):
+            return None
+        place = np.searchsorted(self._cumulative, rng.random() * self._cumulative[-1], side="right")
+        chosen = int(self._partners[min(int(place), len(self._partners) - 1)])
+        if chosen == index:
+            return None
+        try:
+            partner = self.rows[chosen]
+        except DataError:  # who needs that row for itself tells; here it is one mixed photo less
+            return None
+        # Partners are drawn from labelled rows: this one is the blank of a photo that cannot be read.
+        return None if partner["label"] == UNLABELLED else partner
+
+
+def _pixels_or_features(row: Row) -> Tensor:
+    values: Tensor = row["views"] if "views" in row else row["features"]
+    return values
+
+
+def mixup(row: Row, partner: Row, keep: float) -> Row:
+    """Blend pixels, or features (Manifold MixUp, arXiv 1806.05236), in float32.
+
+    Args:
+        row: with ``views`` [V, 3, S, S] uint8 or ``features`` [V, D] of any floating type.
+        partner: likewise; view i is blended with view i.
+        keep: share of ``row``.
+
+    Returns:
+        The fields that change; features in their type.
+    """
+    if "views" in row:
+        mixed = {"views": blend(row["views"], partner["views"].float(), torch.tensor(1 - keep))}
+    else:
+        own = row["features"]
+        mixed = {"features": torch.lerp(own.float(), partner["features"].float(), 1 - keep).to(own.dtype)}
+    return mixed | _soft_label(row, partner, keep) | _mask(row, partner, torch.tensor(1 - keep))
+
+
+def cutmix_views(row: Row, partner: Row, keep: float, rng: np.random.Generator) -> Row:
+    """Paste one box of the partner, the same in every view, into ``views`` [V, 3, S, S].
+
+    With the same box the partner's share of the area is the same in every view, so the soft label
+    holds for each of them. As in the paper it is computed from the box after clipping. The mask
+    target gets the box as well; like every mask target it is that of views not yet augmented.
+
+    Returns:
+        The fields that change.
+    """
+    side = row["views"].shape[-1]
+    top, bottom, left, right = draw_box(side, keep, rng)
+    views = row["views"].clone()
+    views[..., top:bottom, left:right] = partner["views"][..., top:bottom, left:right]
+    keep = 1 - (bottom - top) * (right - left) / side**2
+    cells = _covered(top, bottom, side)[:, None] * _covered(left, right, side)
+    return {"views": views} | _soft_label(row, partner, keep) | _mask(row, partner, cells)
+
+
+def cutmix_features(row: Row, partner: Row, keep: float, rng: np.random.Generator) -> Row:
+    """Replace some of the views by the partner's: CutMix where only ``features`` [V, D] are at hand.
+
+    The global view (the first) is always the row's own, and so the mask target stays. The soft label
+    goes by the number of views. A photo of one view is not mixed.
+
+    Returns:
+        The fields that change.
+    """
+    own = row["features"]
+    count = min(round((1 - keep) * len(own)), len(own) // 2)
+    chosen = torch.from_numpy(1 + rng.permutation(len(own) - 1)[:count])
+    features = own.clone()
+    features[chosen] = partner["features"][chosen]
+    mixed = {"features": features, "views_of_two": count > 0}
+    return mixed | _soft_label(row, partner, 1 - count / len(own))
+
+
+def draw_box(side: int, keep: float, rng: np.random.Generator) -> tuple[int, int, int, int]:
+    """A square of sqrt(1 - keep) · side about a random pixel, clipped (equation 2 of the CutMix paper).
+
+    Returns:
+        top, bottom, left and right in px, ends excluded.
+    """
+    extent = int(side * math.sqrt(1 - keep))
+    top, left = (rng.integers(side, size=2) - extent // 2).tolist()
+    return max(top, 0), min(top + extent, side), max(left, 0), min(left + extent, side)
+
+
+def _covered(start: int, end: int, side: int) -> Tensor:
+    """Share of each of the MASK_SIDE cells of an axis of ``side`` px that lies in ``start`` … ``end``."""
+    edges = torch.arange(MASK_SIDE + 1) * (side / MASK_SIDE)
+    inside = edges.clamp(start, end)
+    return inside.diff() / (side / MASK_SIDE)
+
+
+def _soft_label(row: Row, partner: Row, keep: float) -> Row:
+    return {"soft_label": torch.tensor(keep * row["label"] + (1 - keep) * partner["label"])}
+
+
+def _mask(row: Row, partner: Row, share: Tensor) -> Row:
+    """Mask target [M, MASK_SIDE, MASK_SIDE] with the partner's share of each cell; unknown if either is."""
+    if "mask" not in row:
+        return {}
+    mask = torch.lerp(row["mask"], partner["mask"], share)
+    return {"mask": mask, "mask_known": row["mask_known"] and partner["mask_known"]}

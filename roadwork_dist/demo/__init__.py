@@ -1,0 +1,1 @@
+"""Photos for demonstrations: rendered street scenes and pasted cut-outs."""

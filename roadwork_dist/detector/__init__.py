@@ -1,0 +1,1 @@
+"""The roadwork detector: backbone, head, losses and the task that trains it."""

@@ -1,1 +1,0 @@
-"""Floor 3: backbones and the detector."""

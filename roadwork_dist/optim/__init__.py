@@ -1,1 +1,0 @@
-"""Floor 4: parameter groups, optimizers, schedules, EMA."""

@@ -1,0 +1,1 @@
+"""Photos: decoding, views, augmentation, masks, and the manifest that lists them."""

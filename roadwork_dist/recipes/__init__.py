@@ -1,0 +1,1 @@
+"""Recipes: from a configuration to a wired Trainer, and from photos to a report."""

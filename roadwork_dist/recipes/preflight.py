@@ -1,0 +1,35 @@
+"""What the Trainer would refuse, told before hours go into features."""
+
+from pathlib import Path
+
+from roadwork_dist.common.errors import ConfigError
+from roadwork_dist.config.experiment import ExperimentConfig
+from roadwork_dist.detector.task import RoadworkTask
+from roadwork_dist.photos.nvjpeg import check_nvjpeg
+from roadwork_dist.trainer.checkpoint.checkpoint_store import CheckpointStore
+from roadwork_dist.trainer.optim.optimizers import OPTIMIZERS
+from roadwork_dist.trainer.optim.schedules import SHAPES
+
+
+def check_recipe(config: ExperimentConfig) -> None:
+    """Refuse a run that could not start; reads names of files only.
+
+    Raises:
+        ConfigError: no optimizer, schedule or validation figure has the configured name, no GPU can
+            decode photos though one is to, or ``resume`` is ``never`` and the run folder holds checkpoints.
+    """
+    _ = OPTIMIZERS[config.optim.name], SHAPES[config.schedule.name]
+    if config.views.decoder == "nvjpeg":
+        check_nvjpeg(config.workers)
+    figures = ("loss", *RoadworkTask.figures)
+    if config.monitor.removeprefix("-") not in figures:
+        raise ConfigError(
+            f"monitor is {config.monitor!r}, expected one of {', '.join(figures)} (with a leading '-' where "
+            "lower is better)"
+        )
+    steps = CheckpointStore(Path(config.output_dir) / "checkpoints").steps()
+    if config.resume == "never" and steps:
+        raise ConfigError(
+            f"resume is 'never' but {config.output_dir} holds checkpoints up to step {steps[-1]}: choose "
+            "another output_dir, delete the folder, or leave resume at 'auto'"
+        )

@@ -1,0 +1,1 @@
+"""Where photos lie: tar shards on disk and files on servers."""

@@ -1,1 +1,0 @@
-"""Floor 6: where figures go."""

@@ -1,0 +1,1 @@
+"""The Trainer: trains any ``nn.Module``. It imports ``metrics`` and ``common`` alone."""

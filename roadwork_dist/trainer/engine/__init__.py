@@ -1,0 +1,1 @@
+"""Processes, devices and the libraries that spread a model over them."""

@@ -1,0 +1,225 @@
+"""What a training step, an average and a checkpoint need of the way a model is spread over processes.
+
+An engine owns the working copy of a model: replicated (one process, or data parallel), sharded by
+FSDP2, or partitioned by DeepSpeed ZeRO. Who asks it never has to know which.
+
+Three forms of a tensor that belongs to a trained parameter (the parameter itself, a moment of the
+optimizer, its average):
+
+- *local*: the part this process holds, in fp32, sharing memory with what trains;
+- *stored*: what this process gives to a checkpoint: whole tensors, or DTensors that know their place.
+  Names and shapes are those of the bare model, so that any engine can take them up;
+- *whole*: the full tensor on the CPU of the main process, for export.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+
+from roadwork_dist.common.errors import CheckpointError
+from roadwork_dist.trainer.config import TrainConfig
+
+
+class TensorSource(Protocol):
+    """Named tensors of a checkpoint."""
+
+    @property
+    def shapes(self) -> Mapping[str, torch.Size]:
+        """Shape of every tensor that is there, the same on all ranks."""
+
+    def read(self, into: dict[str, Tensor]) -> None:
+        """Fill tensors in place, each by its name, resharding as they need. All ranks call it together."""
+
+
+class Engine(ABC):
+    """A model on its processes.
+
+    Args:
+        accelerator: processes and device.
+        model: the bare module; stays what it is for whoever holds it, though its parameters may come
+            to hold shards.
+        optimizer: over the model's trainable parameters.
+        config: precision and clipping; ``bf16`` is autocast of forward passes, weights stay in fp32.
+
+    Attributes:
+        forward: the forward pass of training.
+        evaluate: that of a model in eval mode.
+        lockstep: a forward pass talks to the other ranks, so all ranks have to make equally many.
+    """
+
+    name: ClassVar[str]
+    lockstep: ClassVar[bool] = False
+
+    def __init__(
+        self, accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, config: TrainConfig
+    ) -> None:
+        self.accelerator, self.model, self.optimizer, self.config = accelerator, model, optimizer, config
+        self.device: torch.device = accelerator.device
+        self.processes: int = accelerator.num_processes
+        self.max_norm = config.optim.clip or math.inf
+        self.forward: Callable[..., Any] = model
+        self.evaluate: Callable[..., Any] = model
+
+    def accumulate(self) -> AbstractContextManager[Any]:
+        """A block of forward and backward passes whose gradients are only kept, not yet reduced."""
+        return nullcontext()
+
+    @abstractmethod
+    def backward(self, roots: Sequence[Tensor], factors: Tensor, *, is_last: bool) -> None:
+        """Add the gradients of ``sum(factors * roots)``; the last of a step makes them a mean over ranks."""
+
+    @abstractmethod
+    def forget_gradients(self) -> None:
+        """Drop what backward passes left of a step that was not taken."""
+
+    @abstractmethod
+    def step(self, lr: float) -> float:
+        """Clip, step unless a gradient is not finite, and forget the gradients.
+
+        Args:
+            lr: learning rate; a parameter group scales it by its ``lr_scale``.
+
+        Returns:
+            The gradients' global L2 norm before clipping, the same on all ranks; not finite = not stepped.
+        """
+
+    def set_lr(self, lr: float) -> None:
+        """Give every parameter group its learning rate."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+
+    @abstractmethod
+    def weights(self) -> dict[str, Tensor]:
+        """Local tensors of the trained parameters, by name; of some a rank may hold nothing."""
+
+    def weights_changed(self) -> None:  # noqa: B027  (most engines keep no second copy)
+        """Tell that local weights were written; all ranks call it together."""
+
+    @abstractmethod
+    def stored(self, local: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Stored form of local tensors that look like :meth:`weights`; all ranks call it together."""
+
+    @abstractmethod
+    def fill(self, local: Mapping[str, Tensor], source: TensorSource, prefix: str) -> None:
+        """Read local tensors that look like :meth:`weights` from their stored form, in place.
+
+        All ranks call it together.
+
+        Args:
+            local: tensors to overwrite, by name of the parameter.
+            source: holds them as ``prefix + name``.
+            prefix: of their names.
+        """
+
+    @abstractmethod
+    def moments(self) -> dict[str, Tensor]:
+        """Stored form of the optimizer's state as ``name/moment``; all ranks call it together."""
+
+    @abstractmethod
+    def load_moments(self, source: TensorSource, prefix: str) -> None:
+        """Take :meth:`moments` over, stored as ``prefix + name/moment``; all ranks call it together."""
+
+    def whole_state(self, names: Collection[str] | None = None) -> dict[str, Tensor]:
+        """Tensors of the bare model's state dict, whole and on the CPU, on the main process.
+
+        All ranks call it together; one tensor at a time is gathered.
+
+        Args:
+            names: which ones; None = all.
+
+        Returns:
+            Copies by name; an empty mapping on the other ranks.
+        """
+        whole = {}
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
+            if isinstance(tensor, Tensor) and (names is None or name in names):  # not a module's extra state
+                with self._gathered(tensor) as full:
+                    if self.accelerator.is_main_process:
+                        whole[name] = full.detach().to("cpu", copy=True).contiguous()
+        return whole
+
+    def _gathered(self, tensor: Tensor) -> AbstractContextManager[Tensor]:
+        """A block in which a tensor of the model is whole on the main process at least."""
+        return nullcontext(tensor)
+
+
+def lay_out_contiguously(model: nn.Module) -> None:
+    """Give every weight rows in order: what cuts weights into shards does not take ``channels_last``."""
+    for p in model.parameters():
+        # contiguous() would leave a 1x1 convolution as it is: strides of axes of length 1 do not count there.
+        if p.stride() != torch.empty(p.shape, device="meta").stride():
+            p.data = p.data.clone(memory_format=torch.contiguous_format)
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters that require a gradient, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def moment_names(source: TensorSource, prefix: str, name: str) -> list[str]:
+    """Moments that a checkpoint holds of a parameter."""
+    start = f"{prefix}{name}/"
+    return [key.removeprefix(start) for key in source.shapes if key.startswith(start)]
+
+
+@dataclass(frozen=True)
+class Below:
+    """The tensors of a source whose names start with a prefix, without it."""
+
+    prefix: str
+    source: TensorSource
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Shapes by the rest of the name."""
+        return {
+            name.removeprefix(self.prefix): shape
+            for name, shape in self.source.shapes.items()
+            if name.startswith(self.prefix)
+        }
+
+    def read(self, into: dict[str, Tensor]) -> None:
+        """Fill tensors in place."""
+        self.source.read({self.prefix + name: tensor for name, tensor in into.items()})
+
+
+@dataclass(frozen=True)
+class WholeTensors:
+    """A source of tensors in memory, the same on all ranks."""
+
+    tensors: Mapping[str, Tensor]
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Shapes by name."""
+        return {name: tensor.shape for name, tensor in self.tensors.items()}
+
+    @torch.no_grad()
+    def read(self, into: dict[str, Tensor]) -> None:
+        """Fill tensors in place.
+
+        Raises:
+            CheckpointError: a tensor is missing or has another shape.
+        """
+        for name, target in into.items():
+            if name not in self.tensors or self.tensors[name].shape != target.shape:
+                got = f"shape {tuple(self.tensors[name].shape)}" if name in self.tensors else "nothing"
+                raise CheckpointError(
+                    f"the weights do not fit the model: {name} has {got}, expected {tuple(target.shape)}"
+                )
+            whole = self.tensors[name]
+            if isinstance(target, DTensor):
+                # Every rank has the whole tensor, so each cuts out its own part and none has to send.
+                whole = distribute_tensor(
+                    whole.to(target.device), target.device_mesh, target.placements, src_data_rank=None
+                )
+            target.copy_(whole)

@@ -1,0 +1,105 @@
+"""Engines whose gradients and moments are torch's own, next to the parameters they belong to."""
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim import Optimizer
+
+from roadwork_dist.trainer.config import TrainConfig
+from roadwork_dist.trainer.engine.base import Engine, TensorSource, moment_names, trained_parameters
+from roadwork_dist.trainer.engine.precision import in_precision
+
+
+class NativeEngine(Engine):
+    """Backward passes, clipping and moments as torch has them."""
+
+    def __init__(
+        self, accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, config: TrainConfig
+    ) -> None:
+        super().__init__(accelerator, model, optimizer, config)
+        self._named = trained_parameters(model)
+
+    def backward(self, roots: Sequence[Tensor], factors: Tensor, *, is_last: bool) -> None:
+        """The weighted sum is never built: its gradient to each root is the root's factor."""
+        torch.autograd.backward(roots, list(factors.unbind()))
+
+    def step(self, lr: float) -> float:
+        """Gradients are reduced already, so the norm is the same on all ranks."""
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = get_total_norm([p.grad for p in trained if p.grad is not None])
+        value = self._number(norm)
+        if math.isfinite(value):
+            if value + 1e-6 > self.max_norm:  # torch's own threshold; a factor of 1 would change nothing
+                clip_grads_with_norm_(trained, self.max_norm, norm)
+            self.set_lr(lr)
+            self.optimizer.step()
+        self.forget_gradients()
+        return value
+
+    def forget_gradients(self) -> None:
+        """Theirs are torch's."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _number(self, norm: Tensor) -> float:
+        return float(norm)
+
+    def moments(self) -> dict[str, Tensor]:
+        """Every tensor of the optimizer's state."""
+        return {
+            f"{name}/{key}": value
+            for name, p in self._named.items()
+            for key, value in self.optimizer.state.get(p, {}).items()
+            if isinstance(value, Tensor)
+        }
+
+    def load_moments(self, source: TensorSource, prefix: str) -> None:
+        """Make the state that a first step would make, and read it."""
+        templates = {}
+        for name, p in self._named.items():
+            for key in moment_names(source, prefix, name):
+                shape = source.shapes[f"{prefix}{name}/{key}"]
+                # A counter is a scalar on the CPU, whatever the shape and device of its parameter.
+                is_like_parameter = key != "step" and shape == p.shape
+                value = torch.zeros_like(p) if is_like_parameter else torch.zeros(shape)
+                templates[f"{prefix}{name}/{key}"] = self.optimizer.state[p][key] = value
+        source.read(templates)
+
+
+class Replicated(NativeEngine):
+    """The whole model on every process: one process, or DistributedDataParallel on several."""
+
+    name = "replicated"
+
+    def __init__(
+        self, accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, config: TrainConfig
+    ) -> None:
+        super().__init__(accelerator, model, optimizer, config)
+        # The optimizer is left as it is: without a loss scaler Accelerate's wrapper changes nothing
+        # but the time of a step.
+        self.wrapped: nn.Module = accelerator.prepare_model(model)
+        self.forward = in_precision(self.wrapped, config.precision, self.device)
+        # Ranks may have different numbers of validation batches: the bare model's forward pass holds no
+        # collective, as the wrapper's may (buffers).
+        self.evaluate = in_precision(model, config.precision, self.device)
+
+    def accumulate(self) -> AbstractContextManager[Any]:
+        """No reduction inside."""
+        return self.accelerator.no_sync(self.wrapped)  # type: ignore[no-any-return]
+
+    def weights(self) -> dict[str, Tensor]:
+        """The parameters themselves."""
+        return {name: p.detach() for name, p in self._named.items()}
+
+    def stored(self, local: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """As they are; every rank holds the same."""
+        return dict(local)
+
+    def fill(self, local: Mapping[str, Tensor], source: TensorSource, prefix: str) -> None:
+        """Straight into their memory."""
+        source.read({prefix + name: tensor for name, tensor in local.items()})

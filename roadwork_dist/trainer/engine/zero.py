@@ -1,0 +1,262 @@
+"""Optimizer, gradients and parameters partitioned over ranks by DeepSpeed ZeRO 1, 2, 3.
+
+ZeRO (arXiv 1910.02054) keeps flat fp32 partitions. Of each parameter a rank holds one stretch of its
+flattened elements, or none (stages 1 and 2 cut the concatenation of all parameters, stage 3 each one).
+"""
+
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from roadwork_dist.trainer.config import TrainConfig
+from roadwork_dist.trainer.engine.base import (
+    Engine,
+    TensorSource,
+    lay_out_contiguously,
+    moment_names,
+    trained_parameters,
+)
+
+
+@dataclass(frozen=True)
+class _Stretch:
+    """Where a rank's part of a parameter lies.
+
+    Attributes:
+        flat: partition of many parameters; the key of the optimizer's state.
+        offset: of the stretch in ``flat``, in elements.
+        start: of the stretch in the flattened parameter, in elements.
+        length: elements that are the parameter's; stage 3 pads the last rank's.
+    """
+
+    flat: Tensor
+    offset: int
+    start: int
+    length: int
+
+    def of(self, flat: Tensor) -> Tensor:
+        """The same stretch of a tensor laid out like ``flat``."""
+        return flat.narrow(0, self.offset, self.length)
+
+
+class Zero(Engine):
+    """DeepSpeed's engine, stepped by us.
+
+    Accumulation, learning rate and the decision to skip are the Trainer's. Its gradients are a mean over
+    ranks of sums over micro-batches, as in data parallel training.
+    """
+
+    name = "zero"
+
+    def __init__(
+        self, accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, config: TrainConfig
+    ) -> None:
+        super().__init__(accelerator, model, optimizer, config)
+        names = trained_parameters(model)
+        self.shapes = {name: p.shape for name, p in names.items()}  # stage 3 empties the parameters
+        logging.getLogger("DeepSpeed").setLevel(os.environ.get("DEEPSPEED_LOG_LEVEL", "WARNING").upper())
+        _fill(accelerator.state.deepspeed_plugin.deepspeed_config, config)
+        lay_out_contiguously(model)
+        self.deepspeed: Any = accelerator.prepare(model, optimizer)[0]
+        self.partitions: Any = self.deepspeed.optimizer
+        self.stage = int(self.deepspeed.zero_optimization_stage())
+        self.lockstep = self.stage == 3  # type: ignore[misc]
+        self._named = names
+        self._stretches = {name: s for name, p in names.items() if (s := self._stretch(p)) is not None}
+        self.forward = self.deepspeed
+        self.evaluate = self.deepspeed
+
+    def backward(self, roots: Sequence[Tensor], factors: Tensor, *, is_last: bool) -> None:
+        """DeepSpeed takes one scalar."""
+        self.deepspeed.set_gradient_accumulation_boundary(is_last)
+        total = sum(root * factor for root, factor in zip(roots, factors.unbind(), strict=True))
+        self.deepspeed.backward(total, scale_wrt_gas=False)
+
+    def step(self, lr: float) -> float:
+        """DeepSpeed clips, steps, and drops a step whose norm is not finite."""
+        self.set_lr(lr)
+        self.deepspeed.step()
+        return float(self.deepspeed.get_global_grad_norm())
+
+    def forget_gradients(self) -> None:
+        """Those of the working copy; the optimizer's own are buffers of DeepSpeed, which it overwrites."""
+        self.deepspeed.zero_grad()
+
+    def _stretch(self, p: Tensor) -> _Stretch | None:
+        if self.stage == 3:
+            group, offset, padded = self.partitions.grad_position[self.partitions.get_param_id(p)]
+            start = padded * dist.get_rank()
+            length = max(0, min(padded, p.ds_numel - start))  # type: ignore[attr-defined]
+            flat = self.partitions.fp32_partitioned_groups_flat[group]
+            return _Stretch(flat, offset, start, length) if length else None
+        mapping = p._hp_mapping  # type: ignore[attr-defined]
+        if mapping is None:
+            return None
+        flat = self.partitions.single_partition_of_fp32_groups[mapping.param_group_index]
+        place, address = mapping.hp_fragment_address, mapping.lp_fragment_address
+        return _Stretch(flat, place.start, address.start, address.numel)
+
+    def weights(self) -> dict[str, Tensor]:
+        """This rank's stretches of the fp32 weights."""
+        return {name: s.of(s.flat.detach()) for name, s in self._stretches.items()}
+
+    @torch.no_grad()
+    def weights_changed(self) -> None:
+        """Bring the working copies in line with the fp32 partitions."""
+        if self.stage == 3:
+            for name, s in self._stretches.items():
+                self._named[name].ds_tensor.view(-1)[: s.length].copy_(s.of(s.flat))  # type: ignore[attr-defined]
+            self.deepspeed.empty_partition_cache()  # what a forward pass has gathered and not yet released
+            kept = self.partitions.persistent_parameters  # small ones, whole on every rank
+            if kept:
+                for p in kept:
+                    p.partition()
+                kept[0].all_gather(kept)
+            return
+        local = self.weights()
+        for name, p in self._named.items():
+            p.copy_(self._whole(name, local))
+
+    def _whole(self, name: str, local: Mapping[str, Tensor]) -> Tensor:
+        """A full tensor on every rank, from stretches that do not overlap: their sum."""
+        shape = self.shapes[name]
+        full = torch.zeros(shape.numel(), device=self.device)
+        if name in local:
+            s = self._stretches[name]
+            full.narrow(0, s.start, s.length).copy_(local[name])
+        dist.all_reduce(full)
+        return full.view(shape)
+
+    def stored(self, local: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Whole tensors on the CPU, dealt to the ranks in turn: each writes its share."""
+        mine = {}
+        for number, name in enumerate(self._named):
+            full = self._whole(name, local)  # every rank, in the same order
+            if number % self.processes == self.accelerator.process_index:
+                mine[name] = full.cpu()
+        return mine
+
+    @torch.no_grad()
+    def fill(self, local: Mapping[str, Tensor], source: TensorSource, prefix: str) -> None:
+        """Whole tensors are read one after the other, so that one at a time is in memory."""
+        for name, shape in self.shapes.items():
+            full = torch.empty(shape)
+            source.read({prefix + name: full})
+            if name in local:
+                s = self._stretches[name]
+                local[name].copy_(full.view(-1).narrow(0, s.start, s.length))
+
+    def _state(self, key: str) -> dict[str, Tensor]:
+        """Stretches of a moment; made of zeros where the optimizer has not made it yet."""
+        found = {}
+        for name, s in self._stretches.items():
+            state = self.optimizer.state[s.flat]
+            if key not in state:
+                state[key] = torch.zeros_like(s.flat)
+            found[name] = s.of(state[key])
+        return found
+
+    def _keys(self) -> list[str]:
+        """The optimizer's moments on all ranks; ``step`` counts, the others are like parameters."""
+        states = self.optimizer.state.values()
+        keys = {key for state in states for key, value in state.items() if isinstance(value, Tensor)}
+        gathered: list[set[str]] = [set()] * self.processes
+        dist.all_gather_object(gathered, keys)
+        return sorted(set().union(*gathered))
+
+    def moments(self) -> dict[str, Tensor]:
+        """Moments as whole tensors, each on the rank that writes it."""
+        keys = self._keys()
+        found: dict[str, Tensor] = {}
+        for key in keys:
+            if key != "step":
+                found |= {f"{name}/{key}": t for name, t in self.stored(self._state(key)).items()}
+        if "step" in keys:
+            # All parameters have stepped equally often: a ZeRO partition steps as one.
+            steps = [float(state["step"]) for state in self.optimizer.state.values() if "step" in state]
+            gathered = [0.0] * self.processes
+            dist.all_gather_object(gathered, max(steps, default=0.0))
+            found |= {f"{name}/step": torch.tensor(max(gathered)) for name in self._named}
+        return found
+
+    def load_moments(self, source: TensorSource, prefix: str) -> None:
+        """Make the state that a first step would make, and read it."""
+        keys = sorted({key for name in self._named for key in moment_names(source, prefix, name)})
+        for key in keys:
+            if key != "step":
+                self.fill(self._state(key), _Moment(source, key), prefix)
+        if "step" in keys:
+            counters = {f"{prefix}{name}/step": torch.zeros(()) for name in self._named}
+            counters = {name: t for name, t in counters.items() if name in source.shapes}
+            source.read(counters)
+            count = torch.stack(list(counters.values())).max()
+            for s in self._stretches.values():
+                self.optimizer.state[s.flat]["step"] = count.clone()
+
+    @contextmanager
+    def _gathered(self, tensor: Tensor) -> Iterator[Tensor]:
+        from deepspeed.runtime.zero import GatheredParameters
+
+        held = [tensor] if hasattr(tensor, "ds_id") else []
+        with GatheredParameters(held, enabled=bool(held)):
+            yield tensor
+
+
+def _fill(deepspeed: dict[str, Any], config: TrainConfig) -> None:
+    """Put the experiment's settings where DeepSpeed's configuration leaves them to us (``auto``)."""
+    deepspeed |= {
+        "train_micro_batch_size_per_gpu": config.batch_size,
+        "gradient_accumulation_steps": config.accumulation,
+        "gradient_clipping": config.optim.clip,
+        # Any optimizer that updates each element on its own; and torch's on the CPU as well, so that a
+        # step is the same with and without offload.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "torch_autocast": {
+            "enabled": config.precision != "fp32",
+            "dtype": "bfloat16",
+            "lower_precision_safe_modules": [],  # gather weights and reduce gradients in fp32
+        },
+    }
+    deepspeed.pop("train_batch_size", None)  # micro-batch x accumulation x ranks
+    zero = deepspeed["zero_optimization"]
+    # "auto" would be derived from the hidden size of a language model's configuration.
+    for key, value in _ZERO_SIZES.items():
+        if zero.get(key) == "auto":
+            zero[key] = value
+
+
+_ZERO_SIZES = {
+    "reduce_bucket_size": 50_000_000,
+    "stage3_prefetch_bucket_size": 50_000_000,
+    "stage3_param_persistence_threshold": 10_000,
+}
+"""Elements; smaller than DeepSpeed's own (5e8), whose buffers would be larger than the head."""
+
+
+@dataclass(frozen=True)
+class _Moment:
+    """One moment of every parameter, under the parameters' names; zeros where a checkpoint lacks it."""
+
+    source: TensorSource
+    key: str
+
+    @property
+    def shapes(self) -> Mapping[str, torch.Size]:
+        end = f"/{self.key}"
+        return {n.removesuffix(end): shape for n, shape in self.source.shapes.items() if n.endswith(end)}
+
+    def read(self, into: dict[str, Tensor]) -> None:
+        there = {f"{n}/{self.key}": t for n, t in into.items() if f"{n}/{self.key}" in self.source.shapes}
+        for name in into.keys() - {n.removesuffix(f"/{self.key}") for n in there}:
+            into[name].zero_()  # a parameter that never had a gradient where it was saved
+        self.source.read(there)

@@ -1,0 +1,1 @@
+"""Callbacks that protect a run from the machine, the scheduler and its peers."""

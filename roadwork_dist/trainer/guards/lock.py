@@ -1,0 +1,250 @@
+"""One run at a time in a run folder; a run that was killed does not keep the next one out.
+
+The lock is the file ``run.lock``, which says whose it is. Three things tell a living owner from a dead
+one, none of which compares clocks:
+
+1. ``flock``: the kernel drops it with the process, however it ends. Where it is held, the owner lives
+   (or a child of it that the kill has not reached yet: those are waited for).
+2. On the same machine: the owner's process number and start. That and the touches are all that there is
+   where files cannot be locked (Windows, some network file systems).
+3. On another machine, where the file system does not carry ``flock`` between machines: the owner
+   touches the file every few seconds, and the next start watches whether that goes on. The times it
+   sees are the file system's and are only compared with each other.
+"""
+
+import json
+import logging
+import os
+import threading
+import time
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from roadwork_dist.common.errors import RunLockedError
+from roadwork_dist.common.flock import Flock, give_back, is_at, take
+from roadwork_dist.trainer.engine.collectives import broadcast_object
+from roadwork_dist.trainer.events.callback import Callback, Run
+from roadwork_dist.trainer.events.state import StepResult
+from roadwork_dist.trainer.guards.preemption import INTERRUPTED
+from roadwork_dist.trainer.guards.process_identity import ProcessIdentity, is_alive, is_here, own_identity
+
+logger = logging.getLogger(__name__)
+
+LOCK = "run.lock"
+TOUCH_EVERY_S = 5.0
+"""The owner touches the lock that often."""
+SILENCE_S = 30.0
+"""An owner on another machine that has not touched the lock for so long is taken for dead."""
+_ORPHANS_S = 10.0
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Whose a lock is."""
+
+    process: ProcessIdentity
+    since: str  # UTC, for people
+
+    def __str__(self) -> str:
+        return f"process {self.process.pid} on host {self.process.host}, started {self.since}"
+
+
+class FolderLock:
+    """The lock of one folder.
+
+    Args:
+        folder: exists and can be written to.
+        touch_every: seconds between touches.
+        silence: seconds without a touch after which an owner on another machine is taken for dead.
+    """
+
+    def __init__(
+        self, folder: Path, *, touch_every: float = TOUCH_EVERY_S, silence: float = SILENCE_S
+    ) -> None:
+        self.path, self.touch_every, self.silence = folder / LOCK, touch_every, silence
+        self.owner = Owner(own_identity(), datetime.now(UTC).isoformat(timespec="seconds"))
+        self.lost_to: Owner | None = None
+        """Who has taken the lock over, because this process stood still for too long."""
+        self._handle: int | None = None
+        self._ended = threading.Event()
+        self._toucher: threading.Thread | None = None
+
+    def acquire(self) -> None:
+        """Take the lock; waits where it cannot be seen at once whether the owner lives.
+
+        Raises:
+            RunLockedError: another run uses the folder; names its host, process and start.
+        """
+        handle, is_exclusive = self._open()
+        try:
+            self._refuse_if_owned(handle)
+            _write(handle, self.owner)
+            if not is_exclusive:  # two may have written; the last one has it
+                time.sleep(1.0)
+                if (winner := _read(self.path)) != self.owner:
+                    self._refuse(winner)
+        except BaseException:
+            os.close(handle)
+            raise
+        self._handle, self.lost_to = handle, None
+        self._ended.clear()
+        self._toucher = threading.Thread(target=self._touch, args=(handle,), daemon=True, name="run lock")
+        self._toucher.start()
+
+    def release(self) -> None:
+        """Give the lock back. Nothing happens where it is not held."""
+        if self._handle is None:
+            return
+        self._ended.set()
+        if self._toucher is not None:
+            self._toucher.join(1.0)  # it must not touch a number that another file has by then
+        if _read(self.path) == self.owner:
+            self.path.unlink(missing_ok=True)  # while it is held: nobody can take it in between
+        give_back(self._handle)
+        self._handle = None
+
+    def _open(self) -> tuple[int, bool]:
+        """Open the file and hold its ``flock``; whether there is one."""
+        started = time.monotonic()
+        while True:
+            handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                held = take(handle)
+            except BaseException:
+                os.close(handle)
+                raise
+            if held is not Flock.OTHERS and is_at(handle, self.path):
+                return handle, held is Flock.HELD
+            owner = _read(self.path)
+            os.close(handle)
+            # A loader process that outlives its killed owner by a moment still holds the flock.
+            is_orphaned = owner is not None and is_here(owner.process) and not is_alive(owner.process)
+            if held is Flock.OTHERS and not (is_orphaned and time.monotonic() - started < _ORPHANS_S):
+                self._refuse(owner)
+            time.sleep(0.1)
+
+    def _refuse_if_owned(self, handle: int) -> None:
+        owner = _parse(os.pread(handle, 4096, 0))
+        if owner is None:  # nobody's
+            return
+        if is_here(owner.process):
+            if is_alive(owner.process):
+                self._refuse(owner)
+            logger.warning("the lock of %s was left by a run that is dead: %s", self.path.parent, owner)
+            return
+        logger.warning(
+            "%s was used by %s: watching for %.0f s whether it still is",
+            self.path.parent,
+            owner,
+            self.silence,
+        )
+        if self._is_touched():
+            self._refuse(owner)
+
+    def _is_touched(self) -> bool:
+        """Watch until the file is touched or replaced, or the time is over."""
+        first, started = _looks(self.path), time.monotonic()
+        while time.monotonic() - started < self.silence:
+            time.sleep(min(1.0, self.touch_every / 5))
+            if _looks(self.path) != first:
+                return True
+        return False
+
+    def _refuse(self, owner: Owner | None) -> None:
+        raise RunLockedError(
+            f"{self.path.parent} is in use by {owner or 'another run'}: wait for it, stop it, or choose "
+            "another output_dir"
+        )
+
+    def _touch(self, handle: int) -> None:
+        while not self._ended.wait(self.touch_every):
+            try:
+                if (owner := _read(self.path)) not in (None, self.owner):
+                    self.lost_to = owner
+                    return
+                os.utime(handle)  # the file system's own time, on NFS the server's
+            except OSError as error:  # released in this moment, or a file system that comes back
+                logger.debug("%s could not be touched: %s", self.path, error)
+
+
+def _looks(path: Path) -> tuple[int, int, bytes]:
+    """What a touch changes. Opened each time, because NFS asks its server then, and else after a minute."""
+    try:
+        with path.open("rb") as file:
+            state = os.fstat(file.fileno())
+            return state.st_ino, state.st_mtime_ns, file.read()
+    except OSError:
+        return 0, 0, b""
+
+
+def _write(handle: int, owner: Owner) -> None:
+    os.ftruncate(handle, 0)
+    os.pwrite(handle, json.dumps(asdict(owner)).encode(), 0)
+    os.fsync(handle)
+
+
+def _read(path: Path) -> Owner | None:
+    return _parse(_looks(path)[2])
+
+
+def _parse(content: bytes) -> Owner | None:
+    try:
+        fields = json.loads(content)
+        return Owner(ProcessIdentity(**fields["process"]), fields["since"])
+    except (ValueError, KeyError, TypeError):  # empty, or its owner died while writing it
+        return None
+
+
+class RunLock(Callback):
+    """Holds the run folder's lock while a run trains (rank 0, for all)."""
+
+    def __init__(self) -> None:
+        self.lock: FolderLock | None = None
+
+    def on_fit_start(self, run: Run) -> None:
+        """Take the lock, and remove what says that an earlier run was interrupted.
+
+        Raises:
+            RunLockedError: another run uses the folder; on every rank.
+        """
+        refused = None
+        if run.accelerator.is_main_process:
+            lock = FolderLock(run.run_dir)
+            try:
+                lock.acquire()
+                (run.run_dir / INTERRUPTED).unlink(missing_ok=True)
+                self.lock = lock
+            except RunLockedError as error:
+                refused = str(error)
+            except OSError as error:
+                refused = f"{lock.path} cannot be written ({error.strerror}): mend its permissions"
+        # All ranks get here, so all refuse together instead of waiting for one that is gone.
+        refused = broadcast_object(refused)
+        if refused is not None:
+            raise RunLockedError(refused)
+
+    def on_step_end(self, run: Run, result: StepResult) -> None:
+        """Leave the folder alone if it was taken over.
+
+        Raises:
+            RunLockedError: it was (rank 0 only; the others follow it as they do a dead one).
+        """
+        if self.lock is not None and self.lock.lost_to is not None:
+            raise RunLockedError(
+                f"{run.run_dir} was taken over by {self.lock.lost_to} while this run stood still for more "
+                f"than {self.lock.silence:.0f} s: it writes nothing more there"
+            )
+
+    def on_fit_end(self, run: Run) -> None:
+        """Give the lock back."""
+        self._release()
+
+    def on_exception(self, run: Run, error: BaseException) -> None:
+        """Give the lock back."""
+        self._release()
+
+    def _release(self) -> None:
+        if self.lock is not None:
+            self.lock.release()
+            self.lock = None

@@ -1,0 +1,29 @@
+"""A run whose launcher was killed saves before it leaves."""
+
+from contextlib import ExitStack
+
+from roadwork_dist.trainer.engine.launcher import asked_first
+from roadwork_dist.trainer.events.callback import Callback, Run
+
+
+class LauncherWatch(Callback):
+    """Asks the run to stop when its launcher is gone; see :mod:`~roadwork_dist.trainer.engine.launcher`."""
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+
+    def on_fit_start(self, run: Run) -> None:
+        """From here on it is asked."""
+
+        def ask() -> None:
+            run.interrupt_requested = True
+
+        self._stack.enter_context(asked_first(ask))
+
+    def on_fit_end(self, run: Run) -> None:
+        """What comes behind training saves nothing."""
+        self._stack.close()
+
+    def on_exception(self, run: Run, error: BaseException) -> None:
+        """What comes behind training saves nothing."""
+        self._stack.close()

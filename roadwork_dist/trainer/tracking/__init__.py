@@ -1,0 +1,1 @@
+"""Callbacks that write figures to disk, to the screen and to trackers."""

@@ -1,0 +1,60 @@
+"""The folder of a run: made, checked and described before anything is trained."""
+
+from pathlib import Path
+
+from roadwork_dist.common.errors import ConfigError
+from roadwork_dist.common.files import write_atomic
+from roadwork_dist.trainer.engine.collectives import broadcast_object
+from roadwork_dist.trainer.events.callback import Callback, Run
+from roadwork_dist.trainer.yaml import to_yaml
+
+
+def make_run_folder(path: Path) -> None:
+    """Make a folder and prove that files can be written to it.
+
+    Raises:
+        ConfigError: it cannot be made or written to.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / ".writable"
+        write_atomic(probe, b"")
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"output_dir {path} cannot be written to ({error.strerror or error}): "
+            "choose another with --output_dir, or mend its permissions"
+        ) from error
+
+
+class RunFolder(Callback):
+    """Makes the run folder before anything is written to it."""
+
+    def on_fit_start(self, run: Run) -> None:
+        """Make it.
+
+        Raises:
+            ConfigError: the folder cannot be written to; on every rank.
+        """
+        refused = None
+        if run.accelerator.is_main_process:
+            try:
+                make_run_folder(run.run_dir)
+            except ConfigError as error:
+                refused = str(error)
+        # All ranks get here, so all refuse together instead of waiting for one that is gone.
+        refused = broadcast_object(refused)
+        if refused is not None:
+            raise ConfigError(refused)
+
+
+class ResolvedConfig(Callback):
+    """Keeps the resolved configuration in the run folder.
+
+    A refused start leaves the folder as it was.
+    """
+
+    def on_train_start(self, run: Run) -> None:
+        """Write ``config.yaml``."""
+        if run.accelerator.is_main_process:
+            write_atomic(run.run_dir / "config.yaml", to_yaml(run.config).encode())

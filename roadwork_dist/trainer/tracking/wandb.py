@@ -1,0 +1,68 @@
+"""Weights & Biases: one run for all ranks, and the same one after a resume."""
+
+import hashlib
+from dataclasses import asdict
+from typing import Any
+
+from roadwork_dist.common.optional import require
+from roadwork_dist.trainer.config import WandbConfig
+from roadwork_dist.trainer.events.callback import Callback, Run
+from roadwork_dist.trainer.events.state import StepResult
+from roadwork_dist.trainer.tracking.figures import numbers, step_figures
+
+
+class WeightsAndBiases(Callback):
+    """Logs steps and validations to Weights & Biases (rank 0).
+
+    Raises:
+        MissingDependencyError: the package wandb is not installed.
+    """
+
+    def __init__(self, config: WandbConfig) -> None:
+        self.config = config
+        self._wandb = require("wandb", extra="wandb", purpose="tracking.wandb")
+        self._run: Any = None
+
+    def on_train_start(self, run: Run) -> None:
+        """Open the run; its id is a function of the run folder, so a resume finds it again."""
+        if run.accelerator.is_main_process:
+            identity = hashlib.sha256(str(run.run_dir.resolve()).encode()).hexdigest()[:16]
+            self._run = self._wandb.init(
+                project=self.config.project,
+                entity=self.config.entity,
+                mode=self.config.mode,
+                id=identity,
+                name=run.run_dir.name,
+                resume="allow" if self.config.mode == "online" else None,
+                dir=str(run.run_dir),
+                config=asdict(run.config),
+            )
+
+    def on_step_end(self, run: Run, result: StepResult) -> None:
+        """Figures ``train/…``."""
+        self._log(run, "train", step_figures(run, result))
+
+    def on_validation_end(self, run: Run, metrics: dict[str, float], improved: bool) -> None:
+        """Figures ``val/…``."""
+        self._log(run, "val", metrics)
+
+    def on_figures(self, run: Run, kind: str, figures: dict[str, Any]) -> None:
+        """Figures ``<kind>/…`` that are numbers."""
+        self._log(run, kind, numbers(figures))
+
+    def on_fit_end(self, run: Run) -> None:
+        """Close the run."""
+        self._finish(0)
+
+    def on_exception(self, run: Run, error: BaseException) -> None:
+        """Close the run as failed."""
+        self._finish(1)
+
+    def _log(self, run: Run, kind: str, figures: dict[str, Any]) -> None:
+        if self._run is not None:
+            self._run.log({f"{kind}/{name}": value for name, value in figures.items()}, step=run.state.step)
+
+    def _finish(self, exit_code: int) -> None:
+        if self._run is not None:
+            self._run.finish(exit_code=exit_code)
+            self._run = None

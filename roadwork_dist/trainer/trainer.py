@@ -1,0 +1,413 @@
+"""The training loop, for any model.
+
+fit → _train_epoch → OptimizerStep: three hops to ``optimizer.step()``. Everything that is not the
+loop itself (averaging, checkpoints, figures on disk and screen) observes it as a callback.
+"""
+
+import logging
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import cached_property
+from itertools import tee
+from pathlib import Path
+from typing import Any, Self
+
+from torch import Tensor, nn
+
+from roadwork_dist.common.errors import ConfigError, NonFiniteLossError
+from roadwork_dist.common.random import capture_rng, restore_rng, seed_everything
+from roadwork_dist.trainer.callbacks.averaging import EmaCallback
+from roadwork_dist.trainer.callbacks.spikes import SpikeGuard
+from roadwork_dist.trainer.config import TrainConfig
+from roadwork_dist.trainer.defaults import all_callbacks
+from roadwork_dist.trainer.engine.accelerator import build_accelerator
+from roadwork_dist.trainer.engine.base import Below, Engine, TensorSource, WholeTensors
+from roadwork_dist.trainer.engine.build import build_engine
+from roadwork_dist.trainer.engine.collectives import broadcast_tensors, sum_over_ranks
+from roadwork_dist.trainer.engine.conflicts import check_agreement
+from roadwork_dist.trainer.events.callback import Callback
+from roadwork_dist.trainer.events.state import StepResult, TrainState
+from roadwork_dist.trainer.feed.loader import MapDataset, check_map_style, ids_digest, load_batches, sample_id
+from roadwork_dist.trainer.feed.order import ShardOrder
+from roadwork_dist.trainer.feed.sampler import Sampler, evaluation_batches
+from roadwork_dist.trainer.guards.explain import explained
+from roadwork_dist.trainer.optim.optimizers import build_optimizer
+from roadwork_dist.trainer.optim.schedules import Schedule
+from roadwork_dist.trainer.passes import PassInterrupted, PassResult, interruptible, run_pass
+from roadwork_dist.trainer.row_plan import keep_row_plan, row_plan
+from roadwork_dist.trainer.step import LoadedBatch, OptimizerStep, hold_buffers, moving_buffers, moving_parts
+from roadwork_dist.trainer.task import ClassificationTask, Task, operations_of
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer:
+    """Trains a model on one process or many, under the engine that the launcher asks for.
+
+    Started again with the same arguments it goes on where it was, to the bit.
+
+    Args:
+        model: any module; parameters that require no gradient stay as they are.
+        config: recipe, run folder, what to write.
+        train_data: map-style data set. Its random draws are made pure functions of
+            (seed, epoch, rows); see :mod:`roadwork_dist.trainer.feed.loader`.
+        val_data: map-style data set that chooses the best weights; None = no validation.
+        task: loss and figures; None = classification of ``(inputs, labels)`` batches.
+        sample_weights: chance of each training row, for drawing with replacement.
+        shard_order: which shard each training row lies in, to keep each process to few of them at a time;
+            None = rows are shuffled over the whole data set.
+        collate: list of rows -> batch; None = torch's default.
+        callbacks: observers besides the default ones (average, figures, checkpoints).
+
+    Raises:
+        ConfigError: nothing to train, no data, or a monitored figure that the task does not give.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainConfig,
+        train_data: MapDataset,
+        val_data: MapDataset | None = None,
+        *,
+        task: Task | None = None,
+        sample_weights: Sequence[float] | None = None,
+        shard_order: ShardOrder | None = None,
+        collate: Callable[[list[Any]], Any] | None = None,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        self.model, self.config, self.task = model, config, task or ClassificationTask()
+        self.train_data, self.val_data, self.collate = train_data, val_data, collate
+        check_map_style(train_data, "train_data")
+        if val_data is not None:
+            check_map_style(val_data, "val_data")
+        self.run_dir = Path(config.output_dir)
+        self.state = TrainState()
+        self.interrupt_requested = False
+        self.is_leaving = False
+        self._is_off_record = False  # weights are neither the first ones nor those of a checkpoint
+        self.batches_read = 0
+        self.accelerator = build_accelerator(device=config.device)
+        check_agreement(config, self.accelerator)
+        self._engine: Engine | None = None
+        self.sampler = Sampler(
+            len(train_data),
+            config.batch_size,
+            config.accumulation,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+            seed=config.seed,
+            weights=sample_weights,
+            shard_order=shard_order,
+        )
+        self.optimizer = build_optimizer(model, config.optim)
+        self.schedule = Schedule(config.optim.lr, self.total_steps, config.schedule)
+        self.callbacks = all_callbacks(config, callbacks)
+        if val_data is not None and len(val_data) == 0:
+            raise ConfigError(
+                "the validation data set has 0 rows, expected at least 1: give it rows, or None to train "
+                "without validation"
+            )
+        figures = ("loss", *self.task.figures)
+        if val_data is not None and config.monitor.removeprefix("-") not in figures:
+            raise ConfigError(
+                f"monitor is {config.monitor!r}, but this task's figures are {', '.join(figures)} "
+                "(with a leading '-' where lower is better)"
+            )
+
+    @property
+    def engine(self) -> Engine:
+        """The model on its processes, made when it is first asked for; every rank has to ask."""
+        if self._engine is None:
+            self._emit("on_setup")  # while the model is whole, whoever asks first
+            self._engine = build_engine(self.accelerator, self.model, self.optimizer, self.config)
+        return self._engine
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of an epoch."""
+        return self.sampler.steps_per_epoch
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.config.epochs * self.steps_per_epoch
+
+    def fit(self) -> Self:
+        """Train to the end of the configured epochs, or until the monitored figure is stale.
+
+        The best weights lie in ``best/`` of the run folder (without a validation figure: the last
+        averaged ones), the last ones in ``model``.
+
+        Raises:
+            ConfigError: this Trainer has trained already, and an error came before its first checkpoint.
+            NonFiniteLossError: too many steps in a row had a loss that is not finite.
+            LossSpikeError: the loss rose far above what it was, and ``spike.action`` says to stop.
+            InterruptedRunError: some rank was asked to stop; its state is saved.
+            CheckpointError: training state cannot be written.
+            RunLockedError: another run uses the run folder.
+            LoaderWorkerError: a loader process was killed.
+            LostPeerError: another rank has ended.
+        """
+        # Ranks draw different dropout masks; what is shared (order, augmentation) has its own seeds.
+        seed_everything(self.config.seed + self.accelerator.process_index)
+        try:
+            step = OptimizerStep(self.engine, self.task)
+            self.model.train()  # the mode says which buffers a checkpoint brings
+            self._emit("on_fit_start")
+            self._check_weights()
+            self._emit("on_train_start")
+            while self.state.epoch < self.config.epochs and not self.state.should_stop:
+                self._train_epoch(step)
+                if self.val_data is not None:
+                    self._validate(self.val_data)
+                self.state.epoch += 1
+                self.state.step_in_epoch = 0
+                self.is_leaving = self._is_interrupted()
+                self._emit("on_epoch_end")
+            self._emit("on_fit_end")
+        except BaseException as error:
+            told = explained(error)
+            self._tell_exception(told)
+            if told is error:
+                raise
+            raise told from error
+        return self
+
+    def _check_weights(self) -> None:
+        """An earlier ``fit`` that ended with an error may have left its trace."""
+        if self._is_off_record:
+            raise ConfigError(
+                f"this Trainer stopped behind step {self.state.step}, before its first checkpoint, so there "
+                "is nothing exact to go on from: make a new model and a new Trainer; "
+                "checkpoint.every_steps saves more often"
+            )
+        if self._engine is not None:
+            self._engine.forget_gradients()  # of a step that was not finished
+
+    def _tell_exception(self, error: BaseException) -> None:
+        # Backwards: the guards, which came first, hold the run's lock until a background save has ended.
+        for callback in reversed(self.callbacks):
+            try:
+                callback.on_exception(self, error)
+            except Exception:  # must hide neither the first error nor it from the other observers
+                logger.warning("%s failed behind that error", type(callback).__name__, exc_info=True)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Run a block with the averaged weights in ``model``; with its own where no average is kept."""
+        for callback in self.callbacks:
+            if isinstance(callback, EmaCallback):
+                return callback.swapped_in()
+        return nullcontext()
+
+    def _train_epoch(self, step: OptimizerStep) -> None:
+        self.model.train()
+        state = self.state
+        ahead, steps = tee(self.sampler.steps(state.epoch, start=state.step_in_epoch))
+        indices = (micro.indices for micro_batches in ahead for micro in micro_batches)
+        batches = iter(self._load(self.train_data, indices, state.epoch))
+        for micro_batches in steps:
+            started = time.perf_counter()
+            loaded = [LoadedBatch(next(batches), m.indices, m.is_filler) for m in micro_batches]
+            waited = time.perf_counter() - started
+            self._is_off_record = True
+            result = step(
+                loaded, self.schedule.lr_at(state.step), lambda: self.interrupt_requested, self._is_spike
+            )
+            state.step += 1
+            state.step_in_epoch += 1
+            state.nonfinite_streak = state.nonfinite_streak + 1 if result.skipped and not result.spike else 0
+            seconds = time.perf_counter() - started
+            result = replace(
+                result,
+                seconds=seconds,
+                data_wait=waited / seconds,
+                operations=sum(operations_of(self.task, each.batch) for each in loaded if not each.is_filler),
+            )
+            self._emit("on_step_end", result)
+            self._stop_if_diverged(result)
+
+    def _validate(self, data: MapDataset) -> None:
+        # Each rank's rows have moved its own batch statistics; all validate with those that are saved.
+        broadcast_tensors(moving_buffers(self.model))
+        put_buffers_back, random = hold_buffers(moving_parts(self.model)), capture_rng()
+        self._emit("on_validation_start")
+        try:
+            outcome = self._evaluate(data, self._is_interrupted)
+        except PassInterrupted:  # on all ranks
+            # What is saved is the state behind the epoch's last step, and a model may draw in eval mode too.
+            self.model.train()
+            restore_rng(random)
+            put_buffers_back()
+            self._emit("on_validation_interrupted")
+            raise
+        figure = self._monitored(outcome.metrics)
+        if math.isnan(figure):
+            logger.warning(
+                "%s of the validation at step %d is not a number, so it cannot choose the best weights",
+                self.config.monitor,
+                self.state.step,
+            )
+        improved = self.state.observe(figure)
+        for callback in reversed(self.callbacks):
+            callback.on_validation_end(self, outcome.metrics, improved)
+        self.state.should_stop |= self._is_stale()  # an observer may have said so before
+        self.model.train()
+
+    def evaluate(self, data: MapDataset) -> PassResult:
+        """Loss, figures and per-row tensors of a data set by the weights as they are, in eval mode.
+
+        A collective: every rank takes a share of the rows and gets all results.
+        """
+        return self._evaluate(data)
+
+    def _evaluate(self, data: MapDataset, asked: Callable[[], bool] | None = None) -> PassResult:
+        lockstep = self.engine.lockstep  # a first use of the engine looks at the model in train mode
+        self.model.eval()
+        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        shares = [evaluation_batches(len(data), self.config.batch_size, each, ranks) for each in range(ranks)]
+        batches, counted, rounds = shares[rank], len(shares[rank]), max(map(len, shares))
+        if lockstep:  # a rank with fewer batches runs fillers, which count for nothing
+            batches = batches + [[0]] * (rounds - counted)
+        loaded = self._load(data, batches)
+        if asked is not None:
+            loaded = interruptible(loaded, rounds, asked)
+        return run_pass(self.engine.evaluate, self.task, loaded, self.accelerator.device, counted=counted)
+
+    def use_micro_batches(self, batch_size: int) -> None:
+        """Deal the rows of every step out in micro-batches of this size; before the engine is made.
+
+        Raises:
+            ValueError: it does not divide this rank's rows of a step.
+        """
+        accumulation, rest = divmod(self.config.batch_size * self.config.accumulation, batch_size)
+        if rest:
+            raise ValueError(f"micro-batches of {batch_size} rows do not divide a step's rows")
+        self.config = replace(self.config, batch_size=batch_size, accumulation=accumulation)
+        self.sampler = replace(self.sampler, batch_size=batch_size, accumulation=accumulation)
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Take over whole tensors by name: all trained parameters, and buffers that are among them.
+
+        A collective: every rank gives the same tensors.
+
+        Raises:
+            CheckpointError: a trained parameter is missing or has another shape.
+        """
+        source = WholeTensors(weights)
+        self.engine.fill(self.engine.weights(), source, "")
+        self.engine.weights_changed()
+        source.read({name: b for name, b in self.model.named_buffers() if name in weights})
+
+    def _is_interrupted(self) -> bool:
+        """Whether some rank was asked to stop; a collective."""
+        return sum_over_ranks([float(self.interrupt_requested)], self.accelerator.device)[0] > 0
+
+    def _is_stale(self) -> bool:
+        return 0 < self.config.patience <= self.state.stale_validations
+
+    def _load(self, data: MapDataset, batches: Iterable[list[int]], epoch: int = 0) -> Iterator[Any]:
+        loaded = load_batches(
+            data,
+            batches,
+            seed=self.config.seed,
+            epoch=epoch,
+            workers=self.config.workers,
+            collate=self.collate,
+            pin_memory=self.accelerator.device.type == "cuda",
+        )
+        for batch in loaded:
+            self.batches_read += 1
+            yield batch
+
+    def _monitored(self, metrics: dict[str, float]) -> float:
+        name = self.config.monitor
+        return -metrics[name[1:]] if name.startswith("-") else metrics[name]
+
+    def _is_spike(self, loss: float) -> bool:
+        return any(c.is_spike(loss) for c in self.callbacks if isinstance(c, SpikeGuard))
+
+    def _stop_if_diverged(self, result: StepResult) -> None:
+        if not result.skipped or result.spike:
+            return
+        ids = ", ".join(self.sample_ids(result.bad_rows[:8]))
+        logger.warning(
+            "step %d skipped on all ranks: loss %s, gradient norm %s%s",
+            self.state.step,
+            result.loss,
+            result.grad_norm,
+            f", samples {ids}" if ids else "",
+        )
+        if self.state.nonfinite_streak >= self.config.max_nonfinite_steps:
+            raise NonFiniteLossError(
+                f"the loss or its gradient was not finite in {self.state.nonfinite_streak} steps in a row "
+                f"(up to step {self.state.step}; last samples: {ids or 'unknown'}): lower optim.lr, check "
+                "those samples, or raise max_nonfinite_steps; the last good checkpoint is untouched"
+            )
+
+    def _emit(self, event: str, *arguments: Any) -> None:
+        for callback in self.callbacks:
+            getattr(callback, event)(self, *arguments)
+
+    def tell(self, kind: str, figures: dict[str, Any]) -> None:
+        """Hand figures to every observer."""
+        self._emit("on_figures", kind, figures)
+
+    def rewind(self) -> None:
+        """Put weights, moments and averages back to the last checkpoint; all ranks call it together."""
+        self._emit("on_rewind")
+
+    def sample_ids(self, rows: Sequence[int]) -> list[str]:
+        """Ids of rows of the training data: its ``sample_id(row)`` where it has one, else the row."""
+        return [sample_id(self.train_data, row) for row in rows]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Loop state, what the order of rows depends on, and every callback's state; JSON-able."""
+        return {
+            "state": self.state.state_dict(),
+            "rows": row_plan(self.sampler, self._ids_digest),
+            "callbacks": {name: c.state_dict() for name, c in self._named_callbacks()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take a :meth:`state_dict` over.
+
+        Raises:
+            CheckpointError: the order of rows was another one, so its place in the epoch means nothing.
+        """
+        self.sampler = keep_row_plan(self.sampler, self._ids_digest, state["rows"], self.run_dir)
+        self.schedule = Schedule(self.config.optim.lr, self.total_steps, self.config.schedule)
+        self.state.load_state_dict(state["state"])
+        self._is_off_record = False
+        self.state.should_stop = self._is_stale()  # the patience may be another one now
+        for name, callback in self._named_callbacks():
+            callback.load_state_dict(state["callbacks"].get(name, {}))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Tensors of every callback, by ``callback/name``."""
+        return {
+            f"{owner}/{name}": tensor
+            for owner, callback in self._named_callbacks()
+            for name, tensor in callback.tensors().items()
+        }
+
+    def load_tensors(self, source: TensorSource) -> None:
+        """Take :meth:`tensors` over."""
+        for owner, callback in self._named_callbacks():
+            callback.load_tensors(Below(f"{owner}/", source))
+
+    def _named_callbacks(self) -> Iterator[tuple[str, Callback]]:
+        """Observers by class, the second of a class as ``Class#2``."""
+        seen: Counter[str] = Counter()
+        for callback in self.callbacks:
+            name = type(callback).__name__
+            seen[name] += 1
+            yield (name if seen[name] == 1 else f"{name}#{seen[name]}"), callback
+
+    @cached_property
+    def _ids_digest(self) -> str:
+        return ids_digest(self.train_data)

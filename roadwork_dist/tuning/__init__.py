@@ -1,1 +1,0 @@
-"""Floor 5: settings that are found by trying."""
