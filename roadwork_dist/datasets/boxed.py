@@ -1,6 +1,5 @@
 """Rows that know where their views lie on the photo."""
 
-from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -10,9 +9,10 @@ from roadwork_dist.datasets.dataset import RoadworkDataset, Row
 from roadwork_dist.photos.images import photo_size
 from roadwork_dist.photos.photo import PhotoViews
 from roadwork_dist.photos.views import photo_boxes
+from roadwork_dist.trainer.feed.dataset import WrappedDataset
 
 
-class BoxedRows:
+class BoxedRows(WrappedDataset[Row]):
     """The rows of a data set with ``boxes``, by which crops are selected.
 
     Args:
@@ -20,13 +20,11 @@ class BoxedRows:
         views: how a photo becomes views.
     """
 
-    pure = True
+    dataset: RoadworkDataset
 
     def __init__(self, dataset: RoadworkDataset, views: PhotoViews) -> None:
-        self.dataset, self.views = dataset, views
-
-    def __len__(self) -> int:
-        return len(self.dataset)
+        super().__init__(dataset)
+        self.views = views
 
     def __getitem__(self, index: int) -> Row:
         """One row.
@@ -37,10 +35,6 @@ class BoxedRows:
         row = self.dataset[index]
         height, width = photo_size(self.dataset.manifest[index].image, max_pixels=self.views.max_pixels)
         return {**row, "boxes": view_boxes(self.views, width, height)}
-
-    def read_ahead(self, batches: Iterable[list[int]]) -> Iterable[list[int]]:
-        """As of the data set."""
-        return self.dataset.read_ahead(batches)
 
 
 def view_boxes(views: PhotoViews, width: int, height: int) -> Tensor:

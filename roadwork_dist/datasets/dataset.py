@@ -23,6 +23,7 @@ from roadwork_dist.photos.augment.batched import stack_draws
 from roadwork_dist.photos.manifest import Manifest, Sample
 from roadwork_dist.photos.photo import PhotoViews
 from roadwork_dist.storage.remote.read_ahead import read_ahead_of
+from roadwork_dist.trainer.feed.loader import pure
 
 Row = dict[str, Any]
 
@@ -216,6 +217,7 @@ def _pad_views(values: Tensor, count: int) -> Tensor:
     return torch.cat([values, values.new_zeros((count - len(values), *values.shape[1:]))])
 
 
+@pure
 def collate(rows: Sequence[Row]) -> Batch:
     """Stack rows; photos with fewer views are padded with zeros, marked in ``view_mask``.
 

@@ -9,8 +9,8 @@ V views · S side of a view in px · D width of the backbone · M mask classes
 """
 
 import math
-from collections.abc import Iterable, Sequence, Sized
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from roadwork_dist.common.random import generator_for
 from roadwork_dist.config.batch import MASK_SIDE, UNLABELLED
 from roadwork_dist.config.experiment import AugmentConfig
 from roadwork_dist.photos.augment.operations import blend
+from roadwork_dist.trainer.feed.dataset import MapDataset, WrappedDataset
 
 AUTO_ALPHA = {"mixup": 0.2, "cutmix": 1.0}
 """Parameter of the Beta distribution in the ImageNet settings of the two papers."""
@@ -28,19 +29,7 @@ AUTO_ALPHA = {"mixup": 0.2, "cutmix": 1.0}
 Row = dict[str, Any]
 
 
-class PhotoRows(Sized, Protocol):
-    """Rows of photos, each a pure function of (epoch, row), as of ``RoadworkDataset``."""
-
-    def __getitem__(self, index: int, /) -> Row: ...
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose augmentation draws are used."""
-
-    def sample_id(self, row: int, /) -> str:
-        """Id of a row."""
-
-
-class MixedRows:
+class MixedRows(WrappedDataset[Row]):
     """Training rows of which some are mixed with another one.
 
     Every row is a pure function of (seed, epoch, sample id), as are those it is made of. Each has two
@@ -49,7 +38,8 @@ class MixedRows:
     is the row itself, cannot be read or has another number of views, and by chance (``mix_share``).
 
     Args:
-        rows: the rows to train on, and the partners; nothing else is read.
+        rows: the rows to train on, and the partners; nothing else is read. Only the rows themselves are
+            prefetched.
         labels: label of each row: 0, 1 or UNLABELLED.
         config: which way of mixing (not ``off``), how often and how strongly.
         seed: seed of the run.
@@ -59,11 +49,9 @@ class MixedRows:
         ValueError: ``labels`` or ``weights`` have another length than ``rows``.
     """
 
-    pure = True
-
     def __init__(
         self,
-        rows: PhotoRows,
+        rows: MapDataset,
         labels: Sequence[int],
         config: AugmentConfig,
         *,
@@ -74,7 +62,8 @@ class MixedRows:
         if not len(rows) == len(labels) == len(chances):
             raise ValueError(f"{len(labels)} labels and {len(chances)} weights for {len(rows)} rows")
         chances = np.where(np.asarray(labels) == UNLABELLED, 0.0, chances)
-        self.rows, self.config, self.seed, self.epoch = rows, config, seed, 0
+        super().__init__(rows)
+        self.config, self.seed, self.epoch = config, seed, 0
         self.alpha = AUTO_ALPHA[config.mix] if config.mix_alpha == "auto" else config.mix_alpha
         self._partners = np.flatnonzero(chances)
         self._cumulative = np.cumsum(chances[self._partners])
@@ -82,19 +71,7 @@ class MixedRows:
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose draws are used."""
         self.epoch = epoch
-        self.rows.set_epoch(epoch)
-
-    def sample_id(self, row: int) -> str:
-        """Id of a row."""
-        return self.rows.sample_id(row)
-
-    def read_ahead(self, batches: Iterable[list[int]]) -> Iterable[list[int]]:
-        """Pass batches of rows on; the rows themselves are fetched ahead, their partners are not."""
-        ahead = getattr(self.rows, "read_ahead", None)
-        return batches if ahead is None else ahead(batches)
-
-    def __len__(self) -> int:
-        return len(self.rows)
+        super().set_epoch(epoch)
 
     def __getitem__(self, index: int) -> Row:
         """One row, mixed or not.
@@ -102,7 +79,7 @@ class MixedRows:
         Raises:
             DataError: the photo itself or its features cannot be read; the message names it.
         """
-        row = self.rows[index]
+        row = self.dataset[index]
         label = row["label"]
         row = {**row, "soft_label": torch.tensor(float(label == 1)), "views_of_two": False}
         rng = generator_for("mix", self.config.mix, self.seed, self.epoch, row["id"])
@@ -127,7 +104,7 @@ class MixedRows:
         if chosen == index:
             return None
         try:
-            partner = self.rows[chosen]
+            partner = self.dataset[chosen]
         except DataError:  # who needs that row for itself tells; here it is one mixed photo less
             return None
         # Partners are drawn from labelled rows: this one is the blank of a photo that cannot be read.

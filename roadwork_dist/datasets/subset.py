@@ -2,12 +2,11 @@
 
 from collections.abc import Sequence
 
-from torch.utils.data import Dataset
-
 from roadwork_dist.datasets.dataset import RoadworkDataset, Row
+from roadwork_dist.trainer.feed.dataset import WrappedDataset
 
 
-class RowsOf(Dataset[Row]):
+class RowsOf(WrappedDataset[Row]):
     """Some rows of a data set; each keeps its ``index`` in the whole one.
 
     Args:
@@ -15,29 +14,13 @@ class RowsOf(Dataset[Row]):
         rows: numbers of its rows.
     """
 
-    pure = True
-
     def __init__(self, dataset: RoadworkDataset, rows: Sequence[int]) -> None:
-        self.dataset, self.rows = dataset, rows
+        super().__init__(dataset)
+        self.rows = rows
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose augmentation draws are used."""
-        self.dataset.set_epoch(epoch)
-
-    def sample_id(self, row: int) -> str:
-        """Id of a row."""
-        return self.dataset.manifest[self.rows[row]].id
-
-    @property
-    def in_memory(self) -> bool:
-        """Whether the whole data set is."""
-        return self.dataset.in_memory
-
-    def __getitems__(self, indices: list[int]) -> Sequence[Row]:
-        return self.dataset.__getitems__([self.rows[index] for index in indices])
+    def inner_row(self, row: int) -> int:
+        """Number of the row in the whole data set."""
+        return self.rows[row]
 
     def __len__(self) -> int:
         return len(self.rows)
-
-    def __getitem__(self, row: int) -> Row:
-        return self.dataset[self.rows[row]]

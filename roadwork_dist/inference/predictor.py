@@ -29,7 +29,8 @@ from roadwork_dist.photos.manifest import Manifest, Sample
 from roadwork_dist.photos.photo import PhotoViews
 from roadwork_dist.photos.views import geometry_for
 from roadwork_dist.trainer.engine.precision import in_precision
-from roadwork_dist.trainer.feed.loader import load_batches
+from roadwork_dist.trainer.feed.dataset import WrappedDataset
+from roadwork_dist.trainer.feed.loader import load_batches, pure
 from roadwork_dist.trainer.feed.sampler import evaluation_batches
 
 logger = logging.getLogger(__name__)
@@ -197,7 +198,7 @@ class Predictor:
     ) -> Iterator[Prediction]:
         rows = dataset if self.selection is None else BoxedRows(dataset, self.views)
         batches = load_batches(
-            _Tolerant(rows, dataset.manifest),
+            _Tolerant(rows),
             evaluation_batches(len(dataset), batch_size),
             workers=workers,
             collate=_collate_readable,
@@ -341,24 +342,17 @@ def _warn(photo: Unreadable) -> None:
     logger.warning("left out: %s", photo.reason)
 
 
-class _Tolerant:
+class _Tolerant(WrappedDataset[Row | Unreadable]):
     """Rows of a data set, with what is wrong in place of those that cannot be read."""
-
-    pure = True
-
-    def __init__(self, dataset: RoadworkDataset | BoxedRows, manifest: Manifest) -> None:
-        self.dataset, self.manifest = dataset, manifest
-
-    def __len__(self) -> int:
-        return len(self.dataset)
 
     def __getitem__(self, index: int) -> Row | Unreadable:
         try:
-            return self.dataset[index]
+            return super().__getitem__(index)
         except DataError as error:
-            return Unreadable(self.manifest[index].id, str(error))
+            return Unreadable(self.sample_id(index), str(error))
 
 
+@pure
 def _collate_readable(rows: list[Row | Unreadable]) -> tuple[Batch | None, list[Unreadable]]:
     readable = [row for row in rows if isinstance(row, Mapping)]
     return collate(readable) if readable else None, [row for row in rows if isinstance(row, Unreadable)]

@@ -12,7 +12,7 @@ from torch import Tensor
 from roadwork_dist.common.errors import RoadworkError
 from roadwork_dist.config.experiment import ExperimentConfig
 from roadwork_dist.datasets.dataset import RoadworkDataset
-from roadwork_dist.datasets.mix import MixedRows, PhotoRows
+from roadwork_dist.datasets.mix import MixedRows
 from roadwork_dist.datasets.streamed import StreamedDataset
 from roadwork_dist.detector.backbone import Backbone
 from roadwork_dist.features.content_hashes import content_hashes
@@ -30,6 +30,7 @@ from roadwork_dist.sources import load_manifest
 from roadwork_dist.sources.splits import groups_of, stratified_group_split
 from roadwork_dist.storage.remote.image import are_on_server
 from roadwork_dist.trainer.engine.collectives import gather_results
+from roadwork_dist.trainer.feed.dataset import MapDataset
 
 logger = logging.getLogger(__name__)
 
@@ -81,11 +82,11 @@ def photo_views(config: ExperimentConfig, backbone: Backbone, *, augment: bool) 
 
 
 def training_rows(
-    rows: PhotoRows,
+    rows: MapDataset,
     labels: Sequence[int],
     config: ExperimentConfig,
     weights: Sequence[float] | None = None,
-) -> PhotoRows:
+) -> MapDataset:
     """What a Trainer learns from: the rows themselves, or mixed with each other where configured.
 
     Args:

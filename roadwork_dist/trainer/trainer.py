@@ -31,7 +31,8 @@ from roadwork_dist.trainer.engine.collectives import broadcast_tensors, sum_over
 from roadwork_dist.trainer.engine.conflicts import check_agreement
 from roadwork_dist.trainer.events.callback import Callback
 from roadwork_dist.trainer.events.state import StepResult, TrainState
-from roadwork_dist.trainer.feed.loader import MapDataset, check_map_style, ids_digest, load_batches, sample_id
+from roadwork_dist.trainer.feed.dataset import MapDataset, check_map_style, ids_digest, sample_id
+from roadwork_dist.trainer.feed.loader import load_batches
 from roadwork_dist.trainer.feed.order import ShardOrder
 from roadwork_dist.trainer.feed.sampler import Sampler, evaluation_batches
 from roadwork_dist.trainer.guards.explain import explained

@@ -82,15 +82,15 @@ def mixed(
 
 def is_mixed(rows: MixedRows, index: int) -> bool:
     kind = "views" if "views" in rows[index] else "features"
-    return not torch.equal(rows[index][kind], rows.rows[index][kind])
+    return not torch.equal(rows[index][kind], rows.dataset[index][kind])
 
 
 def partner_of(rows: MixedRows, index: int) -> int | None:
     """Whose views stand in a row that exchanged views (CutMix of features), as far as they do."""
-    row, own = rows[index], rows.rows[index]["features"]
+    row, own = rows[index], rows.dataset[index]["features"]
     changed = [view for view in range(len(own)) if not torch.equal(row["features"][view], own[view])]
     for other in range(len(rows)) if changed else ():
-        if torch.equal(rows.rows[other]["features"][changed[0]], row["features"][changed[0]]):
+        if torch.equal(rows.dataset[other]["features"][changed[0]], row["features"][changed[0]]):
             return other
     return None
 

@@ -120,6 +120,6 @@ def test_a_fold_mixes_none_of_the_photos_it_holds_out(data: SyntheticSet, tmp_pa
     for fold in range(2):
         rows = crossval.fold_trainer(whole, fold).train_data
         assert isinstance(rows, MixedRows)
-        read = [rows.rows[k]["index"] for k in range(len(rows))]
+        read = [rows.dataset[k]["index"] for k in range(len(rows))]
         assert (whole.fold_of_row[read] != fold).all()
         assert sorted(read) == (whole.fold_of_row != fold).nonzero()[0].tolist()

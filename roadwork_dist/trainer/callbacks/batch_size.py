@@ -23,7 +23,8 @@ from roadwork_dist.trainer.config import TrainConfig
 from roadwork_dist.trainer.engine.collectives import broadcast_object, sum_over_ranks
 from roadwork_dist.trainer.engine.precision import in_precision
 from roadwork_dist.trainer.events.callback import Callback, Run
-from roadwork_dist.trainer.feed.loader import MapDataset, load_batches
+from roadwork_dist.trainer.feed.dataset import MapDataset
+from roadwork_dist.trainer.feed.loader import load_batches
 
 logger = logging.getLogger(__name__)
 

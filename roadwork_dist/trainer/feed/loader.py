@@ -2,39 +2,34 @@
 
 A data set that draws from Python's, numpy's or torch's global generator (a random crop, say) would
 give other draws after a resume, or with another number of workers. Here those generators are
-seeded for each batch from (seed, epoch, rows), collating included, and put back behind it. A data
-set whose rows are pure functions of (epoch, row) says so with an attribute ``pure = True``, which
-saves the time where torch's own collate function is used.
+seeded for each batch from (seed, epoch, rows), collating included, and put back after it. A data
+set whose rows are pure functions of (epoch, row) says so with an attribute ``pure = True``, and so does a
+collate function (:func:`pure`), which saves that time.
 """
 
-import hashlib
-from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sized
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
-from torch.utils.data import (
-    ConcatDataset,
-    DataLoader,
-    IterableDataset,
-    Subset,
-    TensorDataset,
-    default_collate,
-)
+from torch.utils.data import DataLoader, default_collate
 
-from roadwork_dist.common.errors import ConfigError
 from roadwork_dist.common.random import derive_seed, isolated_rng, torch_generator_for
+from roadwork_dist.trainer.feed.dataset import (
+    MapDataset,
+    is_in_memory,
+    is_pure,
+    read_ahead,
+    read_rows,
+    set_epoch,
+)
 from roadwork_dist.trainer.feed.worker import shield_worker
 
+F = TypeVar("F", bound=Callable[..., Any])
 
-class MapDataset(Sized, Protocol):
-    """Anything with a length that gives a row for an index.
 
-    A method ``set_epoch(epoch: int)`` is called before each epoch where there is one, also through
-    torch's ``Subset`` and ``ConcatDataset``. A method ``read_ahead(batches)`` gets the row numbers of all
-    batches to come and gives them back one by one: it may fetch what they need meanwhile.
-    """
-
-    def __getitem__(self, index: int, /) -> Any: ...
+def pure(collate: F) -> F:
+    """Mark a collate function that draws no random numbers."""
+    collate.pure = True  # type: ignore[attr-defined]
+    return collate
 
 
 class _SeededBatches:
@@ -43,91 +38,24 @@ class _SeededBatches:
     def __init__(
         self, dataset: MapDataset, collate: Callable[[list[Any]], Any] | None, seed: int, epoch: int
     ) -> None:
-        self.dataset, self.collate = dataset, collate or default_collate
+        self.dataset = dataset
+        self.collate: Callable[[Any], Any] = collate or default_collate
         self.seed, self.epoch = seed, epoch
         # A collate function may draw too (MixUp); torch's own does not.
-        has_pure_rows = isinstance(dataset, TensorDataset) or getattr(dataset, "pure", False)
-        self.is_pure = has_pure_rows and collate is None
+        self.is_pure = is_pure(dataset) and (collate is None or getattr(collate, "pure", False))
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitems__(self, indices: list[int]) -> Any:
+    def __getitems__(self, rows: list[int]) -> Any:
         if self.is_pure:
-            return self.collate(self._read(indices))
-        with isolated_rng(derive_seed(self.seed, "rows", self.epoch, *indices)):
-            return self.collate(self._read(indices))
-
-    def _read(self, indices: list[int]) -> list[Any]:
-        read_many = getattr(self.dataset, "__getitems__", None)
-        return read_many(indices) if read_many else [self.dataset[index] for index in indices]
+            return self.collate(read_rows(self.dataset, rows))
+        with isolated_rng(derive_seed(self.seed, "rows", self.epoch, *rows)):
+            return self.collate(read_rows(self.dataset, rows))
 
 
 def _as_it_is(batch: Any) -> Any:
     return batch
-
-
-def _tell_epoch(dataset: Any, epoch: int) -> None:
-    """Also inside torch's ``Subset`` (which ``random_split`` gives) and ``ConcatDataset``."""
-    if hasattr(dataset, "set_epoch"):
-        dataset.set_epoch(epoch)
-    elif isinstance(dataset, Subset):
-        _tell_epoch(dataset.dataset, epoch)
-    elif isinstance(dataset, ConcatDataset):
-        for part in dataset.datasets:
-            _tell_epoch(part, epoch)
-
-
-def sample_id(dataset: MapDataset, row: int) -> str:
-    """Id of a row: the ``sample_id(row)`` of the data set or of the one it is a part of; else the row."""
-    inner: Any = dataset
-    number = row
-    while not hasattr(inner, "sample_id"):
-        if isinstance(inner, Subset):
-            inner, number = inner.dataset, inner.indices[number]
-        elif isinstance(inner, ConcatDataset):
-            part = bisect_right(inner.cumulative_sizes, number)
-            number -= inner.cumulative_sizes[part - 1] if part else 0
-            inner = inner.datasets[part]
-        else:
-            return str(row)
-    return str(inner.sample_id(number))
-
-
-def _has_ids(dataset: Any) -> bool:
-    if hasattr(dataset, "sample_id"):
-        return True
-    if isinstance(dataset, ConcatDataset):
-        return all(map(_has_ids, dataset.datasets))
-    return isinstance(dataset, Subset) and _has_ids(dataset.dataset)
-
-
-def ids_digest(dataset: MapDataset) -> str:
-    """Which rows a data set has, in which order: a hash of their ids; ``none`` where it tells no ids."""
-    if not _has_ids(dataset):
-        return "none"
-    own: Callable[[int], Any] | None = getattr(dataset, "sample_id", None)
-    ids = map(own, range(len(dataset))) if own else (sample_id(dataset, row) for row in range(len(dataset)))
-    # Surrogates stand for bytes of file names that are not UTF-8.
-    text = "\n".join(map(str, ids)).encode(errors="surrogatepass")
-    return hashlib.sha256(text).hexdigest()[:12]
-
-
-def check_map_style(dataset: object, name: str) -> None:
-    """Refuse what has no length or gives no row for a number.
-
-    Raises:
-        ConfigError: it is an iterable data set, a loader, an iterator, …
-    """
-    is_map = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
-    if isinstance(dataset, IterableDataset) or not is_map:
-        raise ConfigError(
-            f"{name} is of type {type(dataset).__name__}, expected a map-style data set with __len__ and "
-            "__getitem__(row): only such rows can be dealt to processes once each and gone on with in the "
-            "middle of an epoch; give the data set itself, not a loader, a list for a stream that fits into "
-            "memory, and a large stream as shards or Parquet on its server: their rows are found by number "
-            "(load_manifest of its URL, or of hf:owner/name:split?streaming)"
-        )
 
 
 def load_batches(
@@ -155,10 +83,10 @@ def load_batches(
     Returns:
         An iterable, to be gone through once, with as many batches as were asked for.
     """
-    _tell_epoch(dataset, epoch)
-    batches = getattr(dataset, "read_ahead", _as_it_is)(batches)
+    set_epoch(dataset, epoch)
+    batches = read_ahead(dataset, batches)
     # Rows in the memory of this process or of its GPU: no other process is nearer to them.
-    in_memory = getattr(dataset, "in_memory", False)
+    in_memory = is_in_memory(dataset)
     return DataLoader(
         _SeededBatches(dataset, collate, seed, epoch),  # type: ignore[arg-type]
         batch_sampler=batches,  # read once, in order
