@@ -7,11 +7,11 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from accelerate.utils import send_to_device
 
 from roadwork_dist.common.errors import CheckpointError, ConfigError, DataError
 from roadwork_dist.config.batch import Batch, ModelOutput
@@ -28,10 +28,10 @@ from roadwork_dist.photos.images import MAX_PIXELS, FileImage
 from roadwork_dist.photos.manifest import Manifest, Sample
 from roadwork_dist.photos.photo import PhotoViews
 from roadwork_dist.photos.views import geometry_for
+from roadwork_dist.trainer.answers import answer_rows
 from roadwork_dist.trainer.engine.precision import in_precision
 from roadwork_dist.trainer.feed.dataset import WrappedDataset
 from roadwork_dist.trainer.feed.loader import load_batches, pure
-from roadwork_dist.trainer.feed.sampler import evaluation_batches
 
 logger = logging.getLogger(__name__)
 
@@ -197,20 +197,20 @@ class Predictor:
         self, dataset: RoadworkDataset, batch_size: int, workers: int, on_error: OnError
     ) -> Iterator[Prediction]:
         rows = dataset if self.selection is None else BoxedRows(dataset, self.views)
-        batches = load_batches(
+        forward, pinned = self.forward, self.device.type == "cuda"
+        answers = answer_rows(
+            lambda read: None if read[0] is None else forward(read[0]),
             _Tolerant(rows),
-            evaluation_batches(len(dataset), batch_size),
-            workers=workers,
-            collate=_collate_readable,
-            pin_memory=self.device.type == "cuda",
+            batch_size=batch_size,
+            device=self.device,
+            load=partial(load_batches, workers=workers, collate=_collate_readable, pin_memory=pinned),
         )
-        for batch, unreadable in batches:
+        for answer in answers:
+            batch, unreadable = answer.batch
             for photo in unreadable:
                 on_error(photo)
             if batch is not None:
-                with torch.no_grad():
-                    output = self.forward(send_to_device(batch, self.device, non_blocking=True))
-                yield from self._predictions(batch, output)
+                yield from self._predictions(batch, answer.output)
 
     def _predictions(self, batch: Batch, output: ModelOutput) -> list[Prediction]:
         logits = output.logits.cpu()  # [B, K]

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,9 @@ from roadwork_dist.recipes.pretrain import (
 )
 from roadwork_dist.sources import is_synthetic as is_synthetic_source
 from roadwork_dist.sources import load_manifest
+from roadwork_dist.trainer.answers import answer_rows, summarize
 from roadwork_dist.trainer.engine.accelerator import build_accelerator
 from roadwork_dist.trainer.feed.loader import load_batches
-from roadwork_dist.trainer.feed.sampler import evaluation_batches
-from roadwork_dist.trainer.passes import run_pass
 
 
 @dataclass(frozen=True)
@@ -172,12 +172,12 @@ def _predict(
     for split, manifest in splits.items():
         dataset = builder.build(manifest, augment=False)
         rows_of = dataset if predictor.selection is None else BoxedRows(dataset, predictor.views)
-        batches = load_batches(
+        answers = answer_rows(
+            lambda batch: task(predictor.forward, batch),
             rows_of,
-            evaluation_batches(len(dataset), config.batch_size),
-            workers=config.workers,
-            collate=collate,
+            batch_size=config.batch_size,
+            device=predictor.device,
+            load=partial(load_batches, workers=config.workers, collate=collate),
         )
-        answers = run_pass(predictor.forward, task, batches, predictor.device).rows
-        rows += prediction_rows(dataset.manifest, answers, split)
+        rows += prediction_rows(dataset.manifest, summarize(task, answers, predictor.device).rows, split)
     return rows

@@ -4,6 +4,8 @@ from pathlib import Path
 
 from roadwork_dist.common.errors import ConfigError
 from roadwork_dist.config.experiment import ExperimentConfig
+from roadwork_dist.detector.fusions import FUSIONS, fusion_name
+from roadwork_dist.detector.losses.composite import check_part_names
 from roadwork_dist.detector.task import RoadworkTask
 from roadwork_dist.photos.nvjpeg import check_nvjpeg
 from roadwork_dist.trainer.checkpoint.checkpoint_store import CheckpointStore
@@ -15,10 +17,13 @@ def check_recipe(config: ExperimentConfig) -> None:
     """Refuse a run that could not start; reads names of files only.
 
     Raises:
-        ConfigError: no optimizer, schedule or validation figure has the configured name, no GPU can
-            decode photos though one is to, or ``resume`` is ``never`` and the run folder holds checkpoints.
+        ConfigError: no optimizer, schedule, fusion, part of the loss or validation figure has the
+            configured name, no GPU can decode photos though one is to, or ``resume`` is ``never`` and the
+            run folder holds checkpoints.
     """
     _ = OPTIMIZERS[config.optim.name], SHAPES[config.schedule.name]
+    _ = FUSIONS[fusion_name(config.model)]
+    check_part_names(config.loss)
     if config.views.decoder == "nvjpeg":
         check_nvjpeg(config.workers)
     figures = ("loss", *RoadworkTask.figures)

@@ -1,16 +1,14 @@
-"""Distilling a view selector for a finished run, from its own training photos.
+"""Training the view selector of a finished run on its own training photos.
 
 B batch · N photos · K crops · C channels of the backbone's last map
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import repeat
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
 from torch import Tensor
 
 from roadwork_dist.common.errors import ConfigError, DataError
@@ -21,6 +19,7 @@ from roadwork_dist.config.io import load_experiment
 from roadwork_dist.datasets.boxed import BoxedRows
 from roadwork_dist.datasets.dataset import RoadworkDataset, collate
 from roadwork_dist.detector.backbone import Backbone
+from roadwork_dist.detector.fusions import FUSIONS, fusion_name
 from roadwork_dist.detector.pretrained import read_config
 from roadwork_dist.detector.selector_training import (
     SELECTOR_FILE,
@@ -37,9 +36,9 @@ from roadwork_dist.metrics.classification import best_threshold
 from roadwork_dist.photos.manifest import Manifest
 from roadwork_dist.recipes.data import DatasetBuilder, load_manifests
 from roadwork_dist.sources.splits import groups_of
+from roadwork_dist.trainer.answers import answer_rows
 from roadwork_dist.trainer.engine.accelerator import build_accelerator
 from roadwork_dist.trainer.feed.loader import load_batches
-from roadwork_dist.trainer.feed.sampler import evaluation_batches
 
 HELD_OUT = 0.2
 """Share of the training photos' places and groups that only say when to stop."""
@@ -107,10 +106,10 @@ def _some(manifest: Manifest, seed: int) -> Manifest:
 def _check_gates(config: ExperimentConfig) -> None:
     if config.views.policy == "global":
         raise ConfigError("views.policy is 'global': photos have no crops to select among")
-    if not config.model.view_fusion and config.model.prune_keep == 1:
+    if not FUSIONS[fusion_name(config.model)].gates_views and config.model.prune_keep == 1:
         raise ConfigError(
-            "model.view_fusion is false and model.prune_keep is 1: the model has no gates that say which "
-            "views matter; train with one of them"
+            f"model.view_fusion is {config.model.view_fusion!r} and model.prune_keep is 1: the model has no "
+            "gates that say which views matter; train with one of them"
         )
 
 
@@ -161,7 +160,6 @@ def thresholds_of(
     return {count: best_threshold(truth, torch.cat(found).numpy()) for count, found in answers.items()}
 
 
-@torch.no_grad()
 def seen_batches(predictor: Predictor, dataset: RoadworkDataset, config: ExperimentConfig) -> Iterator[Seen]:
     """The photos of a data set, all views of them, on the device.
 
@@ -172,20 +170,23 @@ def seen_batches(predictor: Predictor, dataset: RoadworkDataset, config: Experim
     assert isinstance(backbone, Backbone)  # from_pretrained always gives one
     photos = RoadworkDataset(dataset.manifest, views=dataset.views, text=dataset.text)
 
-    def batches_of(rows: Any) -> Iterable[Batch]:
-        order = evaluation_batches(len(dataset), config.batch_size)
-        return load_batches(rows, order, workers=config.workers, collate=collate)
-
-    stored = repeat(None) if dataset.store is None else batches_of(dataset)
-    for photo_batch, stored_batch in zip(batches_of(BoxedRows(photos, dataset.views)), stored, strict=False):
-        batch: Batch = send_to_device(photo_batch, predictor.device, non_blocking=True)
+    def look(batch: Batch) -> Seen:
         views, mask = batch.pop("views"), batch["view_mask"]
         _, cells = backbone.forward_cells(views[:, 0])
-        if stored_batch is None:
+        if dataset.store is None:
             batch["features"] = predictor.model.features(views, mask)
         else:
-            batch["features"] = stored_batch["features"].to(predictor.device)
-        yield Seen(batch, region_means(cells, batch["boxes"][:, 1 : mask.shape[1]]))
+            batch["features"] = dataset.batch(batch["index"].tolist())["features"].to(predictor.device)
+        return Seen(batch, region_means(cells, batch["boxes"][:, 1 : mask.shape[1]]))
+
+    answers = answer_rows(
+        look,
+        BoxedRows(photos, dataset.views),
+        batch_size=config.batch_size,
+        device=predictor.device,
+        load=partial(load_batches, workers=config.workers, collate=collate),
+    )
+    return (answer.output for answer in answers)
 
 
 def hold_out(manifest: Manifest, seed: int) -> Tensor:

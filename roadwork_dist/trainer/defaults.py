@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from roadwork_dist.trainer.callbacks.averaging import EmaCallback
 from roadwork_dist.trainer.callbacks.batch_size import BatchSizeSearch
+from roadwork_dist.trainer.callbacks.nonfinite import NonFiniteGuard
 from roadwork_dist.trainer.callbacks.spikes import SpikeGuard
 from roadwork_dist.trainer.checkpoint.best import BestWeights
 from roadwork_dist.trainer.checkpoint.callback import Checkpointer
@@ -49,4 +50,6 @@ def all_callbacks(config: TrainConfig, own: Sequence[Callback] = ()) -> list[Cal
     callbacks.append(Health(config.tracking.health_every))
     # Before the checkpointer: what is saved behind a spike has gone back already.
     callbacks.append(SpikeGuard(config.spike, config.max_nonfinite_steps))
-    return [*callbacks, BestWeights(), *own, Checkpointer(config.checkpoint), ResolvedConfig(), Preemption()]
+    # After the checkpointer: the step that ends a run for its loss is in no checkpoint, those before are.
+    callbacks += [BestWeights(), *own, Checkpointer(config.checkpoint), ResolvedConfig()]
+    return [*callbacks, NonFiniteGuard(config.max_nonfinite_steps), Preemption()]

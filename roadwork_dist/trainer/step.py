@@ -70,7 +70,7 @@ class OptimizerStep:
         micro_batches: Sequence[LoadedBatch],
         lr: float,
         interrupt: Callable[[], bool] = lambda: False,
-        is_spike: Callable[[float], bool] = lambda loss: False,
+        is_vetoed: Callable[[float], bool] = lambda loss: False,
     ) -> StepResult:
         """Train on all rows of one optimizer step (this rank's micro-batches of it).
 
@@ -82,7 +82,7 @@ class OptimizerStep:
             micro_batches: this rank's, in order.
             lr: learning rate of the step.
             interrupt: was this rank asked to stop? The answers of all ranks travel with the losses.
-            is_spike: whether a finite loss is one to be refused; alike on all ranks.
+            is_vetoed: whether a finite loss is refused; the same on all ranks.
         """
         if self._parts is None:  # the model is in train mode only now
             self._parts = moving_parts(self.engine.model)
@@ -102,8 +102,8 @@ class OptimizerStep:
         loss = sum(weights[part] * value for part, value in parts.items())
         # Decided by sums over ranks, so alike on all of them. Gradients of a refused step are made NaN,
         # which no engine steps on: DeepSpeed has no other way to drop gradients that it has reduced.
-        spike = math.isfinite(loss) and is_spike(loss)
-        trust = 1.0 if math.isfinite(loss) and not spike else math.nan
+        vetoed = math.isfinite(loss) and is_vetoed(loss)
+        trust = 1.0 if math.isfinite(loss) and not vetoed else math.nan
         self._clock.start()
         self._backward(micro_batches[-1], last_roots, scales, trust, is_last=True)
         grad_norm = self.engine.step(lr)
@@ -124,7 +124,7 @@ class OptimizerStep:
             skipped=skipped,
             bad_rows=bad_rows,
             interrupted=asked > 0,
-            spike=spike,
+            vetoed=vetoed,
         )
 
     def _count(self, micro_batches: Sequence[LoadedBatch]) -> dict[str, float]:

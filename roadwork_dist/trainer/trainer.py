@@ -7,7 +7,6 @@ loop itself (averaging, checkpoints, figures on disk and screen) observes it as 
 import logging
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -18,27 +17,26 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from roadwork_dist.common.errors import ConfigError, NonFiniteLossError
+from roadwork_dist.common.errors import ConfigError
 from roadwork_dist.common.random import capture_rng, restore_rng, seed_everything
-from roadwork_dist.trainer.callbacks.averaging import EmaCallback
-from roadwork_dist.trainer.callbacks.spikes import SpikeGuard
+from roadwork_dist.trainer.answers import PassInterrupted, PassResult, answer_rows, summarize
+from roadwork_dist.trainer.callbacks import keyed_state
 from roadwork_dist.trainer.config import TrainConfig
 from roadwork_dist.trainer.defaults import all_callbacks
 from roadwork_dist.trainer.engine.accelerator import build_accelerator
-from roadwork_dist.trainer.engine.base import Below, Engine, TensorSource, WholeTensors
+from roadwork_dist.trainer.engine.base import Engine, TensorSource, WholeTensors
 from roadwork_dist.trainer.engine.build import build_engine
 from roadwork_dist.trainer.engine.collectives import broadcast_tensors, sum_over_ranks
 from roadwork_dist.trainer.engine.conflicts import check_agreement
 from roadwork_dist.trainer.events.callback import Callback
-from roadwork_dist.trainer.events.state import StepResult, TrainState
+from roadwork_dist.trainer.events.state import TrainState
 from roadwork_dist.trainer.feed.dataset import MapDataset, check_map_style, ids_digest, sample_id
 from roadwork_dist.trainer.feed.loader import load_batches
 from roadwork_dist.trainer.feed.order import ShardOrder
-from roadwork_dist.trainer.feed.sampler import Sampler, evaluation_batches
+from roadwork_dist.trainer.feed.sampler import Sampler
 from roadwork_dist.trainer.guards.explain import explained
 from roadwork_dist.trainer.optim.optimizers import build_optimizer
 from roadwork_dist.trainer.optim.schedules import Schedule
-from roadwork_dist.trainer.passes import PassInterrupted, PassResult, interruptible, run_pass
 from roadwork_dist.trainer.row_plan import keep_row_plan, row_plan
 from roadwork_dist.trainer.step import LoadedBatch, OptimizerStep, hold_buffers, moving_buffers, moving_parts
 from roadwork_dist.trainer.task import ClassificationTask, Task, operations_of
@@ -108,6 +106,7 @@ class Trainer:
         self.optimizer = build_optimizer(model, config.optim)
         self.schedule = Schedule(config.optim.lr, self.total_steps, config.schedule)
         self.callbacks = all_callbacks(config, callbacks)
+        keyed_state.by_key(self.callbacks)  # refuses a key that is there twice
         if val_data is not None and len(val_data) == 0:
             raise ConfigError(
                 "the validation data set has 0 rows, expected at least 1: give it rows, or None to train "
@@ -200,10 +199,14 @@ class Trainer:
 
     def averaged(self) -> AbstractContextManager[None]:
         """Run a block with the averaged weights in ``model``; with its own where no average is kept."""
-        for callback in self.callbacks:
-            if isinstance(callback, EmaCallback):
-                return callback.swapped_in()
-        return nullcontext()
+        found = {callback: callback.validation_weights(self) for callback in self.callbacks}
+        offered = {callback: weights for callback, weights in found.items() if weights is not None}
+        if len(offered) > 1:
+            raise ConfigError(
+                f"{' and '.join(type(callback).__name__ for callback in offered)} give weights to validate "
+                "with, expected one callback that does: leave the others out (ema.enabled: false for the average)"
+            )
+        return next(iter(offered.values()), nullcontext())
 
     def _train_epoch(self, step: OptimizerStep) -> None:
         self.model.train()
@@ -217,11 +220,11 @@ class Trainer:
             waited = time.perf_counter() - started
             self._is_off_record = True
             result = step(
-                loaded, self.schedule.lr_at(state.step), lambda: self.interrupt_requested, self._is_spike
+                loaded, self.schedule.lr_at(state.step), lambda: self.interrupt_requested, self._is_vetoed
             )
             state.step += 1
             state.step_in_epoch += 1
-            state.nonfinite_streak = state.nonfinite_streak + 1 if result.skipped and not result.spike else 0
+            state.nonfinite_streak = state.nonfinite_streak + 1 if result.skipped and not result.vetoed else 0
             seconds = time.perf_counter() - started
             result = replace(
                 result,
@@ -230,34 +233,39 @@ class Trainer:
                 operations=sum(operations_of(self.task, each.batch) for each in loaded if not each.is_filler),
             )
             self._emit("on_step_end", result)
-            self._stop_if_diverged(result)
 
     def _validate(self, data: MapDataset) -> None:
         # Each rank's rows have moved its own batch statistics; all validate with those that are saved.
         broadcast_tensors(moving_buffers(self.model))
         put_buffers_back, random = hold_buffers(moving_parts(self.model)), capture_rng()
-        self._emit("on_validation_start")
-        try:
-            outcome = self._evaluate(data, self._is_interrupted)
-        except PassInterrupted:  # on all ranks
-            # What is saved is the state behind the epoch's last step, and a model may draw in eval mode too.
-            self.model.train()
+        interrupted: PassInterrupted | None = None
+        with self.averaged():
+            self._emit("on_validation_start")
+            try:
+                metrics = self._evaluate(data, self._is_interrupted).metrics
+                self._emit("on_validation_end", metrics, self._observe(metrics))
+            except PassInterrupted as error:  # on all ranks
+                interrupted = error
+        self.model.train()
+        if interrupted is not None:
+            # What is saved is the state after the epoch's last step, and a model may draw in eval mode too.
             restore_rng(random)
             put_buffers_back()
             self._emit("on_validation_interrupted")
-            raise
-        figure = self._monitored(outcome.metrics)
+            raise interrupted
+        self.state.should_stop |= self._is_stale()  # a callback may have said so before
+
+    def _observe(self, metrics: dict[str, float]) -> bool:
+        """Whether the monitored figure of a validation is the best so far."""
+        name = self.config.monitor
+        figure = -metrics[name[1:]] if name.startswith("-") else metrics[name]
         if math.isnan(figure):
             logger.warning(
                 "%s of the validation at step %d is not a number, so it cannot choose the best weights",
-                self.config.monitor,
+                name,
                 self.state.step,
             )
-        improved = self.state.observe(figure)
-        for callback in reversed(self.callbacks):
-            callback.on_validation_end(self, outcome.metrics, improved)
-        self.state.should_stop |= self._is_stale()  # an observer may have said so before
-        self.model.train()
+        return self.state.observe(figure)
 
     def evaluate(self, data: MapDataset) -> PassResult:
         """Loss, figures and per-row tensors of a data set by the weights as they are, in eval mode.
@@ -269,15 +277,18 @@ class Trainer:
     def _evaluate(self, data: MapDataset, asked: Callable[[], bool] | None = None) -> PassResult:
         lockstep = self.engine.lockstep  # a first use of the engine looks at the model in train mode
         self.model.eval()
-        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
-        shares = [evaluation_batches(len(data), self.config.batch_size, each, ranks) for each in range(ranks)]
-        batches, counted, rounds = shares[rank], len(shares[rank]), max(map(len, shares))
-        if lockstep:  # a rank with fewer batches runs fillers, which count for nothing
-            batches = batches + [[0]] * (rounds - counted)
-        loaded = self._load(data, batches)
-        if asked is not None:
-            loaded = interruptible(loaded, rounds, asked)
-        return run_pass(self.engine.evaluate, self.task, loaded, self.accelerator.device, counted=counted)
+        answers = answer_rows(
+            lambda batch: self.task(self.engine.evaluate, batch),
+            data,
+            batch_size=self.config.batch_size,
+            device=self.accelerator.device,
+            load=self._load,
+            rank=self.accelerator.process_index,
+            ranks=self.accelerator.num_processes,
+            lockstep=lockstep,
+            asked=asked,
+        )
+        return summarize(self.task, answers, self.accelerator.device)
 
     def use_micro_batches(self, batch_size: int) -> None:
         """Deal the rows of every step out in micro-batches of this size; before the engine is made.
@@ -325,30 +336,10 @@ class Trainer:
             self.batches_read += 1
             yield batch
 
-    def _monitored(self, metrics: dict[str, float]) -> float:
-        name = self.config.monitor
-        return -metrics[name[1:]] if name.startswith("-") else metrics[name]
-
-    def _is_spike(self, loss: float) -> bool:
-        return any(c.is_spike(loss) for c in self.callbacks if isinstance(c, SpikeGuard))
-
-    def _stop_if_diverged(self, result: StepResult) -> None:
-        if not result.skipped or result.spike:
-            return
-        ids = ", ".join(self.sample_ids(result.bad_rows[:8]))
-        logger.warning(
-            "step %d skipped on all ranks: loss %s, gradient norm %s%s",
-            self.state.step,
-            result.loss,
-            result.grad_norm,
-            f", samples {ids}" if ids else "",
-        )
-        if self.state.nonfinite_streak >= self.config.max_nonfinite_steps:
-            raise NonFiniteLossError(
-                f"the loss or its gradient was not finite in {self.state.nonfinite_streak} steps in a row "
-                f"(up to step {self.state.step}; last samples: {ids or 'unknown'}): lower optim.lr, check "
-                "those samples, or raise max_nonfinite_steps; the last good checkpoint is untouched"
-            )
+    def _is_vetoed(self, loss: float) -> bool:
+        return True in [
+            callback.vetoes(self, loss) for callback in self.callbacks
+        ]  # every callback sees the loss
 
     def _emit(self, event: str, *arguments: Any) -> None:
         for callback in self.callbacks:
@@ -371,7 +362,7 @@ class Trainer:
         return {
             "state": self.state.state_dict(),
             "rows": row_plan(self.sampler, self._ids_digest),
-            "callbacks": {name: c.state_dict() for name, c in self._named_callbacks()},
+            "callbacks": keyed_state.state_dicts(self.callbacks),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -385,29 +376,15 @@ class Trainer:
         self.state.load_state_dict(state["state"])
         self._is_off_record = False
         self.state.should_stop = self._is_stale()  # the patience may be another one now
-        for name, callback in self._named_callbacks():
-            callback.load_state_dict(state["callbacks"].get(name, {}))
+        keyed_state.load_state_dicts(self.callbacks, state["callbacks"])
 
     def tensors(self) -> dict[str, Tensor]:
-        """Tensors of every callback, by ``callback/name``."""
-        return {
-            f"{owner}/{name}": tensor
-            for owner, callback in self._named_callbacks()
-            for name, tensor in callback.tensors().items()
-        }
+        """Tensors of every callback, by ``key/name``."""
+        return keyed_state.tensors(self.callbacks)
 
     def load_tensors(self, source: TensorSource) -> None:
         """Take :meth:`tensors` over."""
-        for owner, callback in self._named_callbacks():
-            callback.load_tensors(Below(f"{owner}/", source))
-
-    def _named_callbacks(self) -> Iterator[tuple[str, Callback]]:
-        """Observers by class, the second of a class as ``Class#2``."""
-        seen: Counter[str] = Counter()
-        for callback in self.callbacks:
-            name = type(callback).__name__
-            seen[name] += 1
-            yield (name if seen[name] == 1 else f"{name}#{seen[name]}"), callback
+        keyed_state.load_tensors(self.callbacks, source)
 
     @cached_property
     def _ids_digest(self) -> str:

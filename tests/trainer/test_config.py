@@ -76,7 +76,6 @@ from roadwork_dist.trainer.config import CheckpointConfig, EmaConfig, OptimConfi
         (LossConfig, "gamma", -1.0, "loss.gamma is -1.0"),
         (LossConfig, "alpha", 1.0, "loss.alpha is 1.0"),
         (LossConfig, "label_smoothing", 1.0, "loss.label_smoothing is 1.0"),
-        (LossConfig, "weights", {"fokal": 1.0}, "loss.weights is {'fokal': 1.0}, expected keys of"),
         (LossConfig, "weights", {"focal": -1.0}, "numbers >= 0, one of them > 0"),
         (LossConfig, "weights", {}, "numbers >= 0, one of them > 0"),
         (LossConfig, "balance", -1.0, "loss.balance is -1.0"),

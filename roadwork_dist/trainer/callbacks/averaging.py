@@ -1,4 +1,4 @@
-"""The moving average of the weights as an observer of the loop."""
+"""The moving average of the weights as a callback."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -21,11 +21,12 @@ class EmaCallback(Callback):
     Each rank averages the part of the weights that it holds.
     """
 
+    key = "EmaCallback"
+
     def __init__(self, config: EmaConfig) -> None:
         self.config = config
         self.average: ExponentialMovingAverage | None = None
         self._engine: Engine | None = None
-        self._swap: AbstractContextManager[None] | None = None
 
     def on_fit_start(self, run: Run) -> None:
         """Start from the weights as they are."""
@@ -37,6 +38,10 @@ class EmaCallback(Callback):
         if self.average is not None and not result.skipped:
             self.average.update()
 
+    def validation_weights(self, run: Run) -> AbstractContextManager[None]:
+        """A block with the average in place of the weights."""
+        return self.swapped_in()
+
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
         """Run a block with the average in place of the weights; all ranks do."""
@@ -46,32 +51,8 @@ class EmaCallback(Callback):
         with self.average.swapped_in():
             self._engine.weights_changed()
             yield
-        # Not reached by an error, behind which other ranks may never call it.
+        # Not reached after an error, since other ranks may never call it.
         self._engine.weights_changed()
-
-    def on_validation_start(self, run: Run) -> None:
-        """Put the average in place of the weights."""
-        self._swap = self.swapped_in()
-        self._swap.__enter__()
-
-    def on_validation_end(self, run: Run, metrics: dict[str, float], improved: bool) -> None:
-        """Put the weights back."""
-        self._swap_back()
-
-    def on_validation_interrupted(self, run: Run) -> None:
-        """Put the weights back, before they are saved."""
-        self._swap_back()
-
-    def _swap_back(self) -> None:
-        if self._swap is not None:
-            self._swap.__exit__(None, None, None)
-            self._swap = None
-
-    def on_exception(self, run: Run, error: BaseException) -> None:
-        """Put the weights back where a validation was interrupted."""
-        swap, self._swap = self._swap, None
-        if swap is not None:
-            swap.__exit__(type(error), error, error.__traceback__)
 
     def tensors(self) -> dict[str, Tensor]:
         """The shadow, for a checkpoint."""
@@ -80,13 +61,18 @@ class EmaCallback(Callback):
         return self._engine.stored(self.average.shadow()) | {_UPDATES: torch.tensor(self.average.updates)}
 
     def load_tensors(self, source: TensorSource) -> None:
-        """Take a shadow over; where the checkpoint has none, start from the weights it brought."""
+        """Take a shadow over."""
         if self.average is None or self._engine is None:
             return
         if _UPDATES not in source.shapes:
-            self.average.restart()
+            self.on_no_tensors()
             return
         updates = torch.tensor(0)
         self._engine.fill(self.average.shadow(), source, "")
         source.read({_UPDATES: updates})
         self.average.updates = int(updates)
+
+    def on_no_tensors(self) -> None:
+        """Start from the weights that the checkpoint brought."""
+        if self.average is not None:
+            self.average.restart()

@@ -81,14 +81,18 @@ class SpikeGuard(Callback):
     the same spike and does the same.
     """
 
+    key = "SpikeGuard"
+
     def __init__(self, config: SpikeConfig, most_in_a_row: int) -> None:
         self.config, self.most_in_a_row = config, most_in_a_row
         self.judge = SpikeJudge(config.window, config.threshold)
         self._streak = 0
+        self._is_spike = False
 
-    def is_spike(self, loss: float) -> bool:
-        """Whether a step with this loss must not be taken."""
-        return self.config.action != "off" and self.judge.is_spike(loss)
+    def vetoes(self, run: Run, loss: float) -> bool:
+        """Whether the loss is a spike."""
+        self._is_spike = self.config.action != "off" and self.judge.is_spike(loss)
+        return self._is_spike
 
     def on_step_end(self, run: Run, result: StepResult) -> None:
         """Remember an accepted loss; act on a spike.
@@ -98,7 +102,8 @@ class SpikeGuard(Callback):
         """
         if self.config.action == "off":
             return
-        if not result.spike:
+        is_spike, self._is_spike = self._is_spike, False
+        if not is_spike:
             self._streak = 0
             if not result.skipped:
                 self.judge.accept(result.loss)

@@ -24,7 +24,7 @@ from roadwork_dist.trainer.checkpoint.weights import (
 )
 from roadwork_dist.trainer.checkpoint.writer import CheckpointWriter
 from roadwork_dist.trainer.config import CheckpointConfig
-from roadwork_dist.trainer.engine.base import Below
+from roadwork_dist.trainer.engine.base import PrefixedSource
 from roadwork_dist.trainer.engine.collectives import host_group, rank, world_size
 from roadwork_dist.trainer.events.callback import Callback, Run
 from roadwork_dist.trainer.events.state import StepResult
@@ -43,6 +43,8 @@ class Checkpointer(Callback):
     observer's state and each rank's random state; of the frozen weights only their hash. It names tensors
     as the bare model does, so any number of processes under any engine can go on from it.
     """
+
+    key = "Checkpointer"
 
     def __init__(self, config: CheckpointConfig) -> None:
         self.config = config
@@ -185,7 +187,7 @@ class Checkpointer(Callback):
                 f"now {self._frozen[:12]}…): use the same backbone weights, or another output_dir"
             )
         source = StoredTensors(folder)
-        check_same_model(self._shapes, Below("model/", source).shapes, folder)
+        check_same_model(self._shapes, PrefixedSource("model/", source).shapes, folder)
         run.load_state_dict(state)
         self._load_tensors(run, source)
         self._load_rng(run, folder)
@@ -194,9 +196,9 @@ class Checkpointer(Callback):
         engine = run.engine
         engine.fill(engine.weights(), source, "model/")
         engine.weights_changed()
-        Below("model/", source).read(trained_buffers(run.model))
+        PrefixedSource("model/", source).read(trained_buffers(run.model))
         engine.load_moments(source, "optimizer/")
-        run.load_tensors(Below("callbacks/", source))
+        run.load_tensors(PrefixedSource("callbacks/", source))
 
     def _load_rng(self, run: Run, folder: Path) -> None:
         path = folder / _rng_file(rank())

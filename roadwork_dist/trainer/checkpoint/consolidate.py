@@ -9,7 +9,7 @@ from torch import Tensor
 from roadwork_dist.common.errors import CheckpointError
 from roadwork_dist.common.files import write_atomic
 from roadwork_dist.trainer.checkpoint.tensors import StoredTensors
-from roadwork_dist.trainer.engine.base import Below
+from roadwork_dist.trainer.engine.base import PrefixedSource
 
 WEIGHTS = "model.safetensors"
 _DESCRIPTION = "config.json"
@@ -27,11 +27,11 @@ def whole_weights(checkpoint: Path, *, average: bool = False) -> dict[str, Tenso
         CheckpointError: it cannot be read, or has no average.
     """
     source = StoredTensors(checkpoint)
-    averaged = Below(_AVERAGE, source).shapes if average else {}
+    averaged = PrefixedSource(_AVERAGE, source).shapes if average else {}
     if average and not averaged:
         raise CheckpointError(f"{checkpoint} holds no average: its run was trained with ema.enabled false")
     weights = {}
-    for name in Below("model/", source).shapes:
+    for name in PrefixedSource("model/", source).shapes:
         prefix = _AVERAGE if name in averaged else "model/"
         weights[name] = source.whole(prefix + name).to(source.dtypes[f"model/{name}"])
     return weights

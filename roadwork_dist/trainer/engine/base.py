@@ -172,7 +172,7 @@ def moment_names(source: TensorSource, prefix: str, name: str) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Below:
+class PrefixedSource:
     """The tensors of a source whose names start with a prefix, without it."""
 
     prefix: str

@@ -5,9 +5,9 @@ on_setup → on_fit_start → on_train_start → per epoch: (on_step_end)* → o
 what is left. In a validation that is given up because the run was asked to stop, on_validation_interrupted
 comes in place of on_validation_end.
 
-Observers are called in the order they were given, and in the reverse order on_validation_end, so
-that what a first one puts in place for the validation (averaged weights) is still there for those
-behind it (the saver of the best weights).
+Callbacks are called in the order in which they were given. Besides watching, a callback can refuse a step by
+its loss (:meth:`Callback.vetoes`) and put other weights in place for the validation
+(:meth:`Callback.validation_weights`), which are there from on_validation_start to on_validation_end.
 """
 
 from collections.abc import Sequence
@@ -83,7 +83,15 @@ class Callback:
 
     Every method is called on every rank at the same point, so collectives are allowed in all of
     them but :meth:`on_exception` and :meth:`on_figures`.
+
+    Attributes:
+        key: name of its state in checkpoints, another one for every callback that has state; empty = the name
+            of the class. Part of the format of checkpoints: say it before you rename the class.
+        former_keys: earlier names, under which older checkpoints hold the state.
     """
+
+    key: str = ""
+    former_keys: tuple[str, ...] = ()
 
     def on_setup(self, run: Run) -> None:
         """Once: the model is as it was given, whole, not yet on its device."""
@@ -97,11 +105,24 @@ class Callback:
     def on_train_start(self, run: Run) -> None:
         """Nobody has refused; ``run.state`` tells from where the run goes on."""
 
+    def vetoes(self, run: Run, loss: float) -> bool:
+        """Whether the step with this loss must not be taken; asked before the backward pass.
+
+        Args:
+            run: the Trainer.
+            loss: finite, over the rows of all ranks and so the same on all; so must the answer be.
+        """
+        return False
+
     def on_step_end(self, run: Run, result: StepResult) -> None:
         """An optimizer step was taken or skipped; ``run.state.step`` counts it."""
 
     def on_rewind(self, run: Run) -> None:
         """Weights, moments and tensors of observers are to go back to the last checkpoint; counters not."""
+
+    def validation_weights(self, run: Run) -> AbstractContextManager[None] | None:
+        """A block with other weights in ``run.model``, to validate and export; None = its own."""
+        return None
 
     def on_validation_start(self, run: Run) -> None:
         """The training rows of an epoch are done."""
@@ -137,3 +158,6 @@ class Callback:
 
     def load_tensors(self, source: TensorSource) -> None:
         """Take :meth:`tensors` over. All ranks read the same names in the same order, if any."""
+
+    def on_no_tensors(self) -> None:
+        """The checkpoint, whose weights are in place, has no tensors of this callback."""

@@ -70,7 +70,7 @@ class StepResult:
         skipped: the loss or the gradient was not finite, so the weights did not move.
         bad_rows: rows of the data set in the micro-batches whose loss was not finite, of all ranks.
         interrupted: some rank was asked to stop; the same on all ranks.
-        spike: skipped because the loss, though finite, was far above those before; the same on all ranks.
+        vetoed: skipped because a callback refused the loss, though it is finite; the same on all ranks.
     """
 
     loss: float
@@ -85,4 +85,4 @@ class StepResult:
     skipped: bool = False
     bad_rows: list[int] = field(default_factory=list)
     interrupted: bool = False
-    spike: bool = False
+    vetoed: bool = False

@@ -21,6 +21,7 @@ class JsonLines(Callback):
     because those steps come again.
     """
 
+    key = "JsonLines"
     filename = "metrics.jsonl"
 
     def __init__(self) -> None:
