@@ -14,8 +14,9 @@ from roadwork_dist.common.errors import CheckpointError, DataError
 from roadwork_dist.config.batch import Batch, ModelOutput
 from roadwork_dist.config.experiment import ModelConfig
 from roadwork_dist.detector.attention import GatedAttentionBlock
-from roadwork_dist.detector.fusion import GatedViewFusion, JointFusion, masked_mean
+from roadwork_dist.detector.fusions import build_fusion
 from roadwork_dist.detector.heads import Classifier, MaskHead, view_head, weather_head
+from roadwork_dist.detector.joint_fusion import JointFusion
 from roadwork_dist.detector.layers import NORM_EPS, hidden_width, init_linear, promote
 from roadwork_dist.detector.metadata import METADATA_WIDTH, MetadataEncoder
 from roadwork_dist.detector.pretrained import (
@@ -67,7 +68,7 @@ class RoadworkHead(nn.Module):
         )
         self.norm = nn.RMSNorm(width, eps=NORM_EPS)
         self.view_head = view_head(width)
-        self.view_fusion = GatedViewFusion(width) if config.view_fusion else None
+        self.view_fusion = build_fusion(config)
         self.weather_head = weather_head(width)
         self.mask_head = MaskHead(width) if mask_head else None
         self.metadata = MetadataEncoder(config.metadata_dropout) if config.metadata else None
@@ -101,7 +102,7 @@ class RoadworkHead(nn.Module):
         features, mask, kept = prune(features, view_mask, batch.get("views_of_photo"))
 
         x, balance = self._views(features, mask)  # [B, V', H]
-        pooled, gates = (masked_mean if self.view_fusion is None else self.view_fusion)(x, mask)
+        pooled, gates = self.view_fusion(x, mask)
         metadata = None if self.metadata is None else self.metadata(batch)
         fused = self.joint_fusion(pooled, metadata)
         view_gates = torch.zeros_like(view_mask, dtype=torch.float32)

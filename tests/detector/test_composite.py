@@ -3,11 +3,13 @@ import logging
 import pytest
 import torch
 
+from roadwork_dist.common.errors import ConfigError
 from roadwork_dist.config.batch import MASK_CLASSES, UNLABELLED, WEATHER, Batch, ModelOutput
 from roadwork_dist.config.experiment import LossConfig
 from roadwork_dist.detector.losses.composite import RoadworkLoss
 from roadwork_dist.detector.losses.consistency import consistency_loss_sum
 from roadwork_dist.detector.losses.focal import focal_loss_sum
+from roadwork_dist.detector.losses.part import PARTS, LossPart
 
 SIDE = 8
 
@@ -174,3 +176,29 @@ def test_bf16_outputs_and_autocast_are_summed_in_float32():
     for part, value in loss(exact, batch).items():
         assert sums[part].dtype == torch.float32
         torch.testing.assert_close(sums[part], value)
+
+
+def test_an_unknown_part_is_refused_with_the_nearest():
+    with pytest.raises(ConfigError, match="unknown part of the loss 'fokal': did you mean 'focal'"):
+        RoadworkLoss(LossConfig(weights={"fokal": 1.0}), with_masks=True)
+
+
+def test_a_part_of_a_user_is_one_class_and_one_registration(monkeypatch):
+    monkeypatch.setattr(PARTS, "_items", dict(PARTS._items))
+
+    @PARTS.register("confidence")
+    class Confidence(LossPart):
+        """Squared logits of every row."""
+
+        def count(self, batch):
+            return len(batch["label"])
+
+        def __call__(self, output, batch):
+            return output.logits.float().square().sum()
+
+    assert "confidence" not in RoadworkLoss(LossConfig(), with_masks=True).weights  # where it is named only
+    loss = RoadworkLoss(LossConfig(weights={"focal": 0.5, "confidence": 0.1}), with_masks=False)
+    assert loss.weights == {"focal": 0.5, "consistency": 0.0, "weather": 0.0, "confidence": 0.1}
+    output, batch = make(6, seed=0)
+    assert loss.count_targets(batch)["confidence"] == 6
+    assert loss(output, batch)["confidence"] == output.logits.square().sum()

@@ -2,7 +2,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from roadwork_dist.detector.fusion import GatedViewFusion, JointFusion, masked_mean
+from roadwork_dist.common.errors import ConfigError
+from roadwork_dist.config.experiment import ModelConfig
+from roadwork_dist.config.io import parse_experiment
+from roadwork_dist.detector.detector import RoadworkHead
+from roadwork_dist.detector.fusions import FUSIONS, FusedViews, ViewFusion, fusion_name
+from roadwork_dist.detector.fusions.gated import GatedViewFusion
+from roadwork_dist.detector.fusions.mean import MeanFusion
+from roadwork_dist.detector.joint_fusion import JointFusion
 
 
 def _fusion() -> GatedViewFusion:
@@ -50,10 +57,10 @@ def test_gates_that_are_all_shut_or_open_give_no_nan(bias: float) -> None:
     assert x.grad.isfinite().all()
 
 
-def test_masked_mean() -> None:
+def test_mean_of_views() -> None:
     x = torch.randn(3, 3, 8)
     x[~MASK] = torch.nan
-    pooled, gates = masked_mean(x, MASK)
+    pooled, gates = MeanFusion(x.shape[-1])(x, MASK)
     for row in range(3):
         torch.testing.assert_close(pooled[row], x[row, MASK[row]].mean(dim=0))
     assert torch.equal(gates, MASK.float())
@@ -69,3 +76,40 @@ def test_joint_fusion_formula_and_dropout() -> None:
 
 def test_joint_fusion_of_vision_only() -> None:
     assert JointFusion(8, 0, 0.0)(torch.randn(2, 8), None).shape == (2, 8)
+
+
+@pytest.mark.parametrize(
+    ("word", "value", "name"),
+    [
+        ("true", True, "gated"),
+        ("false", False, "mean"),
+        ("mean", "mean", "mean"),
+        ("noisy-or", "noisy-or", "noisy-or"),
+    ],
+)
+def test_the_setting_takes_the_words_of_before_and_names(word: str, value: bool | str, name: str) -> None:
+    config = parse_experiment([f"--model.view_fusion={word}"]).model
+    assert config.view_fusion == value
+    assert fusion_name(config) == name
+
+
+def test_a_fusion_of_a_user_is_one_class_and_one_registration(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FUSIONS, "_items", dict(FUSIONS._items))
+
+    @FUSIONS.register("last")
+    class LastView(ViewFusion):
+        """The last real view."""
+
+        def reset_parameters(self) -> None:
+            """There are none."""
+
+        def forward(self, x: torch.Tensor, mask: torch.Tensor) -> FusedViews:
+            last = (mask * torch.arange(mask.shape[1])).argmax(dim=1)
+            return FusedViews(x[torch.arange(len(x)), last], F.one_hot(last, mask.shape[1]).float())
+
+    config = ModelConfig(width=64, heads=1, layers=0, prune_keep=1.0, metadata=False, view_fusion="last")
+    head = RoadworkHead(8, config, mask_head=False).eval()
+    output = head(torch.randn(3, 3, 8), MASK, {})
+    assert output.view_gates.argmax(1).tolist() == [2, 2, 1]
+    with pytest.raises(ConfigError, match="unknown fusion of views 'lost': did you mean 'last'"):
+        RoadworkHead(8, ModelConfig(width=64, view_fusion="lost"), mask_head=False)

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from roadwork_dist.config.batch import MASK_CLASSES, WEATHER
-from roadwork_dist.detector.losses.auxiliary import dice_loss_sum, weather_loss_sum
+from roadwork_dist.detector.losses.dice import dice_loss_sum
+from roadwork_dist.detector.losses.weather import weather_loss_sum
 
 NULL = len(WEATHER)
 

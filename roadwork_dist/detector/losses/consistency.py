@@ -7,6 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from roadwork_dist.config.batch import Batch, ModelOutput
+from roadwork_dist.detector.losses.part import PARTS, LossPart, rows_of_one_photo
+
 
 def consistency_loss_sum(view_logits: Tensor, view_mask: Tensor) -> Tensor:
     r"""Sum over photos of the mean over views of KL(p_i || mean p).
@@ -45,3 +48,18 @@ def consistency_loss_sum(view_logits: Tensor, view_mask: Tensor) -> Tensor:
 def rows_with_agreement(view_mask: Tensor) -> int:
     """Number of photos with at least two views, from [B, V] bool: the loss's rows with a target."""
     return int((view_mask.sum(dim=1) >= 2).sum())
+
+
+@PARTS.register("consistency")
+class ConsistencyPart(LossPart):
+    """Of the photos with two views or more."""
+
+    auto = (0.30, 0.25)
+
+    def count(self, batch: Batch) -> int:
+        """Photos with at least two views."""
+        return rows_with_agreement(rows_of_one_photo(batch["view_mask"], batch))
+
+    def __call__(self, output: ModelOutput, batch: Batch) -> Tensor:
+        """See :func:`consistency_loss_sum`."""
+        return consistency_loss_sum(output.view_logits, rows_of_one_photo(output.view_mask, batch))

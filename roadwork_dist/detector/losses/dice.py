@@ -1,33 +1,18 @@
-"""Auxiliary losses: the weather, and where the roadwork is.
+"""Dice loss of the mask head: where the roadwork is.
 
 B batch · M mask classes (6)
 """
 
+import logging
+
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from roadwork_dist.config.batch import WEATHER
+from roadwork_dist.config.batch import Batch, ModelOutput
+from roadwork_dist.config.experiment import LossConfig
+from roadwork_dist.detector.losses.part import PARTS, LossPart, Outputs
 
-
-def weather_loss_sum(logits: Tensor, weather: Tensor) -> Tensor:
-    """Sum over rows with a known weather of the cross-entropy.
-
-    The naive loop::
-
-        total = 0.0
-        for row, word in zip(logits, weather):
-            if word != len(WEATHER):  # the index after the last word is null
-                total += -log(softmax(row)[word])
-
-    Args:
-        logits: [B, len(WEATHER)], any floating dtype; computed in float32.
-        weather: [B] int64, len(WEATHER) = null.
-
-    Returns:
-        Scalar float32; 0, attached to the graph, if no weather is known.
-    """
-    return F.cross_entropy(logits.float(), weather, ignore_index=len(WEATHER), reduction="sum")
+logger = logging.getLogger(__name__)
 
 
 def dice_loss_sum(logits: Tensor, masks: Tensor, known: Tensor, *, smooth: float = 1.0) -> Tensor:
@@ -59,3 +44,34 @@ def dice_loss_sum(logits: Tensor, masks: Tensor, known: Tensor, *, smooth: float
     area = p.sum(dim=(2, 3)) + truth.sum(dim=(2, 3))
     per_row = (1 - (2 * overlap + smooth) / (area + smooth)).mean(dim=1)  # [B]
     return torch.where(known, per_row, 0.0).sum()
+
+
+@PARTS.register("dice")
+class DicePart(LossPart):
+    """Of the rows that have a mask; left out of a model without a mask head."""
+
+    auto = (0.0, 0.20)
+
+    @classmethod
+    def weight(cls, name: str, config: LossConfig, outputs: Outputs) -> float | None:
+        """As of any part, where there are masks."""
+        if outputs.masks:
+            return super().weight(name, config, outputs)
+        if config.weights != "auto" and config.weights.get(name, 0.0) > 0:
+            logger.warning(
+                "loss.weights has %s, but there are no masks to learn from: the part is left out", name
+            )
+        return None
+
+    def count(self, batch: Batch) -> int:
+        """Rows with a mask."""
+        return int(batch["mask_known"].sum()) if "mask_known" in batch else 0
+
+    def __call__(self, output: ModelOutput, batch: Batch) -> Tensor:
+        """See :func:`dice_loss_sum`."""
+        if output.mask_logits is None:
+            return output.logits[:0].float().sum()
+        if "mask" not in batch:
+            # Zero rows: exactly 0, and the mask head still takes part in the backward pass.
+            return output.mask_logits[:0].float().sum()
+        return dice_loss_sum(output.mask_logits, batch["mask"], batch["mask_known"])

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from roadwork_dist.config.batch import UNLABELLED
+from roadwork_dist.config.batch import UNLABELLED, Batch, ModelOutput
+from roadwork_dist.detector.losses.part import PARTS, LossPart
 
 
 def focal_loss_sum(
@@ -56,3 +57,25 @@ def focal_loss_sum(
     smoothed = target * (1 - label_smoothing) + label_smoothing / 2
     per_row = -(smoothed * class_weight * modulation * log_p).sum(-1)  # [B]
     return torch.where(known, per_row, 0.0).sum()
+
+
+@PARTS.register("focal")
+class FocalPart(LossPart):
+    """Of the labelled rows."""
+
+    auto = (0.50, 0.40)
+
+    def count(self, batch: Batch) -> int:
+        """Labelled rows."""
+        return int((batch["label"] != UNLABELLED).sum())
+
+    def __call__(self, output: ModelOutput, batch: Batch) -> Tensor:
+        """See :func:`focal_loss_sum`."""
+        return focal_loss_sum(
+            output.logits,
+            batch["label"],
+            batch.get("soft_label"),
+            gamma=self.config.gamma,
+            alpha=self.config.alpha,
+            label_smoothing=self.config.label_smoothing,
+        )

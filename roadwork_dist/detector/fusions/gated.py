@@ -1,15 +1,14 @@
-"""From views to one vector: gated view fusion (GAFM), the plain mean, and the fusion with metadata.
+"""Gated view fusion (GAFM).
 
 B batch · V views · H width of the head
 """
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from roadwork_dist.detector.attention import ViewAttention
+from roadwork_dist.detector.fusions.base import FUSIONS, FusedViews, ViewFusion
 from roadwork_dist.detector.layers import NORM_EPS, init_linear, residual_scale
 
 FUSION_HEADS = 8
@@ -19,24 +18,8 @@ GATE_WIDTH = 128
 """Hidden width of the view gate."""
 
 
-class FusedViews(NamedTuple):
-    """A photo's vector and how much each view had a say in it."""
-
-    pooled: Tensor  # [B, H]
-    gates: Tensor  # [B, V] in [0, 1], 0 at padding
-
-
-def masked_mean(x: Tensor, mask: Tensor) -> FusedViews:
-    """Mean over the real views of x [B, V, H]; gates are 1 for them.
-
-    ``torch.where`` and not a product, for a product would let a non-finite padding through.
-    """
-    gates = mask.to(x.dtype)
-    total = torch.where(mask.unsqueeze(-1), x, 0).sum(dim=1)
-    return FusedViews(total / gates.sum(dim=1, keepdim=True).clamp(min=1), gates)
-
-
-class GatedViewFusion(nn.Module):
+@FUSIONS.register("gated")
+class GatedViewFusion(ViewFusion):
     """GAFM: a gate per view, two attentions, and a mean weighted by the gates.
 
     1. gᵢ = sigmoid(MLP(xᵢ)), an MLP H → 128 → GELU → 1;
@@ -50,7 +33,7 @@ class GatedViewFusion(nn.Module):
     """
 
     def __init__(self, width: int) -> None:
-        super().__init__()
+        super().__init__(width)
         scale = residual_scale(1)
         self.gate_hidden = nn.Linear(width, GATE_WIDTH)
         self.gate = nn.Linear(GATE_WIDTH, 1)
@@ -83,29 +66,3 @@ class GatedViewFusion(nn.Module):
         weights = F.logsigmoid(scores).masked_fill(~mask, -torch.inf).softmax(dim=1)  # [B, V]
         pooled = (x * weights.unsqueeze(-1).to(x.dtype)).sum(dim=1)
         return FusedViews(pooled, gates)
-
-
-class JointFusion(nn.Module):
-    """Vision and metadata → one vector: linear, GELU, dropout.
-
-    Args:
-        vision_width: width of the pooled views.
-        metadata_width: width of the metadata, 0 = vision only.
-        dropout: chance that an element is dropped.
-    """
-
-    def __init__(self, vision_width: int, metadata_width: int, dropout: float) -> None:
-        super().__init__()
-        self.linear = nn.Linear(vision_width + metadata_width, vision_width)
-        self.dropout = nn.Dropout(dropout)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw fresh weights."""
-        init_linear(self.linear)
-
-    def forward(self, vision: Tensor, metadata: Tensor | None) -> Tensor:
-        """[B, H] and [B, W] (null when built for vision only) → [B, H]."""
-        joined = vision if metadata is None else torch.cat([vision, metadata.to(vision.dtype)], dim=-1)
-        out: Tensor = self.dropout(F.gelu(self.linear(joined)))
-        return out

@@ -1,0 +1,26 @@
+"""The plain mean of the views.
+
+B batch · V views · H width of the head
+"""
+
+import torch
+from torch import Tensor
+
+from roadwork_dist.detector.fusions.base import FUSIONS, FusedViews, ViewFusion
+
+
+@FUSIONS.register("mean")
+class MeanFusion(ViewFusion):
+    """Mean over the real views; their gates are 1."""
+
+    gates_views = False
+
+    def reset_parameters(self) -> None:
+        """There are none."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> FusedViews:
+        """See :meth:`ViewFusion.forward`."""
+        gates = mask.to(x.dtype)
+        # torch.where and not a product, which would let a non-finite padding through.
+        total = torch.where(mask.unsqueeze(-1), x, 0).sum(dim=1)
+        return FusedViews(total / gates.sum(dim=1, keepdim=True).clamp(min=1), gates)
