@@ -25,7 +25,7 @@ from roadwork_dist.trainer.config import TrainConfig
 from roadwork_dist.trainer.defaults import all_callbacks
 from roadwork_dist.trainer.engine.accelerator import build_accelerator
 from roadwork_dist.trainer.engine.base import Engine, TensorSource, WholeTensors
-from roadwork_dist.trainer.engine.build import build_engine
+from roadwork_dist.trainer.engine.build import build_engine, engine_class
 from roadwork_dist.trainer.engine.collectives import broadcast_tensors, sum_over_ranks
 from roadwork_dist.trainer.engine.conflicts import check_agreement
 from roadwork_dist.trainer.events.callback import Callback
@@ -35,7 +35,7 @@ from roadwork_dist.trainer.feed.loader import load_batches
 from roadwork_dist.trainer.feed.order import ShardOrder
 from roadwork_dist.trainer.feed.sampler import Sampler
 from roadwork_dist.trainer.guards.explain import explained
-from roadwork_dist.trainer.optim.optimizers import build_optimizer
+from roadwork_dist.trainer.optim.optimizers import build_optimizer, check_needs
 from roadwork_dist.trainer.optim.schedules import Schedule
 from roadwork_dist.trainer.row_plan import keep_row_plan, row_plan
 from roadwork_dist.trainer.step import LoadedBatch, OptimizerStep, hold_buffers, moving_buffers, moving_parts
@@ -103,6 +103,8 @@ class Trainer:
             weights=sample_weights,
             shard_order=shard_order,
         )
+        kind = engine_class(self.accelerator)
+        check_needs(config.optim, kind.name, kind.offers)
         self.optimizer = build_optimizer(model, config.optim)
         self.schedule = Schedule(config.optim.lr, self.total_steps, config.schedule)
         self.callbacks = all_callbacks(config, callbacks)
@@ -204,7 +206,7 @@ class Trainer:
         if len(offered) > 1:
             raise ConfigError(
                 f"{' and '.join(type(callback).__name__ for callback in offered)} give weights to validate "
-                "with, expected one callback that does: leave the others out (ema.enabled: false for the average)"
+                "with, expected one that does: leave the others out (ema.enabled: false for the average)"
             )
         return next(iter(offered.values()), nullcontext())
 

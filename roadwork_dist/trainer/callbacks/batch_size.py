@@ -25,12 +25,12 @@ from roadwork_dist.trainer.engine.precision import in_precision
 from roadwork_dist.trainer.events.callback import Callback, Run
 from roadwork_dist.trainer.feed.dataset import MapDataset
 from roadwork_dist.trainer.feed.loader import load_batches
+from roadwork_dist.trainer.optim.optimizers import OPTIMIZERS
 
 logger = logging.getLogger(__name__)
 
 GRADIENT = AVERAGE = 4
-MOMENTS = 8
-"""Bytes a trained parameter of gradient and average (fp32) and of AdamW's two moments."""
+"""Bytes a trained parameter of gradient and average, which are fp32."""
 
 HEADROOM = 0.05
 """Share of a GPU's memory that is left free, for what grows later (fragments, wider batches)."""
@@ -170,10 +170,11 @@ def _forward_backward(run: Tunable, forward: Callable[..., Any], size: int) -> N
 
 
 def _reserve(model: nn.Module, config: TrainConfig, ranks: int, device: torch.device) -> Tensor | None:
-    """Memory that training holds besides what a trial does: moments, average, buckets, headroom."""
+    """Memory that training holds besides what a trial does: optimizer state, average, buckets, headroom."""
     if device.type != "cuda":
         return None
-    each = MOMENTS + (AVERAGE if config.ema.enabled else 0) + (GRADIENT if ranks > 1 else 0)
+    state = OPTIMIZERS[config.optim.name].state_bytes
+    each = state + (AVERAGE if config.ema.enabled else 0) + (GRADIENT if ranks > 1 else 0)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = torch.cuda.get_device_properties(device).total_memory
     return torch.empty(each * trained + int(HEADROOM * total), dtype=torch.uint8, device=device)

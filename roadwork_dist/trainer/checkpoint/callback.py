@@ -112,7 +112,7 @@ class Checkpointer(Callback):
             # Every rank must go back to the same one, so one looks and tells.
             found = on_main(lambda: store.verified(planned) or store.newest(), self._group)
         if found is not None:
-            self._load_tensors(run, StoredTensors(found))
+            self._load_tensors(run, StoredTensors(found), read_state(found))
         logger.warning("back to %s", found.name if found else "nothing: there is no checkpoint yet")
 
     def state_dict(self) -> dict[str, Any]:
@@ -176,6 +176,7 @@ class Checkpointer(Callback):
             "engine": run.engine.name,
             "monitor": run.config.monitor.removeprefix("-"),
             "figure": figure,
+            "optimizer": run.engine.optimizer_values(),
             **run.state_dict(),
         }
 
@@ -189,15 +190,15 @@ class Checkpointer(Callback):
         source = StoredTensors(folder)
         check_same_model(self._shapes, PrefixedSource("model/", source).shapes, folder)
         run.load_state_dict(state)
-        self._load_tensors(run, source)
+        self._load_tensors(run, source, state)
         self._load_rng(run, folder)
 
-    def _load_tensors(self, run: Run, source: StoredTensors) -> None:
+    def _load_tensors(self, run: Run, source: StoredTensors, state: Mapping[str, Any]) -> None:
         engine = run.engine
         engine.fill(engine.weights(), source, "model/")
         engine.weights_changed()
         PrefixedSource("model/", source).read(trained_buffers(run.model))
-        engine.load_moments(source, "optimizer/")
+        engine.load_moments(source, "optimizer/", state.get("optimizer"))
         run.load_tensors(PrefixedSource("callbacks/", source))
 
     def _load_rng(self, run: Run, folder: Path) -> None:

@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 
 from roadwork_dist.common.errors import CheckpointError
 from roadwork_dist.trainer.config import TrainConfig
+from roadwork_dist.trainer.engine.optimizer_values import Values, snapshot
 
 
 class TensorSource(Protocol):
@@ -54,10 +55,12 @@ class Engine(ABC):
         forward: the forward pass of training.
         evaluate: that of a model in eval mode.
         lockstep: a forward pass talks to the other ranks, so all ranks have to make equally many.
+        offers: what optimizers may need and this engine gives, besides single elements.
     """
 
     name: ClassVar[str]
     lockstep: ClassVar[bool] = False
+    offers: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(
         self, accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, config: TrainConfig
@@ -68,6 +71,7 @@ class Engine(ABC):
         self.max_norm = config.optim.clip or math.inf
         self.forward: Callable[..., Any] = model
         self.evaluate: Callable[..., Any] = model
+        self._groups_at_start = snapshot(optimizer)
 
     def accumulate(self) -> AbstractContextManager[Any]:
         """A block of forward and backward passes whose gradients are only kept, not yet reduced."""
@@ -125,8 +129,15 @@ class Engine(ABC):
         """Stored form of the optimizer's state as ``name/moment``; all ranks call it together."""
 
     @abstractmethod
-    def load_moments(self, source: TensorSource, prefix: str) -> None:
-        """Take :meth:`moments` over, stored as ``prefix + name/moment``; all ranks call it together."""
+    def optimizer_values(self) -> Values:
+        """What :meth:`moments` alone does not bring back, as JSON; all ranks call it together."""
+
+    @abstractmethod
+    def load_moments(self, source: TensorSource, prefix: str, values: Values | None) -> None:
+        """Take :meth:`moments`, stored as ``prefix + name/moment``, and :meth:`optimizer_values` over.
+
+        All ranks call it together; ``values`` is None where the checkpoint is of version 0.1.
+        """
 
     def whole_state(self, names: Collection[str] | None = None) -> dict[str, Tensor]:
         """Tensors of the bare model's state dict, whole and on the CPU, on the main process.

@@ -12,6 +12,19 @@ from roadwork_dist.trainer.engine.fp8 import use_fp8
 from roadwork_dist.trainer.engine.native import Replicated
 
 
+def engine_class(accelerator: Accelerator) -> type[Engine]:
+    """The engine that the launcher asked for."""
+    if accelerator.distributed_type == DistributedType.FSDP:
+        from roadwork_dist.trainer.engine.fsdp import Fsdp2
+
+        return Fsdp2
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        from roadwork_dist.trainer.engine.zero import Zero
+
+        return Zero
+    return Replicated
+
+
 def build_engine(
     accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, config: TrainConfig
 ) -> Engine:
@@ -27,12 +40,4 @@ def build_engine(
         use_fp8(model, accelerator.device)
     if config.compile != "off":
         compile_model(model, config.compile, regional=config.compile_regions)
-    if accelerator.distributed_type == DistributedType.FSDP:
-        from roadwork_dist.trainer.engine.fsdp import Fsdp2
-
-        return Fsdp2(accelerator, model, optimizer, config)
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        from roadwork_dist.trainer.engine.zero import Zero
-
-        return Zero(accelerator, model, optimizer, config)
-    return Replicated(accelerator, model, optimizer, config)
+    return engine_class(accelerator)(accelerator, model, optimizer, config)

@@ -27,6 +27,7 @@ class Fsdp2(NativeEngine):
 
     name = "fsdp2"
     lockstep = True
+    offers = frozenset({"whole matrices"})  # DTensors compute norms and products of the whole
 
     def __init__(
         self, accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, config: TrainConfig

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.optim import Optimizer
 
 from roadwork_dist.trainer.config import TrainConfig
 from roadwork_dist.trainer.engine.base import Engine, TensorSource, moment_names, trained_parameters
+from roadwork_dist.trainer.engine.optimizer_values import Values, load_groups, pack_groups, pack_state, unpack
 from roadwork_dist.trainer.engine.precision import in_precision
 
 
@@ -51,30 +53,69 @@ class NativeEngine(Engine):
 
     def moments(self) -> dict[str, Tensor]:
         """Every tensor of the optimizer's state."""
-        return {
-            f"{name}/{key}": value
-            for name, p in self._named.items()
-            for key, value in self.optimizer.state.get(p, {}).items()
-            if isinstance(value, Tensor)
-        }
+        return self._packed()[0]
 
-    def load_moments(self, source: TensorSource, prefix: str) -> None:
-        """Make the state that a first step would make, and read it."""
-        templates = {}
+    def optimizer_values(self) -> Values:
+        """The same on all ranks: they step alike."""
+        return {"parameters": self._packed()[1], "groups": pack_groups(self.optimizer, self._groups_at_start)}
+
+    def _packed(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors: dict[str, Tensor] = {}
+        values = {
+            name: pack_state(self.optimizer.state.get(p, {}), name, p, tensors)
+            for name, p in self._named.items()
+        }
+        return tensors, {name: packed for name, packed in values.items() if packed}
+
+    def load_moments(self, source: TensorSource, prefix: str, values: Values | None) -> None:
+        """Make the state that the steps so far have made, and read it."""
+        templates: dict[str, Tensor] = {}
         for name, p in self._named.items():
+            packed = {} if values is None else values["parameters"].get(name, {})
+            # unpack() calls it before the next turn of the loop.
+            state = {
+                key: unpack(item, partial(_template, source, prefix, p, templates))
+                for key, item in packed.items()
+            }
             for key in moment_names(source, prefix, name):
-                shape = source.shapes[f"{prefix}{name}/{key}"]
-                # A counter is a scalar on the CPU, whatever the shape and device of its parameter.
-                is_like_parameter = key != "step" and shape == p.shape
-                value = torch.zeros_like(p) if is_like_parameter else torch.zeros(shape)
-                templates[f"{prefix}{name}/{key}"] = self.optimizer.state[p][key] = value
+                if f"{prefix}{name}/{key}" not in templates:
+                    # A counter is a scalar on the CPU, whatever the shape and device of its parameter.
+                    is_counter = key == "step" or source.shapes[f"{prefix}{name}/{key}"] != p.shape
+                    dtype = torch.float32 if is_counter else p.dtype
+                    state[key] = _template(
+                        source, prefix, p, templates, f"{name}/{key}", dtype, not is_counter
+                    )
+            if state:
+                self.optimizer.state[p] = state
         source.read(templates)
+        if values is not None:
+            load_groups(self.optimizer, values["groups"])
+
+
+def _template(
+    source: TensorSource,
+    prefix: str,
+    p: Tensor,
+    templates: dict[str, Tensor],
+    name: str,
+    dtype: torch.dtype,
+    with_parameter: bool,
+) -> Tensor:
+    """A tensor of zeros to read a part of the state of ``p`` into; it is put into ``templates``."""
+    shape = source.shapes[prefix + name]
+    if with_parameter and shape == p.shape:
+        made = torch.zeros_like(p, dtype=dtype)  # with the parameter's shards
+    else:
+        made = torch.zeros(shape, dtype=dtype, device=p.device if with_parameter else "cpu")
+    templates[prefix + name] = made
+    return made
 
 
 class Replicated(NativeEngine):
     """The whole model on every process: one process, or DistributedDataParallel on several."""
 
     name = "replicated"
+    offers = frozenset({"whole matrices", "state of other shapes"})
 
     def __init__(
         self, accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, config: TrainConfig

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from roadwork_dist.common.errors import CheckpointError
 from roadwork_dist.trainer.config import TrainConfig
 from roadwork_dist.trainer.engine.base import (
     Engine,
@@ -24,6 +25,14 @@ from roadwork_dist.trainer.engine.base import (
     lay_out_contiguously,
     moment_names,
     trained_parameters,
+)
+from roadwork_dist.trainer.engine.optimizer_values import (
+    Values,
+    load_groups,
+    pack,
+    pack_groups,
+    snapshot,
+    unpack,
 )
 
 
@@ -68,6 +77,7 @@ class Zero(Engine):
         lay_out_contiguously(model)
         self.deepspeed: Any = accelerator.prepare(model, optimizer)[0]
         self.partitions: Any = self.deepspeed.optimizer
+        self._groups_at_start = snapshot(optimizer)  # with what DeepSpeed adds
         self.stage = int(self.deepspeed.zero_optimization_stage())
         self.lockstep = self.stage == 3  # type: ignore[misc]
         self._named = names
@@ -169,6 +179,13 @@ class Zero(Engine):
         """The optimizer's moments on all ranks; ``step`` counts, the others are like parameters."""
         states = self.optimizer.state.values()
         keys = {key for state in states for key, value in state.items() if isinstance(value, Tensor)}
+        for flat, state in self.optimizer.state.items():
+            for key in keys & state.keys() - {"step"}:
+                if state[key].shape != flat.shape:
+                    raise CheckpointError(
+                        f"the optimizer keeps {key} of shape {tuple(state[key].shape)} for a partition of "
+                        f"{tuple(flat.shape)}: it does not update each element alone, so ZeRO cannot serve it"
+                    )
         gathered: list[set[str]] = [set()] * self.processes
         dist.all_gather_object(gathered, keys)
         return sorted(set().union(*gathered))
@@ -188,8 +205,28 @@ class Zero(Engine):
             found |= {f"{name}/step": torch.tensor(max(gathered)) for name in self._named}
         return found
 
-    def load_moments(self, source: TensorSource, prefix: str) -> None:
-        """Make the state that a first step would make, and read it."""
+    def optimizer_values(self) -> Values:
+        """Of a partition's state what is no tensor, for each parameter in it, and the groups' entries."""
+        own: dict[str, dict[str, Any]] = {}
+        for name, s in self._stretches.items():
+            state = self.optimizer.state.get(s.flat, {})
+            values = {key: value for key, value in state.items() if not isinstance(value, Tensor)}
+            if values:
+                own[name] = {
+                    key: pack(value, f"{name}/{key}", {}, self.device) for key, value in values.items()
+                }
+        gathered: list[dict[str, dict[str, Any]]] = [{}] * self.processes
+        dist.all_gather_object(gathered, own)
+        parameters = {name: values for share in gathered for name, values in share.items()}
+        return {"parameters": parameters, "groups": pack_groups(self.optimizer, self._groups_at_start)}
+
+    def load_moments(self, source: TensorSource, prefix: str, values: Values | None) -> None:
+        """Make the state that the steps so far have made, and read it."""
+        if values is not None:
+            load_groups(self.optimizer, values["groups"])
+            for name, s in self._stretches.items():
+                for key, packed in values["parameters"].get(name, {}).items():
+                    self.optimizer.state[s.flat][key] = unpack(packed, _no_tensor)
         keys = sorted({key for name in self._named for key in moment_names(source, prefix, name)})
         for key in keys:
             if key != "step":
@@ -209,6 +246,13 @@ class Zero(Engine):
         held = [tensor] if hasattr(tensor, "ds_id") else []
         with GatheredParameters(held, enabled=bool(held)):
             yield tensor
+
+
+def _no_tensor(name: str, dtype: torch.dtype, with_parameter: bool) -> Tensor:
+    raise CheckpointError(
+        f"the checkpoint's optimizer keeps a tensor {name} that is not like its parameter, which ZeRO "
+        "cannot serve: resume under the engine that wrote it"
+    )
 
 
 def _fill(deepspeed: dict[str, Any], config: TrainConfig) -> None:

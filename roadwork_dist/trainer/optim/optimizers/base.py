@@ -1,0 +1,82 @@
+"""What an optimizer declares, and the registry of optimizers."""
+
+from collections.abc import Callable, Set
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+from torch.optim import Optimizer
+
+from roadwork_dist.common.errors import ConfigError
+from roadwork_dist.common.registry import Registry
+from roadwork_dist.trainer.config import OptimConfig
+
+Need = Literal["whole matrices", "state of other shapes"]
+"""What not every engine can give an optimizer that does more than update each element on its own: the whole
+matrix that a step is computed from, and state (factors, preconditioners) that has not its parameter's shape
+and so no shards."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerEntry:
+    """An optimizer that can be chosen by name.
+
+    Attributes:
+        build: (model, settings) -> optimizer over the model's trainable parameters.
+        state_bytes: of a trained parameter, for the search of the largest batch.
+        needs: what an engine has to give; empty = each element is updated on its own.
+    """
+
+    build: Callable[[nn.Module, OptimConfig], Optimizer]
+    state_bytes: int
+    needs: frozenset[Need] = frozenset()
+
+
+OPTIMIZERS: Registry[OptimizerEntry] = Registry("optimizer")
+
+
+def register_optimizer(
+    name: str, *, state_bytes: int, needs: frozenset[Need] = frozenset()
+) -> Callable[[Callable[[nn.Module, OptimConfig], Optimizer]], Callable[[nn.Module, OptimConfig], Optimizer]]:
+    """Decorator that registers a function (model, settings) -> optimizer; see :class:`OptimizerEntry`."""
+
+    def add(
+        build: Callable[[nn.Module, OptimConfig], Optimizer],
+    ) -> Callable[[nn.Module, OptimConfig], Optimizer]:
+        OPTIMIZERS.register(name)(OptimizerEntry(build=build, state_bytes=state_bytes, needs=needs))
+        return build
+
+    return add
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
+    """The configured optimizer over the trainable parameters of ``model``.
+
+    Raises:
+        ConfigError: the name is unknown, or nothing in the model is trainable.
+    """
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(
+            f"{type(model).__name__} has no parameter that requires a gradient: nothing would be trained"
+        )
+    return OPTIMIZERS[config.name].build(model, config)
+
+
+def check_needs(config: OptimConfig, engine: str, offers: Set[str]) -> None:
+    """Refuse an optimizer that an engine cannot serve.
+
+    Args:
+        config: names the optimizer.
+        engine: its name, for the message.
+        offers: what the engine gives beyond elements.
+
+    Raises:
+        ConfigError: something that the optimizer needs is missing.
+    """
+    missing = sorted(OPTIMIZERS[config.name].needs - offers)
+    if missing:
+        served = [name for name in OPTIMIZERS if OPTIMIZERS[name].needs <= offers]
+        raise ConfigError(
+            f"optim.name is {config.name!r}, which needs {' and '.join(missing)}, but {engine} "
+            f"gives an optimizer shards: choose one of {', '.join(served)}, or another engine"
+        )

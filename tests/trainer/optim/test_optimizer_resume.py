@@ -1,0 +1,150 @@
+"""Every optimizer of torch and timm either resumes to the bit or says why it cannot."""
+
+import inspect
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm.optim
+import torch
+from support.engines import train_with
+from support.ranks import run
+from support.toy import Stop, StopAt, assert_same_tensors, toy_config, toy_data, weights
+from timm.optim import list_optimizers
+from torch import nn
+from torch.optim import Optimizer
+
+from roadwork_dist import EmaConfig, OptimConfig, TrackingConfig, Trainer
+from roadwork_dist.common.errors import CheckpointError, ConfigError
+from roadwork_dist.trainer.optim.optimizers import OPTIMIZERS
+from roadwork_dist.trainer.optim.optimizers.base import OptimizerEntry
+
+Build = Callable[[nn.Module], Optimizer]
+
+# LBFGS wants a closure; SparseAdam sparse gradients; Adahessian a second backward pass.
+_OTHER_LOOPS = {"LBFGS", "SparseAdam", "adahessian"}
+
+
+def of_torch() -> Iterator[tuple[str, Build]]:
+    for name, kind in vars(torch.optim).items():
+        if inspect.isclass(kind) and issubclass(kind, Optimizer) and kind is not Optimizer:
+            if name == "Muon":
+                yield (
+                    name,
+                    lambda model, kind=kind: kind([p for p in model.parameters() if p.ndim == 2], lr=1e-2),
+                )
+            elif name not in _OTHER_LOOPS:
+                yield name, lambda model, kind=kind: kind(model.parameters(), lr=1e-2)
+
+
+def of_timm() -> Iterator[tuple[str, Build]]:
+    for name in list_optimizers():
+        # apex and bitsandbytes compute on GPUs only.
+        if name not in _OTHER_LOOPS and not name.startswith(("fused", "bnb")):
+            yield (
+                f"timm {name}",
+                lambda model, name=name: timm.optim.create_optimizer_v2(
+                    model, opt=name, lr=1e-2, weight_decay=0.01
+                ),
+            )
+
+
+BUILDS = dict(itertools.chain(of_torch(), of_timm()))
+
+
+def model_of() -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(6, 20), nn.LayerNorm(20), nn.GELU(), nn.Linear(20, 20), nn.Linear(20, 2))
+
+
+def fit(run_dir: Path, *callbacks: Any, name: str = "under test", batch_size: int = 8) -> Trainer:
+    config = toy_config(
+        run_dir,
+        epochs=1,
+        batch_size=batch_size,
+        optim=OptimConfig(name=name, lr=0.01),
+        ema=EmaConfig(enabled=False),
+        tracking=TrackingConfig(progress=False),
+    )
+    return Trainer(model_of(), config, toy_data(64), callbacks=callbacks, task=None).fit()
+
+
+@pytest.mark.filterwarnings("ignore:It is highly recommended to have 'opt_einsum'")  # timm's kron
+@pytest.mark.parametrize("build", BUILDS.values(), ids=BUILDS)
+def test_a_stopped_run_ends_like_an_undisturbed_one(
+    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = OptimizerEntry(build=lambda model, config: build(model), state_bytes=8)
+    monkeypatch.setitem(OPTIMIZERS._items, "under test", entry)
+    undisturbed = weights(fit(tmp_path / "undisturbed"))
+    with pytest.raises(Stop):
+        fit(tmp_path / "stopped", StopAt(5))
+    trainer = fit(tmp_path / "stopped")
+    assert trainer.state.step == 8
+    assert_same_tensors(weights(trainer), undisturbed)
+
+
+class Strange(torch.optim.SGD):
+    """Keeps a function in its state."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["rule"] = max
+        super().step()
+
+
+def test_state_that_cannot_be_saved_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = OptimizerEntry(build=lambda model, config: Strange(model.parameters(), lr=0.1), state_bytes=0)
+    monkeypatch.setitem(OPTIMIZERS._items, "under test", entry)
+    with pytest.raises(
+        CheckpointError, match=r"keeps a builtin_function_or_method in its state \(0.weight/rule\)"
+    ):
+        fit(tmp_path)
+
+
+def weights_by(run_dir: Path, name: str, stop: int) -> dict[str, torch.Tensor]:
+    """Whole weights after training with half the rows on each of two ranks; stopped once and resumed."""
+    if stop:
+        with pytest.raises(Stop):
+            fit(run_dir, StopAt(stop), name=name, batch_size=4)
+    trainer = fit(run_dir, name=name, batch_size=4)
+    return trainer.engine.whole_state()
+
+
+SERVED = [
+    *(("ddp", name) for name in OPTIMIZERS),
+    *(("fsdp2", name) for name in OPTIMIZERS),
+    *(("zero1", name) for name in ("sgd", "lion")),
+    *(("zero3", name) for name in ("sgd", "lion")),
+]
+
+
+@pytest.mark.parametrize(("engine", "name"), SERVED, ids=["-".join(each) for each in SERVED])
+def test_engines_serve_what_an_optimizer_needs(engine: str, name: str, tmp_path: Path) -> None:
+    expected = weights(fit(tmp_path / "one", name=name))
+    found = run(train_with, engine, weights_by, tmp_path / "two", name, 5, world_size=2)[0]
+    # Muon orthogonalises in bf16, and sharded sums come in another order; shards taken for whole matrices
+    # would be off by the learning rate, 1e-2.
+    atol = 5e-4 if (engine, name) == ("fsdp2", "muon") else 2e-5
+    for key, tensor in expected.items():
+        torch.testing.assert_close(found[key], tensor, rtol=0, atol=atol)
+
+
+def refusal(run_dir: Path, name: str) -> str:
+    with pytest.raises(ConfigError) as refused:
+        fit(run_dir, name=name)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["lamb", "muon"])
+def test_an_engine_that_cannot_serve_an_optimizer_refuses_it_at_the_start(name: str, tmp_path: Path) -> None:
+    for told in run(train_with, "zero2", refusal, tmp_path, name, world_size=2):
+        assert told == (
+            f"optim.name is {name!r}, which needs whole matrices, but zero gives an optimizer shards: choose one of "
+            "adamw, lion, sgd, or another engine"
+        )
+    assert not list(tmp_path.iterdir())
