@@ -48,7 +48,7 @@ class EmaCallback(Callback):
         if self.average is None or self._engine is None:
             yield
             return
-        with self.average.swapped_in():
+        with self.average.average_parameters():
             self._engine.weights_changed()
             yield
         # Not reached after an error, since other ranks may never call it.
@@ -58,7 +58,7 @@ class EmaCallback(Callback):
         """The shadow, for a checkpoint."""
         if self.average is None or self._engine is None:
             return {}
-        return self._engine.stored(self.average.shadow()) | {_UPDATES: torch.tensor(self.average.updates)}
+        return self._engine.stored(self.average.shadow()) | {_UPDATES: torch.tensor(self.average.num_updates)}
 
     def load_tensors(self, source: TensorSource) -> None:
         """Take a shadow over."""
@@ -70,7 +70,7 @@ class EmaCallback(Callback):
         updates = torch.tensor(0)
         self._engine.fill(self.average.shadow(), source, "")
         source.read({_UPDATES: updates})
-        self.average.updates = int(updates)
+        self.average.num_updates = int(updates)
 
     def on_no_tensors(self) -> None:
         """Start from the weights that the checkpoint brought."""

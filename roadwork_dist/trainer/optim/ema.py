@@ -1,15 +1,17 @@
-"""Exponential moving average of trained weights."""
+"""Exponential moving average of trained weights: torch_ema's, with an fp32 shadow and in few kernels."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
+import torch_ema
 from torch import Tensor
 
 from roadwork_dist.trainer.config import EmaConfig
 
 
-class ExponentialMovingAverage:
+class ExponentialMovingAverage(torch_ema.ExponentialMovingAverage):  # type: ignore[misc]
     """fp32 shadow of trained weights, whatever their dtype (complex64 of complex ones).
 
     ``shadow = d * shadow + (1 - d) * weight`` once per optimizer step, with
@@ -17,17 +19,21 @@ class ExponentialMovingAverage:
     TensorFlow's ``ExponentialMovingAverage`` with ``num_updates``). Element-wise, so a process that
     holds shards of the weights keeps the average of those shards.
 
+    ``average_parameters``, ``store``, ``copy_to``, ``restore`` and ``state_dict`` are torch_ema's. Its own
+    shadow has the dtype of the weights: one in bf16 does not move at a decay of 0.9999.
+
     Args:
         weights: by name; they share memory with what trains and are read at every update.
         config: decay and warm-up.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], config: EmaConfig) -> None:
+        super().__init__([], config.decay)
         self.config = config
-        self.updates = 0
         self._names = list(weights)
-        self._weights = list(weights.values())
-        self._shadow = [_precise(weight.detach()).clone() for weight in self._weights]
+        # Not weak references, as torch_ema has: these are views that nobody else keeps.
+        self._weights = [weight.detach() for weight in weights.values()]
+        self.shadow_params = [_precise(weight).clone() for weight in self._weights]
         self._is_fp32 = all(weight.dtype == torch.float32 for weight in self._weights)
 
     def decay_at(self, updates: int) -> float:
@@ -37,38 +43,38 @@ class ExponentialMovingAverage:
         return min(self.config.decay, (1 + updates) / (10 + updates))
 
     @torch.no_grad()
-    def update(self) -> None:
+    def update(self, parameters: Iterable[Tensor] | None = None) -> None:
         """Move the shadow towards the weights as they are now."""
-        weight = 1 - self.decay_at(self.updates)
-        if self._shadow:  # a rank may hold no shard at all
-            current = self._weights if self._is_fp32 else [_precise(w) for w in self._weights]
-            torch._foreach_lerp_(self._shadow, current, weight)
-        self.updates += 1
-
-    @contextmanager
-    def swapped_in(self) -> Iterator[None]:
-        """Run a block with the average in the memory of the weights."""
-        held = [weight.detach().clone() for weight in self._weights]
-        self._set(self._shadow)  # copied: bf16 weights must not round the shadow itself
-        try:
-            yield
-        finally:
-            self._set(held)
-
-    @torch.no_grad()
-    def _set(self, values: list[Tensor]) -> None:
-        for weight, value in zip(self._weights, values, strict=True):
-            weight.copy_(value)
+        current = self._get_parameters(parameters)
+        if self.shadow_params:  # a rank may hold no shard at all
+            if not self._is_fp32 or parameters is not None:
+                current = [_precise(weight.detach()) for weight in current]
+            torch._foreach_lerp_(self.shadow_params, current, 1 - self.decay_at(self.num_updates))
+        self.num_updates += 1
 
     def restart(self) -> None:
         """Start again from the weights as they are now."""
-        self.updates = 0
-        for shadow, weight in zip(self._shadow, self._weights, strict=True):
+        self.num_updates = 0
+        for shadow, weight in zip(self.shadow_params, self._weights, strict=True):
             shadow.copy_(weight)
 
     def shadow(self) -> dict[str, Tensor]:
         """The average by the weights' names, fp32, in its own memory."""
-        return dict(zip(self._names, self._shadow, strict=True))
+        return dict(zip(self._names, self.shadow_params, strict=True))
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take a :meth:`state_dict` over, in the memory of the shadow and in fp32."""
+        self.decay, self.num_updates = state_dict["decay"], state_dict["num_updates"]
+        self.collected_params = copy.deepcopy(state_dict["collected_params"])
+        for shadow, loaded in zip(self.shadow_params, state_dict["shadow_params"], strict=True):
+            shadow.copy_(loaded)
+
+    def _get_parameters(self, parameters: Iterable[Tensor] | None) -> list[Tensor]:
+        if parameters is None:
+            return self._weights
+        found: list[Tensor] = super()._get_parameters(parameters)
+        return found
 
 
 def _precise(weight: Tensor) -> Tensor:

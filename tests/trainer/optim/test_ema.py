@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch_ema
 from support.toy import toy_config, toy_data, toy_model
 from torch import nn
 
@@ -79,7 +80,7 @@ def test_swapping_restores_weights_and_average_to_the_bit(dtype: torch.dtype) ->
     average.update()
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     shadow = shadow_of(average)
-    with average.swapped_in():
+    with average.average_parameters():
         for name, parameter in model.named_parameters():
             assert torch.equal(parameter, shadow[name].to(dtype))
     for name, parameter in model.named_parameters():
@@ -92,7 +93,7 @@ def test_swapping_restores_after_an_error() -> None:
     average = ExponentialMovingAverage(trained_parameters(model), EmaConfig())
     disturb(model, 1)
     weights = [p.detach().clone() for p in model.parameters()]
-    with pytest.raises(ZeroDivisionError), average.swapped_in():
+    with pytest.raises(ZeroDivisionError), average.average_parameters():
         raise ZeroDivisionError
     assert all(torch.equal(p, w) for p, w in zip(model.parameters(), weights, strict=True))
 
@@ -106,7 +107,7 @@ def test_a_shadow_is_written_in_place_and_goes_on() -> None:
     other = ExponentialMovingAverage(trained_parameters(second), EmaConfig(decay=0.99))
     for name, tensor in other.shadow().items():
         tensor.copy_(average.shadow()[name])
-    other.updates = average.updates
+    other.num_updates = average.num_updates
     second.load_state_dict(first.state_dict())
     for model, one in ((first, average), (second, other)):
         disturb(model, 9)
@@ -121,7 +122,7 @@ def test_a_restart_forgets_the_past() -> None:
     disturb(model, 1)
     average.update()
     average.restart()
-    assert average.updates == 0
+    assert average.num_updates == 0
     for name, parameter in model.named_parameters():
         assert torch.equal(average.shadow()[name], parameter)
 
@@ -153,7 +154,7 @@ def test_training_updates_once_a_step_not_for_skipped_ones_and_validates_with_it
     (callback,) = (c for c in trainer.callbacks if isinstance(c, EmaCallback))
     assert callback.average is not None
     assert watch.skipped.count(True) == 1
-    assert callback.average.updates == watch.skipped.count(False) == 3
+    assert callback.average.num_updates == watch.skipped.count(False) == 3
     for validated, shadow, parameter in zip(
         watch.validated, shadow_of(callback.average).values(), trainer.model.parameters(), strict=True
     ):
@@ -169,5 +170,32 @@ def test_complex_weights_are_averaged_in_both_parts() -> None:
     average.update()
     expected = torch.tensor([0.75 * (1 + 2j) + 0.25 * 3j * (1 + 2j), 0.75 * (3 - 1j) + 0.25 * 3j * (3 - 1j)])
     torch.testing.assert_close(average.shadow()["w"], expected)
-    with average.swapped_in():
+    with average.average_parameters():
         torch.testing.assert_close(weight.detach(), expected)
+
+
+def test_it_is_torch_emas_average_with_its_methods() -> None:
+    weight = nn.Parameter(torch.tensor([1.0, 2.0], dtype=torch.bfloat16))
+    average = ExponentialMovingAverage({"w": weight}, EmaConfig(decay=0.9999, warmup=False))
+    assert isinstance(average, torch_ema.ExponentialMovingAverage)
+    with torch.no_grad():
+        weight += 1
+    for _ in range(10):
+        average.update()
+    moved = 1 + (1 - 0.9999**10)  # a shadow in bf16, as torch_ema's own, would stay at 1
+    torch.testing.assert_close(average.shadow()["w"][0], torch.tensor(moved), rtol=0, atol=1e-6)
+    average.store()
+    average.copy_to()
+    assert weight.tolist() == [1.0, 2.0]  # rounded to bf16
+    average.restore()
+    assert weight.tolist() == [2.0, 3.0]
+    other = ExponentialMovingAverage({"w": weight}, EmaConfig(decay=0.5))
+    memory = other.shadow()["w"]
+    other.load_state_dict(average.state_dict())
+    assert other.num_updates == 10
+    assert other.shadow()["w"] is memory
+    assert torch.equal(memory, average.shadow()["w"])  # fp32 all the way
+    other.update([weight])  # weights that are given, as torch_ema takes them
+    assert other.num_updates == 11
+    with pytest.raises(ValueError, match="Number of parameters"):
+        other.update([])

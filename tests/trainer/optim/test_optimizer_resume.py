@@ -144,7 +144,7 @@ def refusal(run_dir: Path, name: str) -> str:
 def test_an_engine_that_cannot_serve_an_optimizer_refuses_it_at_the_start(name: str, tmp_path: Path) -> None:
     for told in run(train_with, "zero2", refusal, tmp_path, name, world_size=2):
         assert told == (
-            f"optim.name is {name!r}, which needs whole matrices, but zero gives an optimizer shards: choose one of "
-            "adamw, lion, sgd, or another engine"
+            f"optim.name is {name!r}, which needs whole matrices, but zero gives an optimizer shards: "
+            "choose one of adamw, lion, sgd, or another engine"
         )
     assert not list(tmp_path.iterdir())
