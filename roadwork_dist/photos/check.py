@@ -1,4 +1,4 @@
-"""Decode every photo once before training, so that a broken one does not stop a run in its middle."""
+"""Validation of a manifest: decodes every photo once, so that a broken one does not stop training midway."""
 
 import logging
 from collections import Counter
@@ -23,12 +23,12 @@ _SIZES_SHOWN = 5
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What is in a manifest, after every photo and mask was decoded."""
+    """Content of a manifest, after every photo and mask was decoded."""
 
     manifest: Manifest
     """All rows."""
     readable: Manifest
-    """The rows whose photo and mask can be read; the others are dropped."""
+    """The rows whose photo and mask are readable; the others are dropped."""
     unreadable: tuple[tuple[str, str], ...]
     """Id and reason (one line, naming the file) of each dropped row."""
     sizes: NDArray[np.int64]
@@ -73,14 +73,14 @@ def check_images(
     workers: int = 1,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> CheckReport:
-    """Decode every photo (at 1/8 where it is a JPEG) and every mask.
+    """Decode every photo (JPEGs at 1/8 of their size) and every mask.
 
     Args:
         manifest: rows to check.
         max_share: share of unreadable rows above which this raises; 1.0 = never.
-        max_pixels: limit of pixels of a photo.
-        workers: threads; decoding leaves Python's lock to others, so no processes are needed.
-        on_progress: called with (rows done, rows in all) after each row, in the caller's thread.
+        max_pixels: largest number of pixels of a photo.
+        workers: number of threads; decoding releases Python's global lock, so no processes are needed.
+        on_progress: called with (rows done, total rows) after each row, in the caller's thread.
 
     Raises:
         DataError: more rows than ``max_share`` are unreadable.
@@ -121,7 +121,7 @@ def examine(sample: Sample, max_pixels: int) -> tuple[tuple[int, int], str]:
 
 
 def drop_unreadable(manifest: Manifest, unreadable: Mapping[int, str], max_share: float) -> Manifest:
-    """A manifest without its unreadable rows; says which are left out.
+    """A manifest without its unreadable rows, which are logged.
 
     Args:
         manifest: all rows.
@@ -143,16 +143,16 @@ def drop_unreadable(manifest: Manifest, unreadable: Mapping[int, str], max_share
 
 
 def refuse_too_many(name: str, reasons: Sequence[str], total: int, max_share: float) -> None:
-    """Stop where too many photos of ``total`` are unreadable.
+    """Raise if too many of ``total`` photos are unreadable.
 
     Raises:
-        DataError: ``reasons`` (one for each unreadable photo) are more than ``max_share`` of ``total``.
+        DataError: ``reasons`` (one per unreadable photo) exceed ``max_share`` of ``total``.
     """
     count = len(reasons)
     if count > max_share * total:
         raise DataError(
             f"{name}: {count} of {total} photos ({count / total:.1%}) are unreadable, "
-            f"expected at most {max_share:.1%}: mend or remove them, or raise "
+            f"expected at most {max_share:.1%}: fix or remove them, or raise "
             f"data.max_unreadable_share. {_first_of(reasons)}"
         )
 

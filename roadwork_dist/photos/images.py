@@ -1,6 +1,6 @@
-"""Photos: where their bytes come from, and how bytes become tensors.
+"""Image sources, and decoding of their bytes into tensors.
 
-Everything here is pickled to loader workers, so a source holds a path or a reference, not pixels.
+Sources are pickled to loader workers, so they hold a path or a reference, not pixels.
 """
 
 import hashlib
@@ -27,10 +27,10 @@ from torch import Tensor
 from roadwork_dist.common.errors import DataError
 
 MAX_PIXELS = 200_000_000
-"""Default limit of pixels, as in ``DataConfig.max_pixels``."""
+"""Default limit of an image's pixels, as in ``DataConfig.max_pixels``."""
 
-# Opening by the class of the format, not by Image.open, leaves out three things: formats nobody asked
-# for (EPS starts Ghostscript), the process-wide MAX_IMAGE_PIXELS, and the further pictures of an MPO.
+# Opening with the format's class instead of Image.open avoids three things: unwanted formats (EPS starts
+# Ghostscript), the process-wide MAX_IMAGE_PIXELS, and the additional images of an MPO.
 _FORMATS: dict[bytes, type[ImageFile]] = {
     b"\xff\xd8\xff": JpegImageFile,
     b"\x89PNG\r\n\x1a\n": PngImageFile,
@@ -38,7 +38,7 @@ _FORMATS: dict[bytes, type[ImageFile]] = {
     b"BM": BmpImageFile,
 }
 
-# Value of the EXIF tag -> what turns the stored pixels upright (EXIF 2.32, tag 0x0112).
+# Value of the EXIF tag -> transpose that turns the stored pixels upright (EXIF 2.32, tag 0x0112).
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -52,11 +52,11 @@ _UPRIGHT = {
 
 @runtime_checkable
 class ImageSource(Protocol):
-    """Where the encoded bytes of a picture come from; picklable."""
+    """Source of an image's encoded bytes; picklable."""
 
     @property
     def name(self) -> str:
-        """What messages call the picture: its path, or data set and row."""
+        """Name of the image in messages: its path, or its dataset and row."""
         ...
 
     def read(self) -> bytes:
@@ -70,7 +70,7 @@ class ImageSource(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class FileImage:
-    """A picture in a file."""
+    """An image in a file."""
 
     path: Path
 
@@ -90,17 +90,17 @@ class FileImage:
         except FileNotFoundError:
             raise DataError(
                 f"{self.path}: there is no such file, expected a photo: "
-                "mend the path in the table, or set data.image_root to the folder the paths start from"
+                "fix the path in the table, or set data.image_root to the folder that the paths start from"
             ) from None
         except (OSError, ValueError) as error:
             raise DataError(
-                f"{self.path}: cannot be read ({error}), expected a readable file: check path and rights"
+                f"{self.path}: cannot be read ({error}), expected a readable file: check path and permissions"
             ) from error
 
 
 @dataclass(frozen=True, slots=True)
 class BytesImage:
-    """A picture that is already in memory."""
+    """An image that is already in memory."""
 
     name: str
     data: bytes
@@ -111,12 +111,12 @@ class BytesImage:
 
 
 def as_image_source(cell: Any, *, root: Path | None, name: str) -> ImageSource:
-    """The source that a cell of a table means.
+    """The image source that a table cell describes.
 
     Args:
-        cell: a source, a path, bytes, or a mapping with ``bytes`` and ``path`` (Hugging Face's form).
+        cell: a source, a path, bytes, or a mapping with ``bytes`` and ``path`` (Hugging Face's format).
         root: folder that relative paths start from; None = the working directory.
-        name: what messages call bytes that have no path.
+        name: name in messages of bytes that have no path.
 
     Raises:
         DataError: the cell is none of these.
@@ -134,12 +134,12 @@ def as_image_source(cell: Any, *, root: Path | None, name: str) -> ImageSource:
         return FileImage((root or Path()) / cell)
     raise DataError(
         f"{name}: image is a {type(cell).__name__}, expected a path or the bytes of a JPEG or PNG: "
-        "set data.columns.image to the column that has them"
+        "set data.columns.image to the column that holds them"
     )
 
 
 def content_hash(data: bytes) -> str:
-    """Hex SHA-256 of a photo's encoded bytes; names it in the feature store."""
+    """Hex SHA-256 of a photo's encoded bytes; its key in the feature store."""
     return hashlib.sha256(data).hexdigest()
 
 
@@ -153,23 +153,23 @@ def decode(
 ) -> Tensor:
     """Decode a photo, upright and in RGB.
 
-    EXIF orientation is applied; greyscale, palette, CMYK (with Adobe's inverted polarity) and 16-bit
-    pictures are converted (16 bits by their high byte); transparent parts show white.
+    EXIF orientation is applied. Greyscale, palette, CMYK (with Adobe's inverted polarity) and 16-bit
+    images (by their high byte) are converted; transparent parts become white.
 
     Args:
         source: a source or encoded bytes (JPEG, PNG, WebP or BMP).
-        name: what messages call the photo; None = the source's name.
-        max_pixels: more pixels than this are refused before any is decoded.
-        min_side: least width and height in px.
+        name: name of the photo in messages; None = the source's name.
+        max_pixels: larger photos are refused before decoding.
+        min_side: smallest width and height in px.
         reduction: decode JPEGs at 1/2, 1/4 or 1/8 (2, 4 or 8) of their size, which is several times faster;
             sides are rounded up. Other formats are not reduced.
 
     Returns:
-        ``[3, H, W]`` uint8. The strides are those of an interleaved picture (channels last), which
-        torch's resize of uint8 is fastest with; call ``contiguous()`` for planes.
+        ``[3, H, W]`` uint8 with the strides of an interleaved image (channels last), for which torch's
+        resize of uint8 is fastest; call ``contiguous()`` for planes.
 
     Raises:
-        DataError: the bytes are no whole photo within the limits.
+        DataError: the bytes are not a complete photo within the limits.
     """
     data, name = _bytes_and_name(source, name)
     image = open_picture(data, name, max_pixels=max_pixels, min_side=min_side)
@@ -181,12 +181,12 @@ def decode(
 def photo_size(
     source: ImageSource | bytes, *, name: str | None = None, max_pixels: int = MAX_PIXELS, min_side: int = 64
 ) -> tuple[int, int]:
-    """Height and width in px of the upright photo, at full size, from its header where that suffices.
+    """Height and width in px of the upright photo at full size, from the header where that suffices.
 
-    Where the source is a reduced copy and knows its original's size, that is what counts.
+    For a reduced copy that records the size of its original, this is the original's size.
 
     Raises:
-        DataError: the header cannot be read, or the size is out of the limits.
+        DataError: the header cannot be read, or the size is outside the limits.
     """
     original_size: tuple[int, int] | None = getattr(source, "original_size", None)
     if original_size is not None:
@@ -202,18 +202,18 @@ def photo_size(
 def verify(
     source: ImageSource | bytes, *, max_pixels: int = MAX_PIXELS, min_side: int = 64
 ) -> tuple[int, int]:
-    """Decode a whole photo as cheaply as its format allows and keep nothing of it.
+    """Decode a photo completely, as cheaply as its format allows, and discard the pixels.
 
     Returns:
         Height and width in px of the upright photo at full size.
 
     Raises:
-        DataError: :func:`decode` would raise it.
+        DataError: :func:`decode` would fail.
     """
     data, name = _bytes_and_name(source, None)
     image = open_picture(data, name, max_pixels=max_pixels, min_side=min_side)
     width, height = image.size
-    _reduce(image, 8)  # every coded byte is still read, but an eighth of the rows and columns computed
+    _reduce(image, 8)  # still reads every coded byte, but computes an eighth of the rows and columns
     load_pixels(image, name)
     return (width, height) if orientation_of(image) >= 5 else (height, width)
 
@@ -229,9 +229,9 @@ _quiet_lock = threading.Lock()
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep a library's warnings (Pillow's about odd EXIF) off the console.
+    """Suppress a library's warnings (such as Pillow's about odd EXIF).
 
-    Python's warning filters belong to the whole process, hence the lock: do short work only in it.
+    Python's warning filters are process-wide, hence the lock: keep the work inside short.
     """
     with _quiet_lock, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -242,7 +242,7 @@ def open_picture(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS, min_si
     """Read the header and check the size; no pixel is decoded.
 
     Raises:
-        DataError: it is no picture, or its size is out of the limits.
+        DataError: it is not an image, or its size is outside the limits.
     """
     if not data:
         raise DataError(
@@ -251,18 +251,18 @@ def open_picture(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS, min_si
     opener = next((cls for magic, cls in _FORMATS.items() if data.startswith(magic)), None)
     if opener is None:
         raise DataError(
-            f"{name}: is no picture (it starts with {data[:12]!r}), expected a JPEG, PNG, WebP or BMP: "
+            f"{name}: is not an image (it starts with {data[:12]!r}), expected a JPEG, PNG, WebP or BMP: "
             "restore the file or remove its row"
         )
     try:
         with quiet():
             image = opener(BytesIO(data), name)
-    except Exception as error:  # Pillow's parsers raise nearly anything on broken bytes
+    except Exception as error:  # Pillow's parsers may raise almost anything on broken bytes
         raise _broken(name, error) from error
     width, height = image.size
     if width * height > max_pixels:
         raise DataError(
-            f"{name}: has {width}x{height} px, expected at most {max_pixels:,} px in all (is it a "
+            f"{name}: has {width}x{height} px, expected at most {max_pixels:,} px in total (is it a "
             "decompression bomb?): remove its row, or raise data.max_pixels if the photo is real"
         )
     if min(width, height) < min_side:
@@ -276,12 +276,12 @@ def open_picture(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS, min_si
 def _broken(name: str, error: Exception) -> DataError:
     reason = " ".join(str(error).split()) or type(error).__name__
     return DataError(
-        f"{name}: is broken ({reason}), expected a whole picture: restore the file or remove its row"
+        f"{name}: is broken ({reason}), expected a complete image: restore the file or remove its row"
     )
 
 
 def load_pixels(image: ImageFile, name: str) -> None:
-    """Decode an opened picture.
+    """Decode an opened image.
 
     Raises:
         DataError: it is broken.
@@ -302,7 +302,7 @@ def _reduce(image: ImageFile, reduction: int) -> None:
 
 
 def orientation_of(image: ImageFile) -> int:
-    """EXIF orientation, 1 (upright) to 8; 1 where the EXIF block cannot be read."""
+    """EXIF orientation, 1 (upright) to 8; 1 if the EXIF block cannot be read."""
     try:
         with quiet():
             value = image.getexif().get(ExifTag.Orientation, 1)
@@ -321,10 +321,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
     if image.mode.startswith("I;16"):
-        # The high byte, as Pillow itself takes of 16-bit RGB; its own conversion of I;16 clips.
+        # The high byte, as Pillow does for 16-bit RGB; its conversion of I;16 clips instead.
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         colours = image.convert("RGBA")
-        ground = Image.new("RGBA", colours.size, (255, 255, 255, 255))
-        return Image.alpha_composite(ground, colours).convert("RGB")
+        background = Image.new("RGBA", colours.size, (255, 255, 255, 255))
+        return Image.alpha_composite(background, colours).convert("RGB")
     return image.convert("RGB")

@@ -1,9 +1,9 @@
-"""The fast way from a photo's bytes to pixels: baseline JPEGs through libjpeg-turbo, as they are stored.
+"""Fast decoding of baseline JPEGs with libjpeg-turbo, in stored orientation, with Pillow as the fallback.
 
-What ordinary cameras write goes this way: 8-bit baseline JPEGs in colour. They are decoded into memory
-that is used again, at a fraction of their size where that suffices, and are not turned: turning
-the small image behind it is cheaper. Everything else, and every JPEG that the decoder complains
-about, goes the slower way through Pillow, which decides whether it can be read.
+The fast path handles what ordinary cameras write: 8-bit baseline JPEGs in colour. They are decoded into a
+reused buffer, at reduced size where that suffices, and are not rotated: rotating the resized image later is
+cheaper. Everything else, and every JPEG that the decoder rejects, takes the slower path through Pillow,
+which decides whether it is readable.
 """
 
 import threading
@@ -21,14 +21,14 @@ from roadwork_dist.photos.images import MAX_PIXELS, decode, open_picture, orient
 from roadwork_dist.photos.views import ViewGeometry, reduction_of
 
 KEPT_BYTES = 64 << 20
-"""Largest memory for pixels that a thread keeps for the next photo (22 Mpx); larger ones are given back."""
+"""Largest pixel buffer that a thread keeps for its next photo (22 Mpx); larger ones are freed."""
 
 _memory = threading.local()
 
 
 @dataclass(frozen=True)
 class StoredPixels:
-    """Pixels as the file has them, and what is needed to show them upright."""
+    """Pixels as stored in the file, and what is needed to show them upright."""
 
     pixels: Tensor
     """[3, H, W] uint8, interleaved strides; valid until the thread decodes its next photo."""
@@ -41,16 +41,16 @@ class StoredPixels:
 def decode_for_views(
     data: bytes, geometry: ViewGeometry, *, name: str, max_pixels: int = MAX_PIXELS
 ) -> StoredPixels:
-    """Decode a photo no larger than its views need it.
+    """Decode a photo at the smallest size that its views need.
 
     Args:
         data: JPEG, PNG, WebP or BMP.
         geometry: which views will be cut; with quality ``exact`` every pixel is decoded.
-        name: what messages call the photo.
+        name: name of the photo in messages.
         max_pixels: photos with more pixels are refused.
 
     Raises:
-        DataError: the bytes are no whole photo within the limits.
+        DataError: the bytes are not a complete photo within the limits.
     """
     image = open_picture(data, name, max_pixels=max_pixels)
     if is_plain_jpeg(image):
@@ -66,12 +66,12 @@ def decode_for_views(
 
 
 def upright(size: tuple[int, int], orientation: int) -> tuple[int, int]:
-    """A stored size (width, height) as EXIF shows it."""
+    """A stored size (width, height) after EXIF's orientation is applied."""
     return size[::-1] if orientation >= 5 else size
 
 
 def is_plain_jpeg(image: ImageFile) -> bool:
-    """Whether an opened picture is a JPEG in colour (not grey, not CMYK) and not progressive."""
+    """Whether an opened image is a JPEG in colour (not grey, not CMYK) and not progressive."""
     return isinstance(image, JpegImageFile) and image.mode == "RGB" and "progressive" not in image.info
 
 
@@ -84,20 +84,20 @@ def decode_baseline(data: bytes, size: tuple[int, int], reduction: int = 1) -> N
         reduction: 1, 2, 4 or 8: decode at that fraction of the size, rounded up.
 
     Returns:
-        [H, W, 3] RGB in memory that the thread's next call uses again; ``None`` where the decoder has the
-        least complaint (cut short, corrupt data, a kind of JPEG it does not know).
+        [H, W, 3] RGB in a buffer that the thread's next call overwrites; ``None`` if the decoder reports
+        any problem (truncated or corrupt data, an unsupported kind of JPEG).
     """
     width, height = (-(-side // reduction) for side in size)
     memory = _memory_of(width * height * 3)
     try:
         pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=height, min_width=width, buffer=memory)
-    except (ValueError, KeyError):  # KeyError: a header without any size
+    except (ValueError, KeyError):  # KeyError: a header without a size
         return None
     return pixels if pixels.shape == (height, width, 3) else None
 
 
 def _memory_of(size: int) -> NDArray[np.uint8]:
-    """``size`` bytes of this thread's memory, whose pages need not be asked for anew for each photo."""
+    """``size`` bytes of this thread's buffer; reusing it saves allocating pages for each photo."""
     memory: NDArray[np.uint8] | None = getattr(_memory, "pixels", None)
     if memory is None or memory.size < size:
         memory = np.empty(size, np.uint8)

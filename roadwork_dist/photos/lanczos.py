@@ -1,7 +1,7 @@
-"""Antialiased Lanczos resize as products of matrices, for devices where torch has none of its own.
+"""Antialiased Lanczos resize by matrix products, for devices where torch does not provide it.
 
-Torch's resize with this filter runs on CPUs only. Along one axis it is a product with a matrix of weights,
-which a GPU does faster than it could gather them.
+Torch's resize with this filter runs on CPUs only. Along one axis it is a product with a weight matrix,
+which is faster on a GPU than gathering the pixels.
 """
 
 from functools import lru_cache
@@ -15,10 +15,10 @@ LOBES = 3
 
 @lru_cache(maxsize=64)
 def weights(length: int, wanted: int) -> Tensor:
-    """Weights [wanted, length] float32 of every pixel in every resized one, as Pillow defines them.
+    """Weights [wanted, length] float32 of each input pixel in each output pixel, as in Pillow.
 
     Args:
-        length: px along the axis.
+        length: px along the axis before the resize.
         wanted: px after it.
     """
     scale = length / wanted
@@ -30,7 +30,7 @@ def weights(length: int, wanted: int) -> Tensor:
 
 
 def resize(image: Tensor, width: int, height: int) -> Tensor:
-    """Resize [3, H, W] uint8 on its device; each axis is rounded to uint8, as the CPU's resize does."""
+    """Resize [3, H, W] uint8 on its device; each axis is rounded to uint8, as in the CPU's resize."""
     for axis, wanted in ((-1, width), (-2, height)):
         if image.shape[axis] != wanted:
             matrix = weights(image.shape[axis], wanted).to(image.device, non_blocking=True)

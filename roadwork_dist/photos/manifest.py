@@ -1,6 +1,6 @@
-"""The manifest: what is known of every photo, read from rows and checked.
+"""The manifest: the metadata of every photo, read from rows and validated.
 
-Rows are counted from 1 and a table's header is not counted.
+Row numbers start at 1 and do not count a table's header.
 """
 
 import logging
@@ -32,7 +32,7 @@ _MOST_WORDS_REPORTED = 10
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One photo and what is known of it; None = null."""
+    """One photo and its metadata; None = unknown."""
 
     id: str
     image: ImageSource
@@ -52,7 +52,7 @@ class Manifest:
     """An ordered set of samples."""
 
     name: str
-    """What messages call the set: the path or hub id it came from."""
+    """Name of the set in messages: the path or hub id it came from."""
     samples: tuple[Sample, ...]
     unknown_words: Mapping[tuple[str, str], int] = field(default_factory=dict)
     """How often each (field, word) outside the vocabulary was read as null."""
@@ -99,7 +99,7 @@ class Manifest:
         """The samples that have a label.
 
         Raises:
-            DataError: none has.
+            DataError: no sample has a label.
         """
         indices = np.flatnonzero(self.labels != UNLABELLED)
         if len(indices) == 0:
@@ -119,23 +119,23 @@ def build_manifest(
     column_names: Sequence[str] | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> Manifest:
-    """Check rows of any source and make the manifest.
+    """Validate rows of any source and build the manifest.
 
     None, NaN and the words "", "null", "none" and "nan" in any case are null. Words outside a vocabulary
-    are read as null and reported once, through logging. Rows without an id take the path of their photo,
-    or else their number. All wrong rows are told at once.
+    are read as null and logged once. Rows without an id use the path of their photo, or else their number.
+    All invalid rows are reported at once.
 
     Args:
         rows: cells by column name. The image may be a source, a path, bytes or Hugging Face's mapping;
-            the mask a ``MaskSource`` or what an image may be.
-        name: what messages call the source.
-        columns: which column holds what.
+            the mask a ``MaskSource`` or any of these.
+        name: name of the source in messages.
+        columns: column name of each field.
         image_root: folder that relative paths start from; None = the working directory.
         column_names: columns of the source; None = those that occur in the rows.
-        max_pixels: limit for masks.
+        max_pixels: largest number of pixels of a mask.
 
     Raises:
-        DataError: there is no row, a column is missing, a value cannot be used or an id is used twice.
+        DataError: there are no rows, a column is missing, a value is invalid or an id is used twice.
     """
     rows = list(rows)
     if not rows:
@@ -170,10 +170,10 @@ def is_null(value: object) -> bool:
 
 
 def _resolve_columns(columns: ColumnsConfig, present: list[str], name: str) -> dict[str, str]:
-    """Field -> column, for the columns that are there.
+    """Field -> column, for the columns that are present.
 
-    A column that is absent under its default name is null in every row; one that the user named must
-    exist, or a typing error would silently train without it.
+    A column that is absent under its default name is null in every row. A column that the user named must
+    exist; otherwise a typo would silently train without it.
     """
     resolved: dict[str, str] = {}
     for item in fields(ColumnsConfig):
@@ -240,7 +240,7 @@ class _RowReader:
         if not is_null(cell):
             if not isinstance(cell, str | int | float):
                 raise DataError(f"{where}: id is a {type(cell).__name__}, expected text: set data.columns.id")
-            # A column of numbers with one null among them comes as floats.
+            # A column of integers that contains a null is read as floats.
             own = str(int(cell)) if isinstance(cell, float) and cell.is_integer() else str(cell).strip()
         else:
             own = _path_of(image) or f"row-{number}"
@@ -248,8 +248,8 @@ class _RowReader:
         if first != number:
             origin = "id" if not is_null(cell) else "id (taken from the image's path)"
             raise DataError(
-                f"{where}: {origin} {own!r} is that of row {first} too, expected unique ids: "
-                "rename one or remove the double"
+                f"{where}: {origin} {own!r} is also the id of row {first}, expected unique ids: "
+                "rename one or remove the duplicate"
             )
         return own
 
@@ -262,19 +262,19 @@ class _RowReader:
 
 
 def _plain(value: Any) -> Any:
-    """A numpy scalar as Python's own number."""
+    """Convert a numpy scalar to a Python number."""
     return value.item() if isinstance(value, np.generic) else value
 
 
 def _absent(cell: Any) -> bool:
-    """Null, or Hugging Face's mapping with nothing in it."""
+    """Whether a cell is null, or an empty mapping of Hugging Face."""
     if isinstance(cell, Mapping):
         return cell.get("bytes") is None and is_null(cell.get("path"))
     return is_null(cell)
 
 
 def _path_of(image: Any) -> str | None:
-    """The path by which a row names its photo; None for bytes."""
+    """The path of a row's photo; None for bytes."""
     if isinstance(image, Mapping):
         image = image.get("path")
     if isinstance(image, FileImage):
@@ -322,7 +322,7 @@ def _text(name: str, cell: Any, where: str) -> str | None:
 
 
 def _group(cell: Any, where: str) -> str | None:
-    """A number names a group as well as a text; a column of them with a null among them comes as floats."""
+    """A group may be text or a number; a column of integers that contains a null is read as floats."""
     if isinstance(cell, float) and cell.is_integer():
         cell = int(cell)
     return _text("group", str(cell) if isinstance(cell, int | float) and not is_null(cell) else cell, where)
@@ -334,7 +334,7 @@ def _shown(cell: object) -> str:
 
 
 def _raise_problems(problems: dict[int, str]) -> None:
-    """One line for all wrong rows: the first in full, the others by number."""
+    """Raise one line for all invalid rows: the first in full, the others by number."""
     if not problems:
         return
     first, *others = problems
@@ -363,7 +363,7 @@ def _report_unknown(name: str, unknown: Mapping[tuple[str, str], int]) -> None:
         f"; and {len(texts) - _MOST_WORDS_REPORTED} more words" if len(texts) > _MOST_WORDS_REPORTED else ""
     )
     logger.warning(
-        "%s: words outside the vocabulary are read as null (%d in all): %s%s",
+        "%s: words outside the vocabulary are read as null (%d in total): %s%s",
         name,
         sum(unknown.values()),
         "; ".join(texts[:_MOST_WORDS_REPORTED]),

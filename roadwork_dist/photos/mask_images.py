@@ -1,6 +1,6 @@
-"""Six-class masks: where they come from, and how they become targets of the mask head.
+"""Six-class masks: their sources, and their conversion to targets of the mask head.
 
-M classes
+M is the number of classes.
 """
 
 from dataclasses import dataclass
@@ -18,15 +18,15 @@ from roadwork_dist.photos.images import MAX_PIXELS, ImageSource, load_pixels, op
 
 
 class MaskSource(Protocol):
-    """Where a six-class mask comes from; picklable."""
+    """Source of a six-class mask; picklable."""
 
     @property
     def name(self) -> str:
-        """What messages call the mask."""
+        """Name of the mask in messages."""
         ...
 
     def content(self) -> bytes:
-        """Bytes that decide what :meth:`bits` gives, to name what is kept of the mask.
+        """Bytes that determine the result of :meth:`bits`; they form the key under which it is stored.
 
         Raises:
             DataError: it cannot be read.
@@ -34,7 +34,7 @@ class MaskSource(Protocol):
         ...
 
     def bits(self) -> NDArray[np.uint8]:
-        """``[H, W]`` uint8: bit i is set where class i of ``MASK_CLASSES`` is; classes may overlap.
+        """``[H, W]`` uint8: bit i is set where class i of ``MASK_CLASSES`` is present; classes may overlap.
 
         The mask covers the upright photo (EXIF orientation applied), at any resolution.
 
@@ -48,7 +48,7 @@ class MaskSource(Protocol):
 class PngMask:
     """A mask stored as a greyscale 8-bit PNG: bit i of a pixel is class i of ``MASK_CLASSES``.
 
-    Masks are stored upright: as the photo is shown, not as its pixels lie in the file.
+    Masks are stored upright: as the photo is shown, not in the orientation of its stored pixels.
     """
 
     image: ImageSource
@@ -56,7 +56,7 @@ class PngMask:
 
     @property
     def name(self) -> str:
-        """Name of the picture."""
+        """Name of the image."""
         return self.image.name
 
     def content(self) -> bytes:
@@ -76,7 +76,7 @@ class PngMask:
                 f"{self.name}: mask has pixels of mode {image.mode!r}, expected an 8-bit greyscale PNG with "
                 f"one bit a class ({', '.join(MASK_CLASSES)}): write it again in that form"
             )
-        # Planes are counted by Pillow (256 bins) before numpy sees the pixels: cheap for 12 Mpx.
+        # Pillow's histogram (256 bins) is cheaper than a check in numpy for 12 Mpx.
         if any(image.histogram()[1 << len(MASK_CLASSES) :]):
             raise DataError(
                 f"{self.name}: mask has values above {(1 << len(MASK_CLASSES)) - 1}, expected one bit a "
@@ -86,15 +86,15 @@ class PngMask:
 
 
 def refuse_turned(name: str, mask_size: tuple[int, int], photo_size: tuple[int, int]) -> None:
-    """A mask that lies while its photo stands was stored without the photo's EXIF orientation.
+    """Reject a landscape mask of a portrait photo or vice versa: it lacks the photo's EXIF orientation.
 
     Args:
-        name: of the mask.
-        mask_size: its height and width in px.
-        photo_size: those of the upright photo.
+        name: name of the mask.
+        mask_size: height and width of the mask in px.
+        photo_size: height and width of the upright photo in px.
 
     Raises:
-        DataError: it is turned.
+        DataError: the orientations differ.
     """
     (mask_height, mask_width), (height, width) = mask_size, photo_size
     if (mask_width - mask_height) * (width - height) < 0:
@@ -109,19 +109,19 @@ def decode_mask(
 ) -> Tensor:
     """The target of the mask head: the share of each cell that each class covers.
 
-    The mask of the whole photo is squeezed to ``side`` × ``side`` cells, as the global view is; each
-    cell is the mean over its area, to 1/255. A cone of 25 px in 4032 px still leaves a trace.
+    The mask of the whole photo is resized to ``side`` × ``side`` cells without keeping the aspect ratio, as
+    the global view is. Each cell is the mean over its area, to 1/255: a cone of 25 px in 4032 px still shows.
 
     Args:
         source: the mask.
         side: cells along each side.
-        photo_size: height and width of the upright photo, to hold the mask's against; None = do not.
+        photo_size: height and width of the upright photo, to check the mask's orientation; None = no check.
 
     Returns:
         ``[M, side, side]`` float32 in [0, 1].
 
     Raises:
-        DataError: the mask cannot be read, or is turned.
+        DataError: the mask cannot be read, or its orientation differs from the photo's.
     """
     bits = source.bits()
     if photo_size is not None:
@@ -132,6 +132,6 @@ def decode_mask(
     for index in range(len(MASK_CLASSES)):
         if present >> index & 1:
             plane = image.point([255 * (value >> index & 1) for value in range(256)])
-            cells = plane.resize((side, side), Image.Resampling.BOX)  # BOX = the mean over the area
+            cells = plane.resize((side, side), Image.Resampling.BOX)  # BOX = mean over the area
             target[index] = np.asarray(cells, dtype=np.float32) / 255
     return torch.from_numpy(target)

@@ -1,8 +1,9 @@
-"""JPEGs decoded by an NVIDIA GPU (nvJPEG), and their views cut there, with the geometry of the CPU's path.
+"""GPU decoding of JPEGs (nvJPEG), and views cut on the GPU with the same geometry as on the CPU.
 
-The GPU decodes every pixel (it has no reduced decode) and adds colour between pixels in another way than
-libjpeg-turbo, so its views are not the CPU's to the last bit and their features are kept apart. What is no
-plain JPEG, ends early or is refused by nvJPEG goes the CPU's way, which tells what is wrong with it.
+The GPU decodes every pixel (it has no reduced decode) and upsamples chroma differently from
+libjpeg-turbo. Its views are therefore not bitwise equal to the CPU's, and their features are stored
+separately. Files that are not plain JPEGs, are truncated or are rejected by nvJPEG fall back to the CPU
+decoder, which reports what is wrong with them.
 """
 
 import warnings
@@ -19,21 +20,21 @@ from roadwork_dist.photos.views import ViewGeometry, make_views
 
 END_OF_IMAGE = b"\xff\xd9"
 TAIL = 1 << 16
-"""Bytes at a file's end that are searched for the marker; cameras put previews behind it, not megabytes."""
+"""Bytes at a file's end that are searched for the marker; cameras may append a small preview after it."""
 
 
 def check_nvjpeg(workers: int = 0) -> None:
-    """Refuse the setting where it cannot work.
+    """Reject ``views.decoder: nvjpeg`` where it cannot work.
 
     Args:
-        workers: loader processes, which have no GPU of their own.
+        workers: number of loader processes; these cannot use the GPU.
 
     Raises:
         ConfigError: there is no GPU that torch can use, or photos would be decoded in loader processes.
     """
     if not torch.cuda.is_available():
         raise ConfigError(
-            "views.decoder is 'nvjpeg', but torch sees no NVIDIA GPU: set views.decoder to cpu, or mend the "
+            "views.decoder is 'nvjpeg', but torch sees no NVIDIA GPU: set views.decoder to cpu, or fix the "
             "driver (python -c 'import torch; print(torch.cuda.is_available())' has to print True)"
         )
     if workers > 0 or get_worker_info() is not None:
@@ -51,13 +52,13 @@ def views_on_gpu(
     names: Sequence[str] | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> list[Tensor]:
-    """Decode photos together on a GPU and cut their views there.
+    """Decode photos as one batch on a GPU and cut their views there.
 
     Args:
-        photos: encoded photos; the more at once, the more of the GPU's decoders are busy.
+        photos: encoded photos; larger batches use more of the GPU's decoders.
         geometry: which views.
         device: the GPU.
-        names: what messages call them.
+        names: names of the photos in messages.
         max_pixels: photos with more pixels are refused.
 
     Returns:
@@ -67,7 +68,7 @@ def views_on_gpu(
         DataError: a photo cannot be read; the message names it.
     """
     names = names or ["photo"] * len(photos)
-    plain: dict[int, int] = {}  # number of the photo -> EXIF orientation
+    plain: dict[int, int] = {}  # index of the photo -> EXIF orientation
     for number, (data, name) in enumerate(zip(photos, names, strict=True)):
         image = open_picture(data, name, max_pixels=max_pixels)
         if is_plain_jpeg(image) and END_OF_IMAGE in data[-TAIL:]:
@@ -87,10 +88,10 @@ def views_on_gpu(
 
 
 def _decoded(photos: dict[int, bytes], device: torch.device) -> dict[int, Tensor]:
-    """[3, H, W] uint8 on the GPU of those photos that nvJPEG decodes: all at once, or one by one."""
+    """[3, H, W] uint8 on the GPU of each photo that nvJPEG can decode: in one batch, or else one by one."""
     try:
         return dict(zip(photos, _decode_all(list(photos.values()), device), strict=True)) if photos else {}
-    except RuntimeError:  # it does not say of which photo it complains
+    except RuntimeError:  # it does not say which photo failed
         found: dict[int, Tensor] = {}
         for number, data in photos.items():
             try:
@@ -105,6 +106,6 @@ def _decode_all(photos: list[bytes], device: torch.device) -> list[Tensor]:
 
     encoded = [torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in photos]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of torchvision's decoders, since 0.29
+        warnings.simplefilter("ignore", DeprecationWarning)  # from torchvision's decoders, since 0.29
         decoded: list[Tensor] = decode_jpeg(encoded, mode=ImageReadMode.RGB, device=device)
     return decoded

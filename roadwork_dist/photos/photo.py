@@ -1,7 +1,7 @@
-"""From the bytes of a photo to its (augmented) views: decode, cut, augment.
+"""The pipeline from a photo's bytes to its (augmented) views: decode, cut, augment.
 
-The feature store, the online data set and the predictor all go through here, so they see the same
-pixels for the same draws.
+The feature store, the online dataset and the predictor all use it, so they see the same pixels for the
+same random draws.
 """
 
 from dataclasses import dataclass
@@ -24,22 +24,24 @@ def views_of_photo(
     name: str | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> Tensor:
-    """Decode a photo no larger than needed and cut its views.
+    """Decode a photo at the smallest sufficient size and cut its views.
 
     Args:
-        source: where the photo is, or its bytes.
+        source: source of the photo, or its encoded bytes.
         geometry: which views.
-        name: what messages call the photo; None = the source's name.
+        name: name of the photo in messages; None = the source's name.
         max_pixels: photos with more pixels are refused.
 
     Returns:
         [V, 3, S, S] uint8.
 
     Raises:
-        ConfigError: the GPU is to decode, and there is none.
+        ConfigError: decoding on a GPU is configured, but there is none.
         DataError: the photo cannot be read; the message names it.
     """
-    original_size = getattr(source, "original_size", None)  # of a compact photo: views lie as in its original
+    original_size = getattr(
+        source, "original_size", None
+    )  # of a compact photo's original, which sets the layout
     if not isinstance(source, bytes):
         name = name or source.name
         source = source.read()
@@ -55,19 +57,19 @@ def _from_gpu(data: bytes, geometry: ViewGeometry, name: str, max_pixels: int) -
     check_nvjpeg()
     device = torch.device("cuda", torch.cuda.current_device())
     (views,) = views_on_gpu([data], geometry, device=device, names=[name], max_pixels=max_pixels)
-    return views.cpu()  # what follows (mixing, page-locked buffers) works with views of the CPU
+    return views.cpu()  # the next steps (mixing, page-locked buffers) expect views on the CPU
 
 
 @dataclass(frozen=True)
 class PhotoViews:
-    """How a photo becomes views: geometry, augmentation and the limit of its size.
+    """How a photo becomes views: geometry, augmentation and the size limit.
 
     Args:
         geometry: which views.
-        augmenter: ``None`` for views as they are.
+        augmenter: ``None`` = no augmentation.
         max_pixels: photos with more pixels are refused.
-        on_device: training rows bring plain views and what these drew, and are augmented behind the copy
-            to the device, in batches; otherwise they bring augmented views.
+        on_device: training rows hold plain views and their draws, and are augmented in batches after the
+            copy to the device; otherwise rows hold augmented views.
     """
 
     geometry: ViewGeometry
@@ -76,7 +78,7 @@ class PhotoViews:
     on_device: bool = False
 
     def copies(self) -> list[int | None]:
-        """The copies that a feature store keeps of each photo; ``[None]`` without augmentation."""
+        """The augmented copies of each photo that a feature store keeps; ``[None]`` without augmentation."""
         return [None] if self.augmenter is None else list(range(self.augmenter.config.copies))
 
     def copy_of_epoch(self, epoch: int) -> int | None:
@@ -92,19 +94,19 @@ class PhotoViews:
         return views_of_photo(source, self.geometry, name=name, max_pixels=self.max_pixels)
 
     def augmented(self, views: Tensor, sample_id: str, copy: int | None) -> Tensor:
-        """A copy of un-augmented views: [V, 3, S, S] uint8; ``copy`` as of :meth:`copy_of_epoch`."""
+        """Augment plain views: [V, 3, S, S] uint8; ``copy`` comes from :meth:`copy_of_epoch`."""
         if self.augmenter is None or copy is None:
             return views
         return self.augmenter(views, sample_id, copy)
 
     def draws(self, views: Tensor, sample_id: str, copy: int | None) -> list[ViewDraws]:
-        """What the views of a copy draw, for ``augmented_on_device``: there they become :meth:`augmented`."""
+        """The draws of a copy's views; ``augmented_on_device`` with them equals :meth:`augmented`."""
         if self.augmenter is None or copy is None:
             return [{} for _ in views]
         return self.augmenter.draws(sample_id, copy, len(views), views.shape[-1])
 
     def row(self, source: ImageSource | bytes, sample_id: str, copy: int | None) -> dict[str, Any]:
-        """The views of a training row as ``views``, and with ``on_device`` what they drew as ``draws``.
+        """A training row: its views as ``views`` and, with ``on_device``, their draws as ``draws``.
 
         Raises:
             DataError: the photo cannot be read.

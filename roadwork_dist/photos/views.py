@@ -1,13 +1,13 @@
-"""One photo becomes up to 12 square views (S = side of a view in px, V = number of views).
+"""Cuts a photo into up to 12 square views (S = side of a view in px, V = number of views).
 
-All views come from one **shared image**, the photo resized so that its long side is ``scale`` · S:
-the whole photo squeezed to a square, a grid of tiles that are slices of the shared image, the
+All views come from one **shared image**, the photo resized so that its long side is ``scale`` · S. The
+views are: the whole photo squeezed to a square, a grid of tiles that are slices of the shared image, the
 centre square, and the rightmost square (portrait: the bottom one). Long photos (aspect above
-``scale``) have their short side scaled to S instead; above ``grid`` the long side is ``grid`` · S and
-the short side is padded, so that the tiles always cover every pixel.
+``scale``) have their short side scaled to S instead. Above ``grid`` the long side is ``grid`` · S and
+the short side is padded, so the tiles always cover every pixel.
 
-Positions are (x, y) and sizes (width, height) in px; tensors are [3, H, W] uint8 RGB, fastest where
-their strides are those of an interleaved picture (channels last), as decoders give them.
+Positions are (x, y) and sizes (width, height) in px. Tensors are [3, H, W] uint8 RGB; the code is fastest
+with the strides of an interleaved image (channels last), which decoders produce.
 """
 
 import math
@@ -26,13 +26,13 @@ GLOBAL_ONLY_BELOW = 1.5
 """Under policy ``auto`` a photo whose short side is below this many S gets the global view only."""
 
 VERSION = 2
-"""Raised whenever the same photo would give other views, so that stored features are not mixed."""
+"""Incremented whenever the same photo would give other views, so that stored features are not mixed."""
 
 REDUCTIONS = (8, 4, 2)
-"""A JPEG can be decoded at one of these fractions of its size for less than the whole (DCT scaling)."""
+"""Divisors of the size at which a JPEG can be decoded more cheaply than at full size (DCT scaling)."""
 
-# What turns stored pixels upright by the value of EXIF's tag (EXIF 2.32, 0x0112), the transposition first:
-# (swap the axes, then flip these axes of [..., H, W]).
+# Value of the EXIF tag (EXIF 2.32, 0x0112) -> operations that turn stored pixels upright:
+# (first swap the axes?, then flip these axes of [..., H, W]).
 _TURNS: dict[int, tuple[bool, tuple[int, ...]]] = {
     1: (False, ()),
     2: (False, (-1,)),
@@ -65,7 +65,7 @@ class ViewGeometry:
         policy: ``auto`` (global view only for small photos), ``all`` or ``global``.
         pad_colour: RGB 0…255 that pads very long photos; the backbone's mean colour.
         quality: ``fast`` cuts from a reduced decode of large JPEGs, ``exact`` from every pixel.
-        decoder: who decodes JPEGs: ``cpu``, or ``nvjpeg``, which always decodes every pixel.
+        decoder: decoder of JPEGs: ``cpu``, or ``nvjpeg``, which always decodes every pixel.
 
     Raises:
         ConfigError: the tiles would leave gaps (``scale`` > ``grid``).
@@ -88,36 +88,36 @@ class ViewGeometry:
 
     @property
     def max_views(self) -> int:
-        """Most views a photo can have: global, tiles and two squares."""
+        """Largest number of views of a photo: global, tiles and two squares."""
         return 1 if self.policy == "global" else self.grid**2 + 3
 
     def identity(self) -> dict[str, object]:
-        """All that decides the pixels of the views, for keys of stored features."""
+        """Everything that determines the pixels of the views, for keys of stored features."""
         return {**asdict(self), "pad_colour": list(self.pad_colour), "filter": "lanczos", "version": VERSION}
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the views of one photo lie; made by :func:`layout_of`."""
+    """Positions of the views of one photo; made by :func:`layout_of`."""
 
     shared: tuple[int, int]
-    """Size of the resized photo; S × S where only the global view is cut."""
+    """Size of the resized photo; S × S if only the global view is cut."""
     padded: tuple[int, int]
     """Size after padding: the shared image that tiles are slices of."""
     origin: tuple[int, int]
     """Position of the resized photo in the padded image."""
     tiles: tuple[tuple[int, int], ...]
-    """Positions of the tiles in the padded image; empty where only the global view is cut."""
+    """Positions of the tiles in the padded image; empty if only the global view is cut."""
     squares: tuple[tuple[int, int], ...]
     """Positions of the two squares in the resized photo; their side is its short side."""
 
 
 def geometry_for(config: ViewsConfig, size: int, pad_colour: tuple[int, int, int]) -> ViewGeometry:
-    """The geometry of a configuration.
+    """The geometry for a configuration.
 
     Args:
-        config: the settings; ``config.size`` wins unless it is ``auto``.
-        size: side that ``auto`` stands for (what the backbone takes).
+        config: the settings; ``config.size`` is used unless it is ``auto``.
+        size: side that ``auto`` stands for (the input size of the backbone).
         pad_colour: the backbone's mean colour, RGB 0…255.
     """
     side = size if config.size == "auto" else config.size
@@ -171,9 +171,9 @@ def _transposed(layout: Layout) -> Layout:
 
 
 def photo_boxes(geometry: ViewGeometry, width: int, height: int) -> list[Box]:
-    """What each view shows, in px of the upright photo and in the order of the views.
+    """The box of each view, in px of the upright photo and in the order of the views.
 
-    A tile of a padded photo reaches over the photo's edge; its box is cut there.
+    A tile of a padded photo extends beyond the photo's edge; its box is clipped there.
     """
     layout = layout_of(geometry, width, height)
     x_scale, y_scale = width / layout.shared[0], height / layout.shared[1]
@@ -189,10 +189,10 @@ def photo_boxes(geometry: ViewGeometry, width: int, height: int) -> list[Box]:
 
 
 def reduction_of(geometry: ViewGeometry, width: int, height: int) -> int:
-    """At which fraction (1, 2, 4 or 8 = an eighth) a JPEG of ``width`` × ``height`` px may be decoded.
+    """The divisor (1, 2, 4 or 8) at which a JPEG of ``width`` × ``height`` px may be decoded.
 
-    The largest from which nothing is enlarged and that divides both sides: the last column of a
-    decode at half of an odd width stands for a column that is not there, and would shift the rest.
+    The largest one that requires no upscaling and divides both sides. Decoding an odd width at half size
+    pads it by a column, which would shift the others.
     """
     if geometry.quality == "exact":
         return 1
@@ -218,13 +218,13 @@ def _resize(image: Tensor, width: int, height: int) -> Tensor:
         return image
     if image.device.type != "cpu":
         return lanczos.resize(image, width, height)
-    # image[None] has a stride that torch does not take for channels last, and would repack the whole.
+    # image[None] has a stride that torch does not recognise as channels last, so it would repack the image.
     batch = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
     return F.interpolate(batch, size=(height, width), mode="lanczos", antialias=True)[0]
 
 
 def _resize_axis(image: Tensor, axis: int, length: int) -> Tensor:
-    """Resize one axis: -1 = across, -2 = down."""
+    """Resize one axis: -1 = horizontal, -2 = vertical."""
     height, width = image.shape[-2:]
     return _resize(image, length, height) if axis == -1 else _resize(image, width, length)
 
@@ -233,8 +233,8 @@ def _pad(image: Tensor, layout: Layout, colour: tuple[int, int, int]) -> Tensor:
     width, height = layout.padded
     if layout.padded == layout.shared:
         return image
-    ground = torch.tensor(colour, dtype=torch.uint8, device=image.device)
-    canvas = ground[:, None, None].repeat(1, height, width)
+    background = torch.tensor(colour, dtype=torch.uint8, device=image.device)
+    canvas = background[:, None, None].repeat(1, height, width)
     x, y = layout.origin
     canvas[:, y : y + layout.shared[1], x : x + layout.shared[0]] = image
     return canvas
@@ -245,15 +245,15 @@ def _interleaved(image: Tensor) -> Tensor:
 
 
 def shared_image(image: Tensor, layout: Layout, orientation: int = 1) -> Tensor:
-    """The photo at the size of the shared image, upright; not padded.
+    """The photo resized to the shared image, upright; not padded.
 
     Args:
         image: [3, H, W] uint8 as stored; may be a reduced decode.
-        layout: of the upright photo at full size.
-        orientation: EXIF's, 1 to 8. Only the small image is turned, which costs a millisecond or two.
+        layout: layout of the upright photo at full size.
+        orientation: EXIF's, 1 to 8. Only the resized image is rotated, which takes a millisecond or two.
 
     Returns:
-        [3, H, W] uint8 with the strides of an interleaved picture.
+        [3, H, W] uint8 with the strides of an interleaved image.
     """
     width, height = layout.shared[::-1] if orientation >= 5 else layout.shared
     return _interleaved(turn_upright(_resize(image, width, height), orientation))
@@ -264,13 +264,12 @@ def _shared_and_strip(
 ) -> tuple[Tensor, Tensor]:
     """The shared image, and the photo with the same long side and a short side of S px.
 
-    The global view and the two squares have the short side in common, so it is resized for all three at
-    once: from the shared image, or with quality ``exact`` from the photo's own rows (edges that
-    are resized twice lose 1 dB). The short side first is faster: torch goes down columns faster than
-    across rows.
+    The global view and the two squares share the short side, so it is resized once for all three: from the
+    shared image, or with quality ``exact`` from the photo's own rows (resizing edges twice loses 1 dB).
+    Resizing the short side first is faster: torch is faster along columns than along rows.
     """
     size, sides = geometry.size, (max(layout.shared), min(layout.shared))
-    long_is_across = (layout.shared[0] >= layout.shared[1]) == (orientation < 5)  # in the stored picture
+    long_is_across = (layout.shared[0] >= layout.shared[1]) == (orientation < 5)  # in the stored image
     long, short = (-1, -2) if long_is_across else (-2, -1)
     if geometry.quality == "exact":
         half_way = _resize_axis(image, long, sides[0])
@@ -292,8 +291,8 @@ def make_views(
     Args:
         image: [3, H, W] uint8 RGB, on any device; may be a reduced decode of the photo.
         geometry: which views.
-        photo_size: (width, height) of the upright photo where ``image`` is a reduced decode of it: the
-            layout is that of the photo, not of the decode.
+        photo_size: (width, height) of the upright photo if ``image`` is a reduced decode of it; the layout
+            is the one of the photo, not of the decode.
         orientation: EXIF's orientation of ``image``, 1 (upright) to 8.
 
     Returns:
@@ -306,7 +305,7 @@ def make_views(
         return shared_image(image, layout, orientation)[None].contiguous()
     shared, strip = _shared_and_strip(image, layout, geometry, orientation)
     views = image.new_empty((geometry.max_views, 3, size, size))
-    # Torch copies planes fast, and to planes slowly unless the whole is made contiguous at once.
+    # Torch copies between planes fast, but interleaved to planes slowly unless made contiguous as a whole.
     padded = _pad(shared.contiguous(), layout, geometry.pad_colour)
     for view, (x, y) in zip(views[1:-2], layout.tiles, strict=True):
         view.copy_(padded[:, y : y + size, x : x + size])
@@ -315,7 +314,7 @@ def make_views(
 
 
 def _cut_squares(strip: Tensor, layout: Layout, views: Tensor) -> None:
-    """The global view and the two squares, in place, from the strip of :func:`_shared_and_strip`."""
+    """Write the global view and two squares into ``views``, from the strip of :func:`_shared_and_strip`."""
     size, (width, height) = views.shape[-1], layout.shared
     axis = -1 if width >= height else -2
     starts = [max(position) for position in layout.squares]  # along the short side they start at 0

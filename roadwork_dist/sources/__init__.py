@@ -1,4 +1,4 @@
-"""From what a user names (a folder, a table, a data set, a COCO file) to a checked manifest."""
+"""Reads data sources (folder, table, dataset, COCO file) into a validated manifest."""
 
 from pathlib import Path
 
@@ -22,10 +22,10 @@ def load_manifest(source: str, config: DataConfig, *, name: str, setting: str | 
         source: path, URL or hub id; ``DataConfig`` lists the forms.
         config: columns, image root and limits.
         name: role of the set, for messages: ``"train"``, ``"val"``, ``"target"``.
-        setting: what the user named the source with, for messages; None = ``data.<name>``.
+        setting: setting that named the source, for messages; None = ``data.<name>``.
 
     Raises:
-        DataError: the source is absent or of no known form, or its rows cannot be used.
+        DataError: the source is absent or of an unknown kind, or its rows cannot be used.
     """
     from roadwork_dist.sources import huggingface, remote, remote_parquet, roadwork_coco, shards, table
 
@@ -51,7 +51,7 @@ def load_manifest(source: str, config: DataConfig, *, name: str, setting: str | 
         for metadata in (path / "metadata.csv", path / "metadata.parquet"):
             if metadata.is_file():
                 return table.read_table(metadata, config)
-        if is_shard_set(path):  # before Hugging Face's, for the index is a Parquet file too
+        if is_shard_set(path):  # before Hugging Face's, since the index is a Parquet file too
             return shards.read_shards(path, config)
         if huggingface.is_dataset(path):
             return huggingface.read_folder(path, split, config)
@@ -59,15 +59,15 @@ def load_manifest(source: str, config: DataConfig, *, name: str, setting: str | 
         return table.read_table(path, config)
     elif path.suffix.lower() == ".json":
         return roadwork_coco.read_coco(path, config)
-    raise DataError(f"{source}: is of no known form, expected {_UNDERSTOOD}: correct {setting}")
+    raise DataError(f"{source}: is of an unknown kind, expected {_UNDERSTOOD}: correct {setting}")
 
 
 def is_synthetic(source: str, config: DataConfig) -> bool:
-    """Whether the photos are rendered by this package: its generator leaves a mark, which shards keep.
+    """Whether the photos are rendered by this package: its generator writes a marker, which shards keep.
 
     Args:
-        source: as of :func:`load_manifest`.
-        config: how a server is asked.
+        source: as in :func:`load_manifest`.
+        config: settings for requests to a server.
 
     Raises:
         DataError: the shard set cannot be read.
@@ -86,7 +86,7 @@ def is_synthetic(source: str, config: DataConfig) -> bool:
 
 
 def _path_and_split(source: str) -> tuple[Path, str | None]:
-    """``folder:split`` means a split of a data set on disk, unless a file has that very name."""
+    """Parse ``folder:split``, a split of a dataset on disk, unless a file has exactly this name."""
     path, colon, split = source.rpartition(":")
     if colon and not Path(source).exists() and Path(path).is_dir():
         return Path(path), split

@@ -1,6 +1,6 @@
-"""Columns of Hugging Face's type ``ClassLabel``: numbers that stand for names.
+"""Columns of Hugging Face's type ``ClassLabel``, which stores class names as numbers.
 
-They are stored as numbers, so a table of Parquet with this type in its metadata counts as well.
+Parquet tables with this type in their metadata are supported as well.
 """
 
 import logging
@@ -41,21 +41,21 @@ def names_of_features(features: Mapping[str, Any]) -> dict[str, list[str]]:
 def read_class_labels(
     rows: Iterable[dict[str, Any]], names: Mapping[str, list[str]], columns: ColumnsConfig, source: str
 ) -> None:
-    """Put the names in place of numbers, except for the label, whose names are checked instead.
+    """Replace numbers by names in all columns but the label, whose names are checked instead.
 
     Args:
-        rows: cells by column name; changed.
-        names: of the ``ClassLabel`` columns.
-        columns: which column holds what.
-        source: what messages call the set.
+        rows: cells by column name; modified in place.
+        names: class names by ``ClassLabel`` column.
+        columns: column name of each field.
+        source: name of the set in messages.
 
     Raises:
-        DataError: by its names, label 0 is roadwork or label 1 is none.
+        DataError: according to the names, label 0 is roadwork or label 1 is not.
     """
     if columns.label is not None and columns.label in names:
         _check_label(names[columns.label], columns.label, source)
     texts = {
-        column: dict(enumerate(own)) | {-1: None}  # what datasets writes for a label that is not known
+        column: dict(enumerate(own)) | {-1: None}  # datasets stores unknown labels as -1
         for column, own in names.items()
         if column in vars(columns).values() and column != columns.label
     }
@@ -78,7 +78,7 @@ def _check_label(names: list[str], column: str, source: str) -> None:
 
 
 def _words(name: str) -> set[str]:
-    """Words of a name in lower case; what means roadwork is one, also within others (``NoRoadWorks``)."""
+    """Lower-case words of a name; any term for roadwork becomes "roadwork", even inside ``NoRoadWorks``."""
     split = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()
     return set(re.split(r"[\W_]+", _ROADWORK.sub(" roadwork ", split)))
 

@@ -1,9 +1,9 @@
-"""Sampling that favours training photos taken near the places of the target set.
+"""Sampling weights that favour training photos taken near the locations of the target set.
 
 Distances are great-circle distances (haversine) on a sphere with the Earth's mean radius. Centres are
-found by k-means on unit vectors in space, not on degrees: no seam at the date line, no stretch
-towards the poles. Means are projected back onto the sphere; chords stand for arcs, from which they
-differ by 0.1 % at 1,000 km.
+found by k-means on 3-D unit vectors instead of degrees, which avoids a seam at the date line and
+distortion towards the poles. Means are projected back onto the sphere. Chords approximate arcs, with a
+difference of 0.1 % at 1,000 km.
 """
 
 from dataclasses import dataclass, replace
@@ -31,15 +31,15 @@ _LEAST_DRAWS = 20_000  # keeps the error of a measured share below 0.4 percentag
 
 @dataclass(frozen=True)
 class SamplingReport:
-    """What the sampler really draws, measured before training.
+    """Statistics of the sampler's actual draws, measured before training.
 
     Shares and distances are over the draws whose photo has coordinates.
     """
 
     weighted: bool
-    """False = uniform: every row once an epoch, no weights."""
+    """False = uniform: every row once per epoch, no weights."""
     reason: str = ""
-    """Why the weights are uniform, or how they were raised; empty = nothing to say."""
+    """Why the weights are uniform, or how they were raised; empty = neither."""
     centres: tuple[tuple[float, float], ...] = ()
     """Latitude and longitude of the target's centres, in degrees."""
     near_weight: float = 1.0
@@ -78,24 +78,24 @@ class SamplingReport:
 def gps_weights(
     train: Manifest, target: Manifest | None, config: GpsConfig, *, seed: int
 ) -> tuple[Tensor, SamplingReport]:
-    """Weights of the training rows, and what sampling with them gives.
+    """Weights of the training rows, and measurements of sampling with them.
 
-    Where fewer than ``config.min_share_100km`` of the draws lie within 100 km, the weight of the first
-    bracket is raised to 7.5, then to 10, and that of the second, which holds the photos from 50 to 100 km,
-    in proportion: the share can then only grow.
+    If fewer than ``config.min_share_100km`` of the draws are within 100 km, the weight of the first
+    bracket is raised to 7.5, then to 10. The weight of the second, which includes the photos from 50 to
+    100 km, is raised in proportion, so the share can only grow.
 
     Args:
         train: rows to weight.
-        target: rows whose coordinates (never labels) are aimed at; None = uniform.
+        target: rows whose coordinates (never labels) are the target; None = uniform.
         config: settings.
-        seed: of k-means and of the draws that are measured.
+        seed: seed of k-means and of the measured draws.
 
     Returns:
         ``[N]`` float64 weights for :class:`~roadwork_dist.trainer.feed.sampler.Sampler`, and the report.
-        All weights are 1 where there is nothing to weight by; the report then is not ``weighted``.
+        Without a basis for weights all are 1 and the report is not ``weighted``.
 
     Raises:
-        DataError: raised weights do not reach the share either, and ``config.on_shortfall`` is ``stop``.
+        DataError: even raised weights miss the share, and ``config.on_shortfall`` is ``stop``.
     """
     reason = _why_uniform(train, target, config)
     if reason or target is None:
@@ -132,9 +132,9 @@ def nearest_km(coordinates: Floats, centres: Floats) -> Floats:
 
 
 def sphere_kmeans(coordinates: Floats, k: int, *, seed: int) -> Floats:
-    """Centres ``[k, 2]`` (lat, lon in degrees) of coordinates ``[N, 2]``; rows with NaN are left out.
+    """Centres ``[k, 2]`` (lat, lon in degrees) of coordinates ``[N, 2]``; rows with NaN are ignored.
 
-    There are fewer centres where there are fewer distinct places.
+    There are fewer than k centres if there are fewer distinct places.
     """
     from sklearn.cluster import KMeans
 
@@ -145,18 +145,18 @@ def sphere_kmeans(coordinates: Floats, k: int, *, seed: int) -> Floats:
     means = KMeans(n_clusters=k, n_init=10, random_state=seed % 2**32).fit(points).cluster_centers_
     x, y, z = (means / np.linalg.norm(means, axis=1, keepdims=True)).T
     centres: Floats = np.degrees(np.stack([np.arcsin(np.clip(z, -1, 1)), np.arctan2(y, x)], axis=1))
-    return centres[np.lexsort(centres.T[::-1])]  # k-means numbers its clusters at random
+    return centres[np.lexsort(centres.T[::-1])]  # k-means orders its clusters at random
 
 
 def bracket_weights(distances: Floats, near_weight: float, middle_weight: float = _MIDDLE_WEIGHT) -> Floats:
-    """Weight ``[N]`` of rows by distance ``[N]`` in km: below 50, 200, 500 km, beyond; NaN = no GPS."""
+    """Weight ``[N]`` of rows by distance ``[N]`` in km: below 50, 200, 500 km, above; NaN = no GPS."""
     table = np.array([near_weight, middle_weight, _FAR_WEIGHT, _FARTHEST_WEIGHT])
     weights: Floats = table[np.searchsorted(_BRACKETS_KM, distances, side="right").clip(max=3)]
     return np.where(np.isnan(distances), _NO_GPS_WEIGHT, weights)
 
 
 def _why_uniform(train: Manifest, target: Manifest | None, config: GpsConfig) -> str:
-    """Why there is nothing to weight by; empty where there is."""
+    """Why there is no basis for weights; empty if there is one."""
     if not config.enabled:
         return "gps.enabled is false"
     if target is None:
@@ -168,14 +168,14 @@ def _why_uniform(train: Manifest, target: Manifest | None, config: GpsConfig) ->
 
 
 def _middle_weight(near_weight: float, config: GpsConfig) -> float:
-    """Weight of the second bracket: in the ratio to the first that was configured."""
+    """Weight of the second bracket, in the configured ratio to the first."""
     return _MIDDLE_WEIGHT * near_weight / config.near_weight
 
 
 def _measure(
     weights: Floats, distances: Floats, centres: Floats, near_weight: float, seed: int
 ) -> SamplingReport:
-    """Draw whole epochs from the real sampler and count."""
+    """Draw complete epochs from the actual sampler and count."""
     sampler = Sampler(length=len(weights), batch_size=1, seed=seed, weights=weights.tolist())
     epochs = -(-_LEAST_DRAWS // len(weights))
     drawn = distances[np.concatenate([sampler.order(epoch) for epoch in range(epochs)])]
@@ -193,7 +193,7 @@ def _measure(
 
 
 def _judge(report: SamplingReport, config: GpsConfig, name: str) -> SamplingReport:
-    """Say that weights were raised, and stop where that did not help."""
+    """Report raised weights, and raise an error if the share is still missed."""
     wanted = f"{config.min_share_100km:.0%} within 100 km"
     raised = (
         f"weights of the near brackets raised from {config.near_weight:g} and {_MIDDLE_WEIGHT:g} to "
@@ -209,4 +209,4 @@ def _judge(report: SamplingReport, config: GpsConfig, name: str) -> SamplingRepo
             "add training photos near the target, set gps.on_shortfall to continue, or gps.enabled to false"
         )
     said = f"{raised}, still below {wanted}" if raised else f"below {wanted}"
-    return replace(report, reason=f"{said}; going on because gps.on_shortfall is continue")
+    return replace(report, reason=f"{said}; continuing because gps.on_shortfall is continue")

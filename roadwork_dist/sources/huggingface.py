@@ -1,6 +1,6 @@
-"""Hugging Face data sets: saved to disk, as Parquet shards, or from the hub.
+"""Hugging Face datasets: saved to disk, as Parquet shards, or from the hub.
 
-Photos stay in the data set's memory-mapped file and are read by row, undecoded.
+Photos stay in the dataset's memory-mapped file and are read by row, undecoded.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,10 +20,10 @@ from roadwork_dist.sources.class_labels import names_of_features, read_class_lab
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DatasetImage:
-    """A picture in a column of a Hugging Face data set; pickles with the (memory-mapped) data set."""
+    """An image in a column of a Hugging Face dataset; pickled with the (memory-mapped) dataset."""
 
     dataset: Any
-    """``datasets.Dataset`` with the one column, not decoded."""
+    """``datasets.Dataset`` with only this column, not decoded."""
     column: str
     index: int
     name: str
@@ -42,12 +42,12 @@ class DatasetImage:
 
 
 def is_dataset(folder: Path) -> bool:
-    """Whether a folder is a data set saved to disk or holds Parquet shards."""
+    """Whether a folder is a dataset saved to disk or holds Parquet shards."""
     return _is_saved(folder) or any(folder.glob("**/*.parquet"))
 
 
 def read_folder(folder: Path, split: str | None, config: DataConfig) -> Manifest:
-    """Read a data set on disk; ``split`` is needed where it has several.
+    """Read a dataset on disk; ``split`` is required if it has several.
 
     Raises:
         DataError: it cannot be read, has no such split, or a row cannot be used.
@@ -67,7 +67,7 @@ def read_parquet(path: Path, config: DataConfig) -> Manifest:
     """Read one Parquet file that holds the photos.
 
     Raises:
-        DataError: it or a row of it cannot be used.
+        DataError: the file or one of its rows cannot be used.
     """
     import datasets
 
@@ -81,12 +81,12 @@ def read_hub(source: str, config: DataConfig) -> Manifest:
     """Read ``hf:owner/name:split`` from the hub, or from its local cache.
 
     Raises:
-        DataError: the id is malformed, the data set cannot be had, or a row of it cannot be used.
+        DataError: the id is malformed, or the dataset is unavailable or has an invalid row.
     """
     repository, _, split = source.removeprefix("hf:").partition(":")
     if not split or repository.count("/") != 1:
         raise DataError(
-            f"{source}: is no hub id with a split, expected hf:owner/name:split: write it in that form"
+            f"{source}: is not a hub id with a split, expected hf:owner/name:split: write it in that form"
         )
     import datasets
 
@@ -95,7 +95,7 @@ def read_hub(source: str, config: DataConfig) -> Manifest:
             return datasets.load_dataset(repository, split=split)
 
     advice = (
-        "a data set of the hub with that split: check the id and the network, log in with `hf auth login` "
+        "a dataset on the hub with that split: check the id and the network, log in with `hf auth login` "
         "if it is gated, or download it and give its folder"
     )
     return _manifest(_load(source, load, advice), source, None, config)
@@ -103,7 +103,7 @@ def read_hub(source: str, config: DataConfig) -> Manifest:
 
 @contextmanager
 def _offline() -> Iterator[None]:
-    """Look into the local cache only, instead of asking a hub that does not answer again and again."""
+    """Use only the local cache, which avoids repeated requests to an unreachable hub."""
     from datasets import config
     from huggingface_hub import constants
 
@@ -116,22 +116,22 @@ def _offline() -> Iterator[None]:
 
 
 def _is_saved(folder: Path) -> bool:
-    """Whether ``save_to_disk`` wrote the folder: its marks of one split and of several."""
+    """Whether ``save_to_disk`` wrote the folder, with one split or several."""
     return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
 
 
 def _load(name: str, load: Callable[[], Any], expected: str) -> Any:
     try:
         return load()
-    except Exception as error:  # datasets, the hub's client and file systems each raise their own
+    except Exception as error:  # datasets, the hub client and file systems have their own exceptions
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise DataError(f"{name}: cannot be loaded ({reason[:300]}), expected {expected}") from error
 
 
 def _one_split(loaded: Any, split: str | None, name: str) -> Any:
-    if not isinstance(loaded, dict):  # a single data set; DatasetDict is a dict
+    if not isinstance(loaded, dict):  # a single dataset; DatasetDict is a dict
         if split is not None:
-            raise DataError(f"{name}: is a single split, expected it without {':' + split!r}: remove that")
+            raise DataError(f"{name}: has a single split, expected no split name: remove {':' + split!r}")
         return loaded
     if split is None and len(loaded) == 1:
         return next(iter(loaded.values()))
@@ -147,7 +147,7 @@ def _manifest(dataset: Any, name: str, folder: Path | None, config: DataConfig) 
     import datasets
 
     columns = config.columns
-    dataset = dataset.with_format(None)  # a format is saved with the set, and may hide columns
+    dataset = dataset.with_format(None)  # a saved format may hide columns
     root = Path(config.image_root) if config.image_root else folder
     pictures = [c for c in (columns.image, columns.mask) if c is not None and c in dataset.column_names]
     for column in pictures:
@@ -170,7 +170,7 @@ def _manifest(dataset: Any, name: str, folder: Path | None, config: DataConfig) 
 
 
 def _sources(dataset: Any, column: str, name: str, root: Path | None) -> list[ImageSource | None]:
-    """A source for each row, None where the cell is null; the pictures themselves are not read."""
+    """A source for each row, None if the cell is null; no image is read."""
     own = dataset.select_columns([column])
     nulls = _nulls(own, column)
     return [
@@ -180,7 +180,7 @@ def _sources(dataset: Any, column: str, name: str, root: Path | None) -> list[Im
 
 
 def _nulls(own: Any, column: str) -> list[bool]:
-    """Which cells are null, from the validity bitmap alone; a paths column also by its words."""
+    """Which cells are null, from the validity bitmap only; text columns also by null words."""
     import pyarrow as pa
 
     table = own.with_format("arrow")

@@ -1,4 +1,4 @@
-"""Shard sets on a server: the index is fetched now, tars when their photos are read."""
+"""Shard sets on a server: the index is fetched at once, tars when their photos are read."""
 
 import logging
 import os
@@ -34,12 +34,12 @@ def read_remote(url: str, config: DataConfig) -> Manifest:
     """Read the index of a shard set on a server; no tar is fetched.
 
     Args:
-        url: of the folder that holds ``shards.json``.
-        config: the cache, and the limit for masks.
+        url: URL of the folder that holds ``shards.json``.
+        config: the cache, and the pixel limit of masks.
 
     Raises:
         DataError: the set cannot be fetched, is not finished, or is damaged.
-        MissingDependencyError: the package for this kind of URL is not installed.
+        MissingDependencyError: the package for this URL scheme is not installed.
     """
     base = _base(url)
     cache = cache_of(config.remote)
@@ -50,18 +50,18 @@ def read_remote(url: str, config: DataConfig) -> Manifest:
     manifest = manifest_of(
         shards, parse_index(content, shards, index.url), base, max_pixels=config.max_pixels
     )
-    places = _Places(
+    remote = _RemoteImages(
         {
             f"{base}/{each.name}": RemoteFile(f"{base}/{each.name}", each.bytes, each.sha256)
             for each in shards.shards
         },
         cache,
     )
-    return Manifest(base, tuple(map(places.sample, manifest)), manifest.unknown_words)
+    return Manifest(base, tuple(map(remote.sample, manifest)), manifest.unknown_words)
 
 
 def read_remote_set(url: str, config: DataConfig) -> ShardSet:
-    """What the ``shards.json`` of a set on a server says.
+    """Read the ``shards.json`` of a set on a server.
 
     Raises:
         DataError: it cannot be fetched, or is damaged.
@@ -79,13 +79,13 @@ def _read_set(url: str, patience: Patience) -> bytes:
         return read_whole(url, patience)
     except DataError as error:
         raise DataError(
-            f"{error}; a source that is a URL is the folder of a finished shard set, with {SET_FILE} and "
-            f"{INDEX_FILE} beside the tars"
+            f"{error}; a URL as a source must be the folder of a finished shard set, with {SET_FILE} and "
+            f"{INDEX_FILE} next to the tars"
         ) from error
 
 
 def _warn_of_small_cache(shards: ShardSet, cache: RemoteCache, config: DataConfig) -> None:
-    """Processes that evict each other's open shards would fetch them again and again."""
+    """Warn of a cache so small that processes would evict and refetch each other's shards."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     open_at_once = processes * (config.shuffle_shards + cache.read_ahead)
     largest = max((shard.bytes for shard in shards.shards), default=0)
@@ -93,19 +93,19 @@ def _warn_of_small_cache(shards: ShardSet, cache: RemoteCache, config: DataConfi
     if needed > cache.max_bytes:
         logger.warning(
             "%s: data.remote.cache_gb is %.3g, but %d processes have up to %d shards of %.3g GiB open: "
-            "shards will be fetched again and again; raise it to %.3g, or write smaller shards",
+            "shards will be fetched repeatedly; raise it to %.3g, or write smaller shards",
             *(shards.name, cache.max_bytes / GIB, processes, open_at_once, largest / GIB, needed / GIB),
         )
 
 
-class _Places:
-    """Pictures of a manifest as pictures of a server."""
+class _RemoteImages:
+    """Converts local images of a manifest to images on a server."""
 
     def __init__(self, files: dict[str, RemoteFile], cache: RemoteCache) -> None:
         self.files, self.cache = files, cache
 
     def sample(self, sample: Sample) -> Sample:
-        assert isinstance(sample.image, ShardImage)  # as manifest_of makes them
+        assert isinstance(sample.image, ShardImage)  # manifest_of makes only these
         return replace(sample, image=self._image(sample.image), mask=self._mask(sample.mask))
 
     def _image(self, image: ShardImage) -> RemoteImage:

@@ -1,4 +1,4 @@
-"""Parquet files on a server, also those of the hub: tables are read now, pictures when they are needed."""
+"""Parquet files on a server or the hub: metadata is read at once, images on demand."""
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,63 +18,63 @@ _AT_ONCE = 16
 
 
 def read_hub_stream(source: str, config: DataConfig) -> Manifest:
-    """Read ``hf:owner/name:split?streaming``: the Parquet files of a split, left on the hub.
+    """Read ``hf:owner/name:split?streaming``: the Parquet files of a split, without downloading them.
 
     Raises:
-        DataError: the id is malformed, the hub cannot be asked, or the split has no Parquet files.
+        DataError: the id is malformed, the hub is unreachable, or the split has no Parquet files.
     """
     repository, _, split = source.removeprefix("hf:").removesuffix(STREAMING).partition(":")
     if not split or repository.count("/") != 1:
         raise DataError(
-            f"{source}: is no hub id with a split, expected hf:owner/name:split{STREAMING}: write it in "
+            f"{source}: is not a hub id with a split, expected hf:owner/name:split{STREAMING}: write it in "
             "that form"
         )
     urls = hub_files(repository, split, source)
     if not urls or not all(url.endswith(".parquet") for url in urls):
         raise DataError(
-            f"{source}: the split is no set of Parquet files, expected some to stream from: leave out "
+            f"{source}: the split does not consist of Parquet files, expected them for streaming: remove "
             f"{STREAMING} to download it"
         )
     return read_parquet_files(urls, source, config)
 
 
 def hub_files(repository: str, split: str, source: str) -> list[str]:
-    """URLs of the files of a split, at the revision that the hub has now.
+    """URLs of the files of a split, at the current revision on the hub.
 
     Raises:
-        DataError: the hub cannot be asked, or has no such data set or split.
+        DataError: the hub is unreachable, or has no such dataset or split.
     """
     if not hub_reachable():
         raise DataError(
-            f"{source}: the hub cannot be reached, expected it for a stream: check the network, or download "
-            "the set elsewhere and give its folder"
+            f"{source}: the hub cannot be reached, expected access for streaming: check the network, or "
+            "download the set elsewhere and give its folder"
         )
     import datasets
 
     try:
         files = datasets.load_dataset_builder(repository).config.data_files or {}
         return [str(url) for url in files[split]]
-    except Exception as error:  # datasets and the hub's client each raise their own
+    except Exception as error:  # datasets and the hub client have their own exceptions
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise DataError(
-            f"{source}: cannot be opened ({reason[:300]}), expected a data set of the hub with that split: "
+            f"{source}: cannot be opened ({reason[:300]}), expected a dataset on the hub with that split: "
             "check the id, log in with `hf auth login` if it is gated"
         ) from error
 
 
 def read_parquet_files(urls: Sequence[str], name: str, config: DataConfig) -> Manifest:
-    """Read Parquet files on a server that hold the photos; no picture is fetched.
+    """Read Parquet files on a server that hold the photos; no image is fetched.
 
     Args:
         urls: the files, in order.
-        name: what messages call the set.
+        name: name of the set in messages.
         config: columns and cache.
 
     Raises:
-        DataError: a file cannot be fetched, or a row of it cannot be used.
+        DataError: a file cannot be fetched, or has an invalid row.
     """
     cache, columns = cache_of(config.remote), config.columns
-    with ThreadPoolExecutor(_AT_ONCE) as pool:  # hundreds of small requests, which wait for the server
+    with ThreadPoolExecutor(_AT_ONCE) as pool:  # hundreds of small requests, bound by latency
         files = list(pool.map(lambda url: RemoteParquet(url, cache.patience), urls))
         present = files[0].schema.names
         if columns.mask in present:
@@ -99,7 +99,7 @@ def read_parquet_files(urls: Sequence[str], name: str, config: DataConfig) -> Ma
 def _with_pictures(
     file: RemoteParquet, group: int, rows: list[dict[str, Any]], column: str, cache: RemoteCache
 ) -> Iterator[dict[str, Any]]:
-    if column not in file.schema.names:  # told by who builds the manifest
+    if column not in file.schema.names:  # build_manifest reports this
         yield from rows
         return
     pictures = file.pictures(group, column)

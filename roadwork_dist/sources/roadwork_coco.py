@@ -1,6 +1,6 @@
-"""CMU ROADWork's COCO JSON: boxes and segmentations of 19 categories become a label and a mask.
+"""Reader of CMU ROADWork's COCO JSON: boxes and segmentations of 19 categories become a label and a mask.
 
-The data set: A. Ghosh et al., "ROADWork: A Dataset and Benchmark for Learning to Recognize, Observe,
+The dataset: A. Ghosh et al., "ROADWork: A Dataset and Benchmark for Learning to Recognize, Observe,
 Analyze and Drive Through Work Zones", arXiv 2406.07661.
 """
 
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 CATEGORIES: dict[str, str | None] = {
     "Cone": "cone",
-    "Tubular Marker": "cone",  # single upright devices that guide traffic, as cones do
+    "Tubular Marker": "cone",  # single upright devices that guide traffic, like cones
     "Drum": "cone",
     "Fence": "barrier",
     "Barricade": "barrier",
@@ -43,7 +43,7 @@ CATEGORIES: dict[str, str | None] = {
     "Sidewalk": None,
     "Bike Lane": None,
 }
-"""Category of ROADWork -> class of ``MASK_CLASSES``; None = in no mask, and no sign of roadwork by itself."""
+"""ROADWork category -> class of ``MASK_CLASSES``; None = not in masks, no evidence of roadwork by itself."""
 
 _CLASS_OF = {
     name.lower(): None if target is None else MASK_CLASSES.index(target)
@@ -53,9 +53,9 @@ _CLASS_OF = {
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CocoMask:
-    """A six-class mask drawn from COCO segmentations when it is asked for.
+    """A six-class mask drawn from COCO segmentations on demand.
 
-    COCO annotates the photo as it is shown, so the mask is upright.
+    COCO annotates the photo as shown, so the mask is upright.
     """
 
     name: str
@@ -65,7 +65,7 @@ class CocoMask:
     """(class, segmentation): polygons as a tuple of float32 arrays, or an RLE mapping."""
 
     def content(self) -> bytes:
-        """Size and shapes as JSON: the same in every version, where a pickle would name this module."""
+        """Size and shapes as JSON: stable across versions, whereas a pickle would contain the module name."""
         shapes = [
             (index, [polygon.tolist() for polygon in shape] if isinstance(shape, tuple) else shape)
             for index, shape in self.shapes
@@ -73,7 +73,7 @@ class CocoMask:
         return json.dumps([self.height, self.width, shapes], sort_keys=True).encode()
 
     def bits(self) -> NDArray[np.uint8]:
-        """``[H, W]`` uint8, one bit a class.
+        """``[H, W]`` uint8, one bit per class.
 
         Raises:
             DataError: a segmentation cannot be drawn.
@@ -86,7 +86,7 @@ class CocoMask:
             for index, shape in self.shapes:
                 by_class[index] += _runs(shape, self.height, self.width)
             for index, runs in by_class.items():
-                with quiet():  # pycocotools 2.0.11 uses what numpy 2 deprecates
+                with quiet():  # pycocotools 2.0.11 uses functions that numpy 2 deprecates
                     plane = coco.decode(coco.merge(runs))
                 result |= plane << index
         except (ValueError, TypeError, KeyError) as error:
@@ -100,12 +100,12 @@ class CocoMask:
 def read_coco(path: Path, config: DataConfig) -> Manifest:
     """Read a COCO JSON of ROADWork.
 
-    A photo's label is 1 where it has an instance of any category that maps to a mask class, else 0.
-    Metadata is taken from the image records where they carry the configured columns. Relative file names
-    start from ``config.image_root``, else from the folder of the JSON, ``images`` in it or beside it.
+    A photo's label is 1 if it has an instance of any category that maps to a mask class, else 0. Metadata
+    is taken from the image records if they have the configured columns. Relative file names start from
+    ``config.image_root``, else from the folder of the JSON, ``images`` in it or next to it.
 
     Raises:
-        DataError: the file is no COCO JSON, has none of ROADWork's categories, or a record is wrong.
+        DataError: the file is not a COCO JSON, has none of ROADWork's categories, or a record is invalid.
     """
     content = _read_json(path)
     try:
@@ -128,7 +128,7 @@ def read_coco(path: Path, config: DataConfig) -> Manifest:
         ]
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(
-            f"{path}: is no COCO JSON that can be used ({type(error).__name__}: {error}), expected images "
+            f"{path}: is not a usable COCO JSON ({type(error).__name__}: {error}), expected images "
             "(id, file_name, height, width), annotations (image_id, category_id, segmentation) and "
             "categories (id, name): export it again"
         ) from error
@@ -148,21 +148,21 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _classes(categories: list[dict[str, Any]], path: Path) -> dict[Any, int | None]:
-    """Category id -> mask class; kinds after a colon ("…Sign: left lane closed") count as the category."""
+    """Category id -> mask class; a subtype after a colon ("…Sign: left lane closed") is ignored."""
     names = {category["id"]: str(category["name"]).partition(":")[0].strip() for category in categories}
     unknown = sorted({name for name in names.values() if name.lower() not in _CLASS_OF})
     if len(unknown) == len(set(names.values())):
         raise DataError(
-            f"{path}: has none of ROADWork's categories but {', '.join(unknown) or 'no category'}, "
-            f"expected {', '.join(CATEGORIES)}: give labels in a table instead"
+            f"{path}: has none of ROADWork's categories, only {', '.join(unknown) or 'no category'}, "
+            f"expected {', '.join(CATEGORIES)}: provide labels in a table instead"
         )
     if unknown:
-        logger.warning("%s: categories outside ROADWork are left out: %s", path, ", ".join(unknown))
+        logger.warning("%s: categories outside ROADWork are ignored: %s", path, ", ".join(unknown))
     return {number: _CLASS_OF.get(name.lower()) for number, name in names.items()}
 
 
 def _shape(annotation: dict[str, Any]) -> Any:
-    """Polygons in a compact form, RLE as it is, or None for a box alone."""
+    """Polygons in a compact form, RLE unchanged, or None if there is only a box."""
     segmentation = annotation.get("segmentation")
     if isinstance(segmentation, dict):
         return segmentation
@@ -172,17 +172,17 @@ def _shape(annotation: dict[str, Any]) -> Any:
 def _mask(
     image: dict[str, Any], instances: list[tuple[int, Any]], path: Path, config: DataConfig
 ) -> CocoMask | None:
-    """The mask of a photo: empty where there is no roadwork, None where an instance has a box only."""
+    """The mask of a photo: empty without roadwork, None if an instance has only a box."""
     if any(shape is None for _, shape in instances):
         return None
     height, width = int(image["height"]), int(image["width"])
     if not 0 < height * width <= config.max_pixels:
-        raise ValueError(f"{image['file_name']} is said to have {width}x{height} px")
+        raise ValueError(f"{image['file_name']} is listed with {width}x{height} px")
     return CocoMask(f"{path}, mask of {image['file_name']}", height, width, tuple(instances))
 
 
 def _runs(shape: Any, height: int, width: int) -> list[Any]:
-    """A shape as compressed RLE of pycocotools."""
+    """Convert a shape to compressed RLE of pycocotools."""
     from pycocotools import mask as coco
 
     if isinstance(shape, tuple):

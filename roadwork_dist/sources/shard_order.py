@@ -1,4 +1,4 @@
-"""The order of rows that ``data.order`` asks for."""
+"""The row order selected by ``data.order``."""
 
 from collections.abc import Sequence
 
@@ -14,15 +14,15 @@ from roadwork_dist.trainer.feed.order import ShardOrder
 def shard_order_of(
     images: Sequence[ImageSource], config: DataConfig, *, reads_photos: bool = True
 ) -> ShardOrder | None:
-    """The order that ``data.order`` asks for; None = shuffled over the whole set.
+    """The row order selected by ``data.order``; None = shuffled over the whole set.
 
     Args:
         images: the photo of each row; those in shards have a ``location``.
-        config: which order, and the window.
-        reads_photos: each epoch reads the photos, not features that are kept on this machine.
+        config: order and shuffle window.
+        reads_photos: whether each epoch reads photos, instead of features stored on this machine.
 
     Raises:
-        ConfigError: the order ``shards`` is asked for, and a photo lies in no shard.
+        ConfigError: the order is ``shards``, but a photo is not in a shard.
     """
     by_itself = reads_photos and are_on_server(images)
     if config.order == "shuffled" or (config.order == "auto" and not by_itself):
@@ -31,7 +31,7 @@ def shard_order_of(
     locations = [getattr(image, "location", None) for image in images]
     if None in locations:
         raise ConfigError(
-            f"data.order is 'shards', but {images[locations.index(None)].name} lies in no shard: set it to "
+            f"data.order is 'shards', but {images[locations.index(None)].name} is not in a shard: set it to "
             "auto, or write shards with `roadwork-dist shard`"
         )
     numbers = [number_of.setdefault(str(location), len(number_of)) for location in locations]

@@ -1,4 +1,4 @@
-"""Shard sets as a source: every row of the index is a sample that is read by its place in a tar."""
+"""Reader of shard sets: each row of the index is a sample, read by its offset in a tar."""
 
 from collections.abc import Iterable
 from itertools import repeat
@@ -24,7 +24,7 @@ _REPEATING = (*VOCABULARIES, "group", "extension")
 def read_shards(folder: Path, config: DataConfig) -> Manifest:
     """Read a finished set in a local or mounted folder; no tar is opened.
 
-    ``data.columns`` does not apply: the index has columns of its own.
+    ``data.columns`` does not apply: the index has its own columns.
 
     Raises:
         DataError: ``shards.json`` or the index is absent or damaged.
@@ -40,34 +40,34 @@ def manifest_of(
 
     Args:
         shards: the set.
-        index: its rows, as of :func:`~roadwork_dist.storage.shards.index.parse_index`.
-        base: folder or URL of the set, without a slash at its end; also the manifest's name.
-        max_pixels: limit for masks.
+        index: its rows, from :func:`~roadwork_dist.storage.shards.index.parse_index`.
+        base: folder or URL of the set, without a trailing slash; also the manifest's name.
+        max_pixels: largest number of pixels of a mask.
 
     Raises:
-        DataError: the index has no row, names a tar that the set has not, or an id twice.
+        DataError: the index has no rows, an unknown tar or a duplicate id.
     """
     if not index.num_rows:
-        raise DataError(f"{base}: has no samples, expected at least one photo: write the shards anew")
+        raise DataError(f"{base}: has no samples, expected at least one photo: write the shards again")
     from pyarrow import compute
 
     most = compute.max(index["shard"]).as_py()
     if most >= len(shards.shards):
         raise DataError(
             f"{base}/{INDEX_FILE}: names tar {most}, but the set has only {len(shards.shards)}: write the "
-            "shards anew"
+            "shards again"
         )
     columns = _Columns(shards, base, max_pixels)
     samples: list[Sample] = []
-    for batch in index.to_batches(max_chunksize=_BLOCK):  # a row of Python objects is ten times its size
+    for batch in index.to_batches(max_chunksize=_BLOCK):  # rows as Python objects take ten times the memory
         samples += columns.samples(batch)
     if len({sample.id for sample in samples}) < len(samples):
-        raise DataError(f"{base}/{INDEX_FILE}: has an id twice, expected unique ids: write the shards anew")
+        raise DataError(f"{base}/{INDEX_FILE}: has an id twice, expected unique ids: write the shards again")
     return Manifest(base, tuple(samples))
 
 
 class _Columns:
-    """Columns of the index as samples: by columns, for there may be millions of rows."""
+    """Converts the index to samples column by column, since there may be millions of rows."""
 
     def __init__(self, shards: ShardSet, base: str, max_pixels: int) -> None:
         self.locations = [f"{base}/{shard.name}" for shard in shards.shards]
@@ -101,7 +101,7 @@ class _Columns:
 
 
 def _cells(column: "pyarrow.Array", repeats: bool) -> list[Any]:
-    """A column's cells; texts that repeat are the same object."""
+    """Cells of a column; with ``repeats``, equal strings share one object."""
     if not repeats:
         cells: list[Any] = column.to_pylist()
         return cells

@@ -1,7 +1,7 @@
-"""Splits that keep the share of labels and never part a place.
+"""Stratified splits that never divide the photos of one place.
 
-Near-duplicate photos of one street on both sides of a split make every figure too good, so photos
-are grouped by place first.
+Near-duplicate photos of one street on both sides of a split would inflate every metric, so photos are
+grouped by place first.
 """
 
 import json
@@ -19,14 +19,14 @@ from roadwork_dist.sources.gps import EARTH_RADIUS_KM
 Ints = NDArray[np.int64]
 Counts = NDArray[np.float64]
 
-_DEALS = 5  # random deals of a split, of which the one nearest to the asked share is kept
+_ATTEMPTS = 5  # random splits, of which the one closest to the requested share is kept
 
 
 def places(coordinates: NDArray[np.float64], radius_m: float = 150.0) -> Ints:
-    """Group photos by place: whoever is linked by steps of at most ``radius_m`` is one place.
+    """Group photos by place: photos linked by steps of at most ``radius_m`` form one place.
 
     Args:
-        coordinates: ``[N, 2]`` latitude and longitude in degrees; rows with NaN are groups of their own.
+        coordinates: ``[N, 2]`` latitude and longitude in degrees; each row with NaN is its own group.
         radius_m: longest step in metres (great circle).
 
     Returns:
@@ -46,15 +46,15 @@ def places(coordinates: NDArray[np.float64], radius_m: float = 150.0) -> Ints:
 
 
 def groups_of(manifest: Manifest) -> Ints:
-    """Group ``[N]`` of each photo: linked are photos of one place and photos that the data puts in one group.
+    """Group ``[N]`` of each photo: photos of one place or of one group in the data are linked.
 
-    Links chain: two groups that share a place are one.
+    Links are transitive: two groups that share a place are one.
     """
     named = [("row", str(i)) if s.group is None else ("group", s.group) for i, s in enumerate(manifest)]
     partitions = (places(manifest.coordinates), _group_numbers(named, len(manifest)))
     groups = np.arange(len(manifest), dtype=np.int64)
     before = np.full_like(groups, -1)
-    while (groups != before).any():  # every photo takes the smallest number among those it is linked to
+    while (groups != before).any():  # every photo takes the smallest number of its linked photos
         before = groups.copy()
         for parts in partitions:
             smallest = np.full(len(groups), len(groups), dtype=np.int64)
@@ -72,13 +72,13 @@ def folds(
         labels: ``[N]`` labels to stratify by.
         groups: ``[N]`` group of each row; None = every row is its own.
         k: number of folds, at least 2.
-        seed: of the shuffle.
+        seed: seed of the shuffle.
 
     Returns:
-        ``[N]`` fold numbers from 0 to ``k`` − 1; fold f is validated on by the model trained on the others.
+        ``[N]`` fold numbers from 0 to ``k`` − 1; fold f validates the model trained on the others.
 
     Raises:
-        DataError: there are fewer rows or groups of a label than folds.
+        DataError: a label has fewer rows or groups than there are folds.
     """
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
@@ -99,15 +99,15 @@ def stratified_group_split(
 ) -> tuple[Ints, Ints]:
     """Split rows in two, stratified by label, no group on both sides.
 
-    Groups are dealt in a shuffled order: one goes to the second side if that brings the share of the
-    labels there nearer to ``share``. A label with two groups or more stands on both sides wherever
-    groups of mixed labels allow it. (scikit-learn splits by groups or by strata, or into equal folds.)
+    Groups are assigned in shuffled order: a group goes to the second side if that brings the labels' shares
+    there closer to ``share``. A label with two groups or more is on both sides if groups of mixed labels
+    allow it. (scikit-learn splits by groups or by strata, or into equal folds.)
 
     Args:
         labels: ``[N]`` labels to stratify by.
         groups: ``[N]`` group of each row; None = every row is its own.
         share: share of rows on the second side, in (0, 1).
-        seed: of the shuffle.
+        seed: seed of the shuffle.
 
     Returns:
         Sorted indices of the first side (share 1 − ``share``) and of the second.
@@ -126,7 +126,7 @@ def stratified_group_split(
         )
     counts = np.zeros((group_count, classes.max() + 1))  # rows of each label in each group
     np.add.at(counts, (numbers, classes), 1)
-    second = _deal(counts, share, np.random.default_rng(seed))
+    second = _best_split(counts, share, np.random.default_rng(seed))
     return np.flatnonzero(~second[numbers]), np.flatnonzero(second[numbers])
 
 
@@ -141,10 +141,10 @@ def save_folds(path: Path, ids: Sequence[str], fold_of_row: Ints) -> None:
 
 
 def load_folds(path: Path, ids: Sequence[str]) -> Ints:
-    """The fold ``[N]`` of each id, from a file of :func:`save_folds`.
+    """The fold ``[N]`` of each id, from a file written by :func:`save_folds`.
 
     Raises:
-        DataError: the file cannot be read, or is of other ids than ``ids``.
+        DataError: the file cannot be read, or its ids differ from ``ids``.
     """
     try:
         saved = json.loads(path.read_text("utf-8"))["folds"]
@@ -159,9 +159,9 @@ def load_folds(path: Path, ids: Sequence[str]) -> Ints:
     if missing or surplus:
         example = missing[0] if missing else min(surplus)
         raise DataError(
-            f"{path}: is of another set of photos ({len(missing)} ids without a fold, {len(surplus)} that "
-            f"are not in the set, for example {example!r}), expected the same ids: use the set it was made "
-            "from, or delete it to make new folds"
+            f"{path}: belongs to another set of photos ({len(missing)} ids without a fold, {len(surplus)} "
+            f"that are not in the set, for example {example!r}), expected the same ids: use the set it was "
+            "made from, or delete it to make new folds"
         )
     return np.array([fold_of_id[name] for name in ids], dtype=np.int64)
 
@@ -188,20 +188,20 @@ def _check_enough(y: Ints, groups: Ints, k: int) -> None:
             )
 
 
-def _deal(counts: Counts, share: float, generator: np.random.Generator) -> NDArray[np.bool_]:
-    """Which groups go to the second side; ``counts`` is ``[G, labels]``. The best of a few random deals."""
-    shares = counts / counts.sum(axis=0)  # what each group brings of each label
-    deals = [_deal_once(shares, share, generator.permutation(len(counts))) for _ in range(_DEALS)]
-    return min(deals, key=lambda second: _miss(shares[second].sum(axis=0).tolist(), share))
+def _best_split(counts: Counts, share: float, generator: np.random.Generator) -> NDArray[np.bool_]:
+    """Which groups go to the second side; the best of some random splits. ``counts`` is ``[G, labels]``."""
+    shares = counts / counts.sum(axis=0)  # share of each label that a group holds
+    attempts = [_random_split(shares, share, generator.permutation(len(counts))) for _ in range(_ATTEMPTS)]
+    return min(attempts, key=lambda second: _deviation(shares[second].sum(axis=0).tolist(), share))
 
 
-def _deal_once(shares: Counts, share: float, order: Ints) -> NDArray[np.bool_]:
+def _random_split(shares: Counts, share: float, order: Ints) -> NDArray[np.bool_]:
     second = np.zeros(len(shares), dtype=bool)
     taken = [0.0] * shares.shape[1]
-    rows = shares.tolist()  # Python's floats: numpy is slow on vectors of two
+    rows = shares.tolist()  # Python floats: numpy is slow on vectors of two
     for group in order.tolist():
         with_it = [old + new for old, new in zip(taken, rows[group], strict=True)]
-        if _miss(with_it, share) < _miss(taken, share):
+        if _deviation(with_it, share) < _deviation(taken, share):
             second[group] = True
             taken = with_it
     for label in np.flatnonzero((shares > 0).sum(axis=0) >= 2):
@@ -214,6 +214,6 @@ def _deal_once(shares: Counts, share: float, order: Ints) -> NDArray[np.bool_]:
     return second
 
 
-def _miss(taken: list[float], share: float) -> float:
-    """How far the second side's share of each label is from ``share``, summed over labels."""
+def _deviation(taken: list[float], share: float) -> float:
+    """Distance of the second side's label shares from ``share``, summed over labels."""
     return sum(abs(part - share) for part in taken)

@@ -1,4 +1,4 @@
-"""CSV and Parquet tables."""
+"""Reader of CSV and Parquet tables."""
 
 import csv
 from collections import Counter
@@ -15,10 +15,10 @@ def read_table(path: Path, config: DataConfig) -> Manifest:
     """Read a CSV (UTF-8, comma, header) or Parquet table.
 
     Relative image paths start from ``config.image_root``, or else from the folder of the table. A Parquet
-    table that holds the photos themselves is read through the library datasets, which leaves them on disk.
+    table that contains the photos is read with the library datasets, which leaves them on disk.
 
     Raises:
-        DataError: the table or a row of it cannot be used.
+        DataError: the table or one of its rows cannot be used.
     """
     if path.suffix.lower() == ".csv":
         columns, rows = _read_csv(path)
@@ -50,12 +50,12 @@ def _read_csv(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
     columns: list[str] = []
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:  # Excel writes a byte order mark
-            # Not strict, a quote that is never closed would swallow all rows behind it without an error.
+            # Without strict an unclosed quote would silently swallow all following rows.
             reader = csv.DictReader(file, strict=True)
             columns = list(reader.fieldnames or [])
             _check_unique(columns, path)
             for number, row in enumerate(reader, start=1):
-                if None in row:  # where DictReader puts surplus cells
+                if None in row:  # DictReader's key for surplus cells
                     raise DataError(
                         f"{path}, row {number}: has more cells than the header's {len(columns)}, expected as "
                         "many: put text with commas in double quotes"
@@ -70,20 +70,20 @@ def _read_csv(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
 
 
 def _check_unique(columns: list[str], path: Path) -> None:
-    """Of columns of one name only the last would be read; unnamed ones, which Excel leaves, are not read."""
-    double = next((name for name, count in Counter(columns).items() if name and count > 1), None)
-    if double is not None:
+    """Reject duplicate names, since only the last would be read; unnamed columns (Excel) are ignored."""
+    duplicate = next((name for name, count in Counter(columns).items() if name and count > 1), None)
+    if duplicate is not None:
         raise DataError(
-            f"{path}, header: has the column {double!r} {columns.count(double)} times, expected it once: "
-            "rename or remove the others"
+            f"{path}, header: has the column {duplicate!r} {columns.count(duplicate)} times, expected it "
+            "once: rename or remove the others"
         )
 
 
 def _wrong_cell(error: csv.Error) -> str:
-    """What is wrong with a cell; the module ``csv`` tells its errors apart by their texts alone."""
+    """Describe an invalid cell; errors of the module ``csv`` differ only in their text."""
     reason = str(error)
     if "end of data" in reason:
-        return "a quote is opened and not closed, expected pairs: close it, or write a quote in text as two"
+        return "a quote is opened and not closed, expected pairs: close it, or double a quote in text"
     if "field limit" in reason:
         return (
             f"a cell has more than {csv.field_size_limit()} characters, expected fewer: shorten it, or close "
@@ -92,7 +92,7 @@ def _wrong_cell(error: csv.Error) -> str:
     if "expected after" in reason:
         return (
             "text follows the quote that closes a cell, expected a comma: close the quote that was opened "
-            "before it, or write a quote in text as two"
+            "before it, or double a quote in text"
         )
     return f"cannot be read ({reason}), expected CSV: write the file again"
 

@@ -1,1 +1,1 @@
-"""Where photos lie: tar shards on disk and files on servers."""
+"""Storage of photos: tar shards on disk and files on servers."""

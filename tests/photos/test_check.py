@@ -94,7 +94,7 @@ def test_masks_are_read_and_must_be_upright() -> None:
     report = check_images(manifest_of(rotated, broken), max_share=1.0)
     reasons = [reason for _, reason in report.unreadable]
     assert "mask has 320x240 px but the upright photo 240x320" in reasons[0]
-    assert "row 2, mask: is no picture" in reasons[1]
+    assert "row 2, mask: is not an image" in reasons[1]
 
 
 def test_pixel_limit_is_passed_on() -> None:

@@ -134,7 +134,7 @@ def test_a_reduced_decode_has_that_fraction_of_the_size(reduction: int, got: tup
     ("data", "said"),
     [
         (b"", "is empty"),
-        (b"just a text file\n" * 10, "is no picture"),
+        (b"just a text file\n" * 10, "is not an image"),
         (encoded(corners())[:-900], "is broken"),
         (encoded(corners(), "PNG")[:-60], "is broken"),
         (b"\xff\xd8\xff\xe0garbage", "is broken"),
@@ -160,7 +160,7 @@ def test_truncation_is_found_at_reduced_scale_too() -> None:
 
 
 def test_missing_file_is_named_with_advice(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"gone\.jpg: there is no such file, expected .*: mend the path"):
+    with pytest.raises(DataError, match=r"gone\.jpg: there is no such file, expected .*: fix the path"):
         decode(FileImage(tmp_path / "gone.jpg"))
 
 

@@ -158,7 +158,7 @@ def test_other_formats_go_the_slow_way(kind: str, monkeypatch: pytest.MonkeyPatc
 def test_a_jpeg_cut_short_is_told(kept: float, quality: str) -> None:
     data = encoded(photo(640, 480))
     data = data[: int(kept if kept < 0 else kept * len(data))]
-    with pytest.raises(DataError, match=r"street/7\.jpg: is broken .* expected a whole picture"):
+    with pytest.raises(DataError, match=r"street/7\.jpg: is broken .* expected a complete image"):
         views_of_photo(data, ViewGeometry(48, quality=quality), name="street/7.jpg")  # type: ignore[arg-type]
 
 

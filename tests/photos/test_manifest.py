@@ -143,10 +143,10 @@ def test_all_wrong_rows_are_told_at_once() -> None:
 
 def test_duplicate_ids_name_both_rows() -> None:
     rows = [{"id": "x", "image": "a"}, {"id": "y", "image": "b"}, {"id": "x", "image": "c"}]
-    with pytest.raises(DataError, match="row 3: id 'x' is that of row 1 too"):
+    with pytest.raises(DataError, match="row 3: id 'x' is also the id of row 1"):
         build(*rows)
     with pytest.raises(
-        DataError, match=r"row 2: id \(taken from the image's path\) 'a.jpg' is that of row 1 too"
+        DataError, match=r"row 2: id \(taken from the image's path\) 'a.jpg' is also the id of row 1"
     ):
         build({"image": "a.jpg"}, {"image": "a.jpg"})
 

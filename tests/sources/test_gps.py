@@ -132,7 +132,7 @@ def test_a_shortfall_stops_unless_told_to_go_on() -> None:
         gps_weights(train, TARGET, GpsConfig(), seed=0)
     weights, report = gps_weights(train, TARGET, GpsConfig(on_shortfall="continue"), seed=0)
     assert weights[0] == 10
-    assert "still below 70% within 100 km; going on" in report.reason
+    assert "still below 70% within 100 km; continuing" in report.reason
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def test_a_missing_and_a_damaged_tar_are_counted_by_their_photos(server: FileSer
     assert {name for name, _ in report.unreadable} <= lost_ids
     told = dict(report.unreadable)
     assert sum("answered 404" in reason for reason in told.values()) == of_tar.count(1)
-    assert sum("shards.json tells" in reason for reason in told.values()) >= 2
+    assert sum("shards.json says" in reason for reason in told.values()) >= 2
 
 
 def test_a_shard_that_rots_in_the_cache_is_fetched_again(server: FileServer, tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_an_index_of_other_tars_is_told(server: FileServer, tmp_path: Path) -> N
     image = manifest[0].image
     assert isinstance(image, remote_image.RemoteImage)
     wrong = replace(image, crc32=image.crc32 ^ 1)
-    with pytest.raises(DataError, match=r"photo|\.png: has another checksum than the index tells, in a tar"):
+    with pytest.raises(DataError, match=r"photo|\.png: checksum differs from the index although the tar"):
         wrong.read()
     image.read()
 
@@ -139,5 +139,5 @@ def test_the_order_of_shards_is_chosen_by_where_the_photos_are(
     assert kept is not None
     assert kept.shards.tolist() == order.shards.tolist()
     assert shard_order_of(there, replace(config, order="shuffled")) is None
-    with pytest.raises(ConfigError, match=r"data.order is 'shards', but .*0.png lies in no shard"):
+    with pytest.raises(ConfigError, match=r"data.order is 'shards', but .*0.png is not in a shard"):
         shard_order_of([sample.image for sample in loose], replace(config, order="shards"))

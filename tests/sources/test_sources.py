@@ -151,7 +151,7 @@ def test_unusable_sources(tmp_path: Path) -> None:
     (tmp_path / "t.txt").touch()
     for path in (tmp_path, tmp_path / "t.txt"):
         (tmp_path / "t.parquet").unlink(missing_ok=True)
-        with pytest.raises(DataError, match=r"of no known form, expected a \.csv"):
+        with pytest.raises(DataError, match=r"of an unknown kind, expected a \.csv"):
             load(path)
 
 
@@ -462,16 +462,16 @@ def test_coco_metadata_kinds_and_image_folder(
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda c: c.pop("images"), "no COCO JSON that can be used"),
-        (lambda c: c["annotations"][0].update(category_id=99), "no COCO JSON that can be used"),
-        (lambda c: c["images"][0].pop("width"), "no COCO JSON that can be used"),
-        (lambda c: c["images"][0].update(width=10**6), "said to have 1000000x64 px"),
+        (lambda c: c.pop("images"), "not a usable COCO JSON"),
+        (lambda c: c["annotations"][0].update(category_id=99), "not a usable COCO JSON"),
+        (lambda c: c["images"][0].pop("width"), "not a usable COCO JSON"),
+        (lambda c: c["images"][0].update(width=10**6), "listed with 1000000x64 px"),
         (lambda c: c["images"].clear(), "has no rows"),
         (
             lambda c: c.update(categories=[{"id": 0, "name": "zebra"}]),
-            "none of ROADWork's categories but zebra",
+            "none of ROADWork's categories, only zebra",
         ),
-        (lambda c: c["images"][1].update(id=0), "row 2: id '0' is that of row 1 too"),
+        (lambda c: c["images"][1].update(id=0), "row 2: id '0' is also the id of row 1"),
     ],
 )
 def test_unusable_coco(

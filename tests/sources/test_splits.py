@@ -148,7 +148,7 @@ def test_folds_are_saved_by_id(tmp_path: Path) -> None:
     save_folds(path, ["a", "b", "ç"], np.array([2, 0, 1]))
     assert load_folds(path, ["ç", "a", "b"]).tolist() == [1, 2, 0]
     for ids in (["a", "b"], ["a", "b", "ç", "d"], ["a", "b", "c"]):
-        with pytest.raises(DataError, match=r"folds.json: is of another set of photos"):
+        with pytest.raises(DataError, match=r"folds.json: belongs to another set of photos"):
             load_folds(path, ids)
 
 

@@ -132,11 +132,11 @@ def test_a_server_without_ranges_gives_all_again(server: FileServer, tmp_path: P
         ("500", "the server answered 500 .*; tried 4 times"),
         ("429", "the server answered 429 .*; tried 4 times"),
         ("404", "the server answered 404 .*; tried once"),
-        ("short", "the answer ended after .* of 100,000 bytes; tried 4 times"),
+        ("short", "the response ended after .* of 100,000 bytes; tried 4 times"),
         ("reset", "; tried 4 times"),
         ("stall", "the server did not answer in time; tried 4 times"),
         ("dribble", "bytes/s; tried 4 times|the server did not answer in time; tried 4 times"),
-        ("flip", "its checksum is not the one that shards.json tells; tried 3 times"),
+        ("flip", "its checksum differs from what shards.json says; tried 3 times"),
     ],
 )
 def test_a_fault_that_stays_is_told_and_rows_behind_it_fail_at_once(
@@ -178,7 +178,7 @@ def test_a_dead_server_is_not_asked_for_file_after_file(server: FileServer, tmp_
 def test_another_file_than_shards_json_tells_is_refused(server: FileServer, tmp_path: Path) -> None:
     file, _ = put(server, "a.tar", 1000)
     (server.folder / "a.tar").write_bytes(b"x" * 900)
-    with pytest.raises(DataError, match=r"file has 900 bytes, shards.json tells 1,000; tried once"):
+    with pytest.raises(DataError, match=r"file has 900 bytes, shards.json says 1,000; tried once"):
         cache_of(tmp_path).fetch(file)
 
 
@@ -254,7 +254,7 @@ def test_a_folder_that_cannot_be_used_is_told(
         RemoteCache(tmp_path / "taken", MIB, QUICK).fetch(file)
     monkeypatch.setattr(flock, "HAS_FLOCK", False)
     with pytest.raises(
-        ConfigError, match=r"cache: files there cannot be locked .this system or its .*data.remote.cache_dir"
+        ConfigError, match=r"cache: files there cannot be locked .this system or file .*data.remote.cache_dir"
     ):
         cache_of(tmp_path).fetch(file)
 
@@ -268,7 +268,7 @@ def test_a_full_disk_is_told(server: FileServer, tmp_path: Path, monkeypatch: py
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "pwrite", full)
-        with pytest.raises(ConfigError, match=r"cannot be kept .No space left on device., expected room"):
+        with pytest.raises(ConfigError, match=r"cannot be stored .No space left on device., expected space"):
             cache.fetch(file)
     assert cache.fetch(file).read_bytes() == content
 

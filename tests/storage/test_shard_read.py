@@ -121,8 +121,8 @@ def damage(own: Path, fault: str) -> None:
 @pytest.mark.parametrize(
     ("fault", "says", "lost"),
     [
-        ("flipped bit", "has another checksum than the index tells", 1),
-        ("truncated", "bytes before the picture does", 2),
+        ("flipped bit", "checksum differs from the index", 1),
+        ("truncated", "bytes before the image does", 2),
         ("missing", "there is no such tar", 2),
         ("no file", r"the tar cannot be read \(Is a directory\)", 2),
     ],
@@ -145,7 +145,7 @@ def test_a_tar_that_was_mended_is_read_at_once(own: Path) -> None:
     tar, image = own / "shard-000001.tar", load(own)[4].image
     whole = tar.read_bytes()
     damage(own, "truncated")
-    with pytest.raises(DataError, match="bytes before the picture does"):
+    with pytest.raises(DataError, match="bytes before the image does"):
         image.read()
     (own / "copied").write_bytes(whole)
     (own / "copied").replace(tar)
@@ -159,7 +159,7 @@ def test_a_damaged_mask_names_the_tar(own: Path) -> None:
     data = bytearray((own / "shard-000000.tar").read_bytes())
     data[mask.image.offset + 40] ^= 1
     (own / "shard-000000.tar").write_bytes(data)
-    with pytest.raises(DataError, match=r"shard-000000\.tar: 000000000\.mask\.png: has another checksum"):
+    with pytest.raises(DataError, match=r"shard-000000\.tar: 000000000\.mask\.png: checksum differs"):
         mask.bits()
 
 
@@ -172,10 +172,10 @@ def edit(name: str, old: bytes, new: bytes) -> Callable[[Path], object]:
     [
         (lambda folder: (folder / "shards.json").write_text("{"), "shards.json: cannot be read"),
         (lambda folder: (folder / "shards.json").write_text("[]"), "shards.json: cannot be read"),
-        (edit("shards.json", b'"format": 1', b'"format": 2'), "is of format 2, expected at most 1"),
+        (edit("shards.json", b'"format": 1', b'"format": 2'), "has format 2, expected at most 1"),
         (edit("shards.json", b'"kind"', b'"sort"'), "shards.json: cannot be read"),
         (lambda folder: (folder / "index.parquet").unlink(), "index.parquet: cannot be read"),
-        (edit("index.parquet", b"PAR1", b"PAR2"), "index.parquet: has another checksum"),
+        (edit("index.parquet", b"PAR1", b"PAR2"), "index.parquet: checksum differs"),
     ],
 )
 def test_a_damaged_set_is_told(own: Path, change: Callable[[Path], object], says: str) -> None:

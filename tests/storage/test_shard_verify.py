@@ -44,9 +44,7 @@ def test_a_flipped_bit_names_the_sample(own: Path) -> None:
     assert isinstance(image, ShardImage)
     flip(own / "shard-000001.tar", image.offset + 9)
     (reason,) = problems(own).values()
-    assert reason.startswith(
-        "has another checksum than shards.json tells; 1 of 2 samples are lost (000000005)"
-    )
+    assert reason.startswith("checksum differs from shards.json; 1 of 2 samples are lost (000000005)")
 
 
 def test_a_flipped_bit_of_a_mask_is_found(own: Path) -> None:
@@ -68,7 +66,7 @@ def test_truncated_missing_and_foreign_tars(own: Path) -> None:
     shutil.copy(own / "shard-000001.tar", own / "shard-000009.tar")
     found = problems(own)
     assert set(found) == {"shard-000000.tar", "shard-000002.tar", "shard-000009.tar"}
-    assert "has 6,000 bytes, expected 20,480; is no whole tar" in found["shard-000000.tar"]
+    assert "has 6,000 bytes, expected 20,480; is not a complete tar" in found["shard-000000.tar"]
     assert "3 of 4 samples are lost (000000001, 000000002, 000000003)" in found["shard-000000.tar"]
     assert "cannot be read (No such file or directory)" in found["shard-000002.tar"]
     assert found["shard-000009.tar"] == "is not listed in shards.json: remove it"

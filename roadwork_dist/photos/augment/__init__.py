@@ -1,4 +1,4 @@
-"""Augmentation of training views: what each operation does, how often, and with which draws."""
+"""Augmentation of training views: the operations, their probabilities and their random draws."""
 
 from roadwork_dist.photos.augment.policy import Augmenter, augmenter_for, draw_epoch
 

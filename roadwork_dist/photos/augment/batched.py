@@ -1,12 +1,12 @@
-"""The fifteen operations on many views at once, on any device, with the draws of the CPU's path.
+"""Batched versions of the fifteen operations, on any device, with the draws of the CPU path.
 
-Views [N, 3, S, S] uint8 lie on a device; what was drawn for them comes as small tables. Each
-operation is applied to those views that drew it, in the order in which the CPU's path applies them, and
-its result is rounded to uint8 as there, so both paths give the same view but for a few values that
-rounding takes the other way. On one device a view does not depend on those beside it, to the last
-bit: sums are of whole numbers or in a fixed order. Nothing here waits for the device.
+The views [N, 3, S, S] uint8 are on a device; their draws are small tables. Each operation is applied to
+the views that drew it, in the same order as in the CPU path, and its result is rounded to uint8 as there.
+So both paths give the same view except for a few values that round the other way. On one device a view is
+bitwise independent of the others in its batch: sums are of integers or in a fixed order. Nothing here
+synchronises with the device.
 
-n views that drew the operation at hand · N all views
+n: views that drew the current operation · N: all views
 """
 
 import functools
@@ -27,19 +27,19 @@ from roadwork_dist.photos.augment.trivial import trivial_augment
 from roadwork_dist.photos.augment.weather import STREAK_COLOUR, SUN_COLOUR, streak_width
 
 ViewDraws = dict[str, Draws]
-"""What one view drew: operation -> :func:`prepared` draws; small, so that processes can hand it over."""
+"""Draws of one view: operation -> :func:`prepared` draws; small enough to pass between processes."""
 
 StackedDraws = dict[str, dict[str, Any]]
-"""What N views drew: operation -> ``view`` [n] int64 (their numbers) and the tables of its draws [n, …]."""
+"""Draws of N views: operation -> ``view`` [n] int64 (indices of views) and tables of draws [n, …]."""
 
 TRIVIAL = "trivial"
-"""Name under which a view's draws hold the seed of TrivialAugment."""
+"""Key of TrivialAugment's seed in a view's draws."""
 
-_NOWHERE = -1e9
+_OUTSIDE = -1e9
 
 
 def _affine_tables(angle: float, scale: float) -> dict[str, Any]:
-    """The inverse of a rotation and a scale about the centre, as torchvision has it: [2, 3]."""
+    """The inverse of a rotation and scaling about the centre, [2, 3], as in torchvision."""
     turn = np.radians(angle)
     rows = [[np.cos(turn), np.sin(turn), 0.0], [-np.sin(turn), np.cos(turn), 0.0]]
     return {"matrix": np.array(rows) / scale}
@@ -55,17 +55,17 @@ def _perspective_tables(drawn: Draws) -> dict[str, Any]:
 
 
 def _rain_tables(drawn: Draws) -> dict[str, Any]:
-    """Streaks as tables of the same length for every view; those that are not there lie nowhere."""
+    """Streaks as tables of equal length for every view; padding streaks are far outside the view."""
     tables: dict[str, Any] = {name: drawn[name] for name in ("length", "slant", "dim")}
     for name in ("top", "left", "light"):
-        column = np.full(table.MOST_STREAKS, 0.0 if name == "light" else _NOWHERE)
+        column = np.full(table.MOST_STREAKS, 0.0 if name == "light" else _OUTSIDE)
         column[: len(drawn[name])] = drawn[name][:, 0]
         tables[name] = column
     return tables
 
 
 def _noise_tables(drawn: Draws) -> dict[str, Any]:
-    """The grain in whole steps, which is all that a view of whole numbers can show: a byte a value."""
+    """The noise in whole steps, which suffices for an integer view: one byte per value."""
     return {"steps": np.rint(drawn["grain"] * np.float32(drawn["sigma"])).astype(np.int8)}
 
 
@@ -79,19 +79,19 @@ _TABLES: dict[str, Callable[[Draws], dict[str, Any]]] = {
 
 
 def prepared(name: str, drawn: Draws) -> Draws:
-    """What an operation drew for a view, in the form that the operation on a batch takes."""
+    """Draws of an operation for a view, in the form that the batched operation expects."""
     return _TABLES.get(name, dict)(drawn)
 
 
 def stack_draws(views: Sequence[ViewDraws]) -> StackedDraws:
-    """Tables of what N views drew, to be sent to the device with them.
+    """Stack the draws of N views into tables that are sent to the device with the views.
 
-    Everything is a tensor but for TrivialAugment's seeds, which are needed on the CPU.
+    All are tensors except TrivialAugment's seeds, which are needed on the CPU.
     """
     rows: dict[str, list[tuple[int, dict[str, Any]]]] = {}
     for number, drawn in enumerate(views):
         for name, values in drawn.items():
-            # Kernels of unlike size are unlike convolutions.
+            # Kernels of different sizes are separate convolutions.
             key = f"blur{values['kernel']}" if name == "blur" else name
             rows.setdefault(key, []).append((number, values))
     stacked: StackedDraws = {}
@@ -107,11 +107,11 @@ def stack_draws(views: Sequence[ViewDraws]) -> StackedDraws:
 
 
 def augment_views(views: Tensor, draws: StackedDraws) -> Tensor:
-    """Augment views where they are.
+    """Augment views on their device.
 
     Args:
         views: [N, 3, S, S] uint8; not changed.
-        draws: of :func:`stack_draws`, its tensors on the device of ``views``.
+        draws: result of :func:`stack_draws`, its tensors on the device of ``views``.
 
     Returns:
         [N, 3, S, S] uint8.
@@ -128,11 +128,11 @@ def augment_views(views: Tensor, draws: StackedDraws) -> Tensor:
 
 
 def augmented_on_device(views: Tensor, draws: Sequence[ViewDraws]) -> Tensor:
-    """Augment views with what each of them drew, on the device they are on.
+    """Augment views with the draws of each, on their device.
 
     Args:
-        views: [N, 3, S, S] uint8, of one photo or of many.
-        draws: of each view, as of ``Augmenter.draws``.
+        views: [N, 3, S, S] uint8, of one or several photos.
+        draws: the draws of each view, from ``Augmenter.draws``.
 
     Returns:
         [N, 3, S, S] uint8 on the same device.
@@ -141,7 +141,7 @@ def augmented_on_device(views: Tensor, draws: Sequence[ViewDraws]) -> Tensor:
 
 
 def with_augmented_views(batch: Batch) -> Batch:
-    """A batch on a device whose ``views`` are augmented where it brings what they drew (``augment``)."""
+    """Augment the ``views`` of a batch on a device if it holds their draws (``augment``)."""
     if "augment" not in batch:
         return batch
     views = augment_views(batch["views"].flatten(0, 1), batch["augment"]).view(batch["views"].shape)
@@ -151,7 +151,7 @@ def with_augmented_views(batch: Batch) -> Batch:
 
 
 def to_device(draws: StackedDraws, device: torch.device) -> StackedDraws:
-    """The tables on a device; to a GPU they are copied by themselves."""
+    """Move the tables to a device; the copy to a GPU is asynchronous."""
 
     def moved(value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -174,12 +174,12 @@ def _blend(views: Tensor, colour: Tensor | float, alpha: Tensor) -> Tensor:
 
 
 def _truncated(views: Tensor) -> Tensor:
-    """Torchvision's operations on colour cut the fraction off."""
+    """Torchvision's colour operations truncate instead of rounding."""
     return views.clamp_(0, 255).to(torch.uint8)
 
 
 def _exact_mean(values: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """Mean of whole numbers in float32, in whatever order they are added; the axes are kept."""
+    """Mean of integers in float32, independent of the order of summation; the axes are kept."""
     count = math.prod(values.shape[axis] for axis in axes)
     return (values.sum(axes, keepdim=True, dtype=torch.float64) / count).float()
 
@@ -210,7 +210,7 @@ def _saturation(views: Tensor, tables: dict[str, Tensor]) -> Tensor:
 
 
 def _hue(views: Tensor, tables: dict[str, Tensor]) -> Tensor:
-    """Through hue, saturation and value (A. R. Smith, SIGGRAPH 1978), as torchvision and Pillow do."""
+    """Via hue, saturation and value (A. R. Smith, SIGGRAPH 1978), as in torchvision and Pillow."""
     image = views.float() / 255
     low, value = image.aminmax(dim=1)
     span = value - low
@@ -230,9 +230,9 @@ def _hue(views: Tensor, tables: dict[str, Tensor]) -> Tensor:
 
 
 def _sampled(views: Tensor, grid: Tensor) -> Tensor:
-    """Bilinear samples at ``grid`` [n, S, S, 2] in −1…1; outside is the mean colour of the view."""
+    """Bilinear samples at ``grid`` [n, S, S, 2] in −1…1; outside is filled with the view's mean colour."""
     fill = _exact_mean(views[:, :, ::4, ::4], (2, 3)).round()
-    pixels = F.pad(views.float(), (0, 0, 0, 0, 0, 1), value=1.0)  # a fourth channel: inside
+    pixels = F.pad(views.float(), (0, 0, 0, 0, 0, 1), value=1.0)  # fourth channel: 1 inside the view
     sampled = F.grid_sample(pixels, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     colours, inside = sampled[:, :3], sampled[:, 3:]
     return (colours - fill).mul_(inside).add_(fill).round_().to(torch.uint8)
@@ -258,7 +258,7 @@ def _perspective(views: Tensor, tables: dict[str, Tensor]) -> Tensor:
 
 
 def _rain(views: Tensor, tables: dict[str, Tensor]) -> Tensor:
-    """Where streaks cross, the one drawn last is seen: the greatest number wins, in whatever order."""
+    """Where streaks cross, the last one shows: the largest number wins, whatever the order of writes."""
     count, side = len(views), views.shape[-1]
     longest = max(3, round(table.STREAK_LENGTH[1] * side))
     steps = torch.arange(longest, dtype=torch.float64, device=views.device)
@@ -289,7 +289,7 @@ def _fog(views: Tensor, tables: dict[str, Tensor]) -> Tensor:
 
 def _shadow(views: Tensor, tables: dict[str, Tensor]) -> Tensor:
     y, x = unit_grid(views.shape[-1], views.device)
-    angle = tables["angle"]  # float64 until its cosine is taken, as numpy does it
+    angle = tables["angle"]  # float64 until the cosine is taken, as in numpy
     along = (x - 0.5) * _per_view(angle.cos()) + (y - 0.5) * _per_view(angle.sin())
     beyond = _per_view(tables["half_width"]) - (along - _per_view(tables["centre"])).abs()
     inside = torch.sigmoid(beyond / _per_view(tables["softness"]))
@@ -309,7 +309,7 @@ def _noise(views: Tensor, tables: dict[str, Tensor]) -> Tensor:
 
 
 def _motion_blur(views: Tensor, tables: dict[str, Tensor]) -> Tensor:
-    """Differences of running sums: smears of unlike length in one go; whole numbers, so without error."""
+    """Differences of cumulative sums: handles different lengths at once; integers, hence exact."""
     side = views.shape[-1]
     most = max(1, round(table.MOTION_LENGTH[1] * side / 2))
     wide = F.pad(views.float(), (most, most, 0, 0), mode="replicate").to(torch.int32)
@@ -323,7 +323,7 @@ def _motion_blur(views: Tensor, tables: dict[str, Tensor]) -> Tensor:
 
 
 def _blurred(kernel: int) -> Callable[[Tensor, dict[str, Tensor]], Tensor]:
-    """Torchvision's Gaussian of a kernel's size, as sums: a GPU's convolutions round to 11 bits (TF32)."""
+    """Torchvision's Gaussian for a kernel size, as sums: a GPU's convolutions may round to TF32 (11 bits)."""
     deviation = 0.15 * kernel + 0.35
     places = np.linspace(-1, 1, kernel) * (kernel - 1) / math.sqrt(8)
     weights = np.exp(-((places / deviation) ** 2))
@@ -357,4 +357,4 @@ _APPLY: dict[str, Callable[[Tensor, dict[str, Tensor]], Tensor]] = {
     "motion_blur": _motion_blur,
     **{f"blur{kernel}": _blurred(kernel) for kernel in table.BLUR_KERNELS},
 }
-"""In the order of ``PROBABILITIES``, which is that of application."""
+"""In the order of ``PROBABILITIES``, which is the order of application."""

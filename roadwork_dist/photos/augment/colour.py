@@ -1,4 +1,4 @@
-"""Operations on colour and sharpness: brightness, contrast, saturation, hue, noise, blur."""
+"""Augmentations of colour and sharpness: brightness, contrast, saturation, hue, noise, blur."""
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ def brightness(view: Tensor, rng: np.random.Generator) -> Tensor:
 
 @OPERATIONS.register("contrast")
 def contrast(view: Tensor, rng: np.random.Generator) -> Tensor:
-    """Stretch the distance to the mean grey by 0.8 to 1.2."""
+    """Scale the difference from the mean grey by 0.8 to 1.2."""
     from torchvision.transforms.v2 import functional as tv
 
     changed: Tensor = tv.adjust_contrast(view, draws.contrast(rng, view.shape[-1])["factor"])
@@ -29,7 +29,7 @@ def contrast(view: Tensor, rng: np.random.Generator) -> Tensor:
 
 @OPERATIONS.register("saturation")
 def saturation(view: Tensor, rng: np.random.Generator) -> Tensor:
-    """Stretch the distance to grey by 0.85 to 1.15."""
+    """Scale the difference from grey by 0.85 to 1.15."""
     from torchvision.transforms.v2 import functional as tv
 
     changed: Tensor = tv.adjust_saturation(view, draws.saturation(rng, view.shape[-1])["factor"])
@@ -38,7 +38,7 @@ def saturation(view: Tensor, rng: np.random.Generator) -> Tensor:
 
 @OPERATIONS.register("hue")
 def hue(view: Tensor, rng: np.random.Generator) -> Tensor:
-    """Turn the colour circle by up to ±10°."""
+    """Rotate the hue by up to ±10°."""
     from torchvision.transforms.v2 import functional as tv
 
     changed: Tensor = tv.adjust_hue(view, draws.hue(rng, view.shape[-1])["turn"])
@@ -47,14 +47,14 @@ def hue(view: Tensor, rng: np.random.Generator) -> Tensor:
 
 @OPERATIONS.register("noise")
 def noise(view: Tensor, rng: np.random.Generator) -> Tensor:
-    """Add Gaussian noise of σ 5 to 10 (of 255), each pixel and channel its own."""
+    """Add Gaussian noise of σ 5 to 10 (of 255), independent per pixel and channel."""
     drawn = draws.noise(rng, view.shape[-1])
     return to_uint8(view + torch.from_numpy(drawn["grain"]) * drawn["sigma"])
 
 
 @OPERATIONS.register("motion_blur")
 def motion_blur(view: Tensor, rng: np.random.Generator) -> Tensor:
-    """Mean over a horizontal stretch of 1.5 to 4.5 % of the side, as of a moving camera."""
+    """Average horizontally over 1.5 to 4.5 % of the side, as from a moving camera."""
     half = draws.motion_blur(rng, view.shape[-1])["half"]
     wide = F.pad(view.float(), (half, half), mode="replicate")
     return to_uint8(F.avg_pool2d(wide, kernel_size=(1, 2 * half + 1), stride=1))

@@ -1,7 +1,7 @@
-"""What each of the fifteen operations draws, apart from what it does with it.
+"""Random draws of the fifteen operations, separate from their application.
 
-The operations on one view (CPU) and those on a batch (any device) both take their draws from here,
-in the same order from the same generator, so a view is augmented alike wherever it is.
+The operations on one view (CPU) and those on a batch (any device) both take their draws from here, in the
+same order and from the same generator. So a view is augmented the same way on every device.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 Draws = dict[str, Any]
-"""What an operation drew for one view: numbers and numpy arrays by name."""
+"""Draws of an operation for one view: numbers and numpy arrays by name."""
 
 MAX_ROTATION = 15.0  # degrees
 ZOOM = (0.8, 1.2)
@@ -36,12 +36,12 @@ def rotate(rng: np.random.Generator, side: int) -> Draws:
 
 
 def zoom(rng: np.random.Generator, side: int) -> Draws:
-    """Factor of the scale."""
+    """Scale factor."""
     return {"scale": rng.uniform(*ZOOM)}
 
 
 def perspective(rng: np.random.Generator, side: int) -> Draws:
-    """Where each of the four corners goes, in px (clockwise from the upper left)."""
+    """Target position of each of the four corners, in px (clockwise from the upper left)."""
     last = side - 1
     corners = np.array([[0, 0], [last, 0], [last, last], [0, last]])
     inwards = np.sign(last / 2 - corners)
@@ -65,12 +65,12 @@ def saturation(rng: np.random.Generator, side: int) -> Draws:
 
 
 def hue(rng: np.random.Generator, side: int) -> Draws:
-    """Turn of the colour circle, in turns."""
+    """Rotation of the hue, in turns."""
     return {"turn": rng.uniform(-HUE, HUE)}
 
 
 def rain(rng: np.random.Generator, side: int) -> Draws:
-    """Streaks: how many, how long in px, their slant, where each starts, its light; light that stays."""
+    """Streaks: count, length in px, slant, start and brightness of each; factor that dims the view."""
     count = int(rng.integers(80, MOST_STREAKS))
     length = max(3, round(rng.uniform(*STREAK_LENGTH) * side))
     slant = rng.uniform(-0.35, 0.35)
@@ -88,7 +88,7 @@ def fog(rng: np.random.Generator, side: int) -> Draws:
 
 
 def shadow(rng: np.random.Generator, side: int) -> Draws:
-    """Direction in radians; position, half width and softness of the edge in sides; darkness 0…1."""
+    """Direction in radians; position, half width and edge softness in units of the side; darkness 0…1."""
     return {
         "angle": rng.uniform(0, np.pi),
         "centre": rng.uniform(-0.35, 0.35),
@@ -99,7 +99,7 @@ def shadow(rng: np.random.Generator, side: int) -> Draws:
 
 
 def sun_glare(rng: np.random.Generator, side: int) -> Draws:
-    """Centre and radius in sides, strength 0…1."""
+    """Centre and radius in units of the side, strength 0…1."""
     return {
         "x": rng.uniform(0, 1),
         "y": rng.uniform(0, 0.5),
@@ -109,13 +109,13 @@ def sun_glare(rng: np.random.Generator, side: int) -> Draws:
 
 
 def noise(rng: np.random.Generator, side: int) -> Draws:
-    """Standard deviation in units of 1/255, and a standard normal grain [3, S, S]."""
+    """Standard deviation in units of 1/255, and standard normal noise [3, S, S]."""
     sigma = rng.uniform(*NOISE_SIGMA)
     return {"sigma": sigma, "grain": rng.standard_normal((3, side, side), dtype=np.float32)}
 
 
 def motion_blur(rng: np.random.Generator, side: int) -> Draws:
-    """Half the length of the smear, in px."""
+    """Half the length of the blur, in px."""
     return {"half": max(1, round(rng.uniform(*MOTION_LENGTH) * side / 2))}
 
 
@@ -133,4 +133,4 @@ DRAWS: dict[str, Callable[[np.random.Generator, int], Draws]] = {
         *(noise, motion_blur, blur),
     )
 }
-"""What an operation draws from a generator for a view of a side, by its name."""
+"""Operation name -> function of (generator, side of the view) that makes its draws."""

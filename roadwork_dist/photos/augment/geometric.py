@@ -1,6 +1,6 @@
-"""Operations that move pixels: flip, rotation, perspective, zoom.
+"""Geometric augmentations: flip, rotation, perspective, zoom.
 
-What comes into view from outside is filled with the view's mean colour.
+Areas from outside the view are filled with its mean colour.
 """
 
 import numpy as np
@@ -33,7 +33,7 @@ def _affine(view: Tensor, angle: float, scale: float) -> Tensor:
 
 @OPERATIONS.register("flip")
 def flip(view: Tensor, rng: np.random.Generator) -> Tensor:
-    """Left becomes right."""
+    """Flip horizontally."""
     return view.flip(-1)
 
 
@@ -51,7 +51,7 @@ def zoom(view: Tensor, rng: np.random.Generator) -> Tensor:
 
 @OPERATIONS.register("perspective")
 def perspective(view: Tensor, rng: np.random.Generator) -> Tensor:
-    """Move each corner inwards by up to a tenth of the side, each its own way."""
+    """Move each corner inwards independently, by up to a tenth of the side."""
     from torchvision.transforms.v2 import InterpolationMode
     from torchvision.transforms.v2 import functional as tv
 

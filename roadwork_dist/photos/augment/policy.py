@@ -1,6 +1,6 @@
-"""How often each operation is used, and the draws behind it.
+"""Augmentation policies: the probability of each operation, and its random draws.
 
-Every draw is a pure function of (seed, draw epoch, sample id, index of the view): it does not
+Every draw is a pure function of (seed, draw epoch, sample id, index of the view). It does not
 depend on the number of workers, the rank, the order of rows or the point of resume.
 """
 
@@ -35,10 +35,10 @@ PROBABILITIES = {
     "motion_blur": 0.10,
     "blur": 0.10,
 }
-"""Chance of each operation at strength 1, in the order in which they are applied."""
+"""Probability of each operation at strength 1, in the order of application."""
 
 VERSION = 1
-"""Raised whenever an operation or the order of draws changes, so that stored features are not mixed."""
+"""Incremented whenever an operation or the order of draws changes, so that stored features are not mixed."""
 
 
 def draw_epoch(config: AugmentConfig, epoch: int) -> int:
@@ -47,7 +47,7 @@ def draw_epoch(config: AugmentConfig, epoch: int) -> int:
 
 
 def chosen_operations(strength: float, rng: np.random.Generator) -> list[str]:
-    """Draw which operations a view gets; chances are scaled by ``strength`` and capped at 1."""
+    """Draw the operations of a view; probabilities are scaled by ``strength`` and capped at 1."""
     draws = rng.random(len(PROBABILITIES))
     return [
         name
@@ -58,7 +58,7 @@ def chosen_operations(strength: float, rng: np.random.Generator) -> list[str]:
 
 @dataclass(frozen=True)
 class Augmenter:
-    """Augments the views of a photo, each view with draws of its own.
+    """Augments the views of a photo, each view with its own draws.
 
     Args:
         config: policy, strength and number of copies.
@@ -86,7 +86,7 @@ class Augmenter:
         return augmented
 
     def draws(self, sample_id: str, epoch: int, views: int, side: int) -> list[ViewDraws]:
-        """What the views of a photo draw, for ``augmented_on_device``; the same as when called.
+        """The draws of a photo's views, for ``augmented_on_device``; the same as in a call.
 
         Args:
             sample_id: the photo's id.
@@ -102,10 +102,10 @@ class Augmenter:
         return draw_epoch(self.config, epoch)
 
     def identity(self) -> dict[str, object]:
-        """All that decides the draws of a given copy, for keys of stored features.
+        """Everything that determines the draws of a given copy, for keys of stored features.
 
-        The number of copies is not part of it: copy 1 of 2 is copy 1 of 4. Nor is mixing, which
-        comes after features are read.
+        The number of copies is not included, since copy 1 of 2 equals copy 1 of 4. Nor is mixing, which
+        is applied after features are read.
         """
         settings = asdict(self.config)
         for name in ("enabled", "copies", "mix", "mix_alpha", "mix_share"):
@@ -113,7 +113,7 @@ class Augmenter:
         return {**settings, "seed": self.seed, "version": VERSION}
 
     def _names(self, sample_id: str, epoch: int, index: int) -> tuple[int | str, ...]:
-        """What the draws of a view are a pure function of."""
+        """The inputs of which the draws of a view are a pure function."""
         epoch = draw_epoch(self.config, epoch)
         return ("augment", self.config.policy, self.seed, epoch, sample_id, index)
 
@@ -133,12 +133,12 @@ class Augmenter:
         return trivial_augment(view, drawn[TRIVIAL]["seed"]) if drawn else view
 
     def _draws_trivial(self, names: tuple[int | str, ...], side: int) -> ViewDraws:
-        """A seed for the one operation, or nothing: strength is its chance here."""
+        """A seed for the single operation, or nothing: here ``strength`` is its probability."""
         if generator_for(*names, "apply").random() >= self.config.strength:
             return {}
         return {TRIVIAL: {"seed": derive_seed(*names)}}
 
 
 def augmenter_for(config: AugmentConfig, seed: int) -> Augmenter | None:
-    """The augmenter of a configuration; ``None`` where augmentation is off."""
+    """The augmenter for a configuration; ``None`` if augmentation is off."""
     return Augmenter(config, seed) if config.enabled else None

@@ -16,7 +16,7 @@ def _trivial_augment() -> Any:
 
 
 def trivial_augment(view: Tensor, seed: int) -> Tensor:
-    """Augment a view [3, S, S] uint8, on any device, with the draws of a seed."""
-    with isolated_rng(seed):  # torchvision draws from torch's global generator of the CPU
+    """Augment a view [3, S, S] uint8, on any device, with the draws of ``seed``."""
+    with isolated_rng(seed):  # torchvision draws from torch's global CPU generator
         augmented: Tensor = _trivial_augment()(view)
     return augmented

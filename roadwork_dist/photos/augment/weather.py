@@ -1,4 +1,4 @@
-"""Operations that imitate weather and light: rain, fog, shadow, sun glare. Synthetic, not physical."""
+"""Augmentations that imitate weather and light: rain, fog, shadow, sun glare. Not physically based."""
 
 import numpy as np
 import torch
@@ -13,13 +13,13 @@ STREAK_COLOUR = 215.0
 
 
 def streak_width(side: int) -> int:
-    """Width of a streak in px: it keeps its share of the view's width."""
+    """Width of a streak in px: a fixed share of the view's width."""
     return max(1, round(side / 256))
 
 
 @OPERATIONS.register("rain")
 def rain(view: Tensor, rng: np.random.Generator) -> Tensor:
-    """Draw slanted bright streaks and take a little light away."""
+    """Draw slanted bright streaks and darken the view slightly."""
     side = view.shape[-1]
     drawn = draws.rain(rng, side)
     steps = np.arange(drawn["length"])
@@ -35,7 +35,7 @@ def rain(view: Tensor, rng: np.random.Generator) -> Tensor:
 
 @OPERATIONS.register("fog")
 def fog(view: Tensor, rng: np.random.Generator) -> Tensor:
-    """Lay a pale veil over the view, denser at the top, where things are far, and in patches."""
+    """Blend a pale grey over the view in patches, denser at the top, where objects are far away."""
     side = view.shape[-1]
     y, _ = unit_grid(side)
     drawn = draws.fog(rng, side)
@@ -47,7 +47,7 @@ def fog(view: Tensor, rng: np.random.Generator) -> Tensor:
 
 @OPERATIONS.register("shadow")
 def shadow(view: Tensor, rng: np.random.Generator) -> Tensor:
-    """Darken a band across the view, as the shadow of a pole, a wall or a bridge."""
+    """Darken a band across the view, like the shadow of a pole, a wall or a bridge."""
     y, x = unit_grid(view.shape[-1])
     drawn = draws.shadow(rng, view.shape[-1])
     angle = drawn["angle"]
@@ -58,7 +58,7 @@ def shadow(view: Tensor, rng: np.random.Generator) -> Tensor:
 
 @OPERATIONS.register("sun_glare")
 def sun_glare(view: Tensor, rng: np.random.Generator) -> Tensor:
-    """Wash out a round spot in the upper half with warm light that fades outwards."""
+    """Blend warm light over a round spot in the upper half, fading outwards."""
     y, x = unit_grid(view.shape[-1])
     drawn = draws.sun_glare(rng, view.shape[-1])
     distance2 = ((x - drawn["x"]) ** 2 + (y - drawn["y"]) ** 2) / drawn["radius"] ** 2

@@ -1,1 +1,1 @@
-"""Photos on a server: fetched shard by shard into a bounded cache on disk, ahead of their being read."""
+"""Photos on a server: prefetched shard by shard into a bounded cache on disk."""

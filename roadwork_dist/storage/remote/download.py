@@ -1,4 +1,4 @@
-"""A URL into a file, as a whole or not at all, going on where an earlier try or process ended."""
+"""Resumable, verified download of a URL into a file."""
 
 import hashlib
 import os
@@ -13,21 +13,21 @@ from roadwork_dist.storage.remote.transport import RefusedError, Stream, Transie
 
 PIECE = 1 << 20
 LEAST_RATE = 16 * 1024
-"""Bytes/s below which a connection is given up for a new one."""
+"""Bytes/s below which a connection is replaced by a new one."""
 _MOST_WRONG = 3
-"""Whole downloads with a wrong checksum before the file on the server is taken for damaged."""
+"""Complete downloads with a wrong checksum after which the file on the server counts as damaged."""
 
 
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
-    """A file on a server, or a part of one, and what is known of it.
+    """A file on a server, or a byte range of one, and its known properties.
 
     Attributes:
-        url: where it is.
-        bytes: its size; None = not known.
-        sha256: hex, of its content; None = not known.
-        start: where the part begins; None = the whole file.
-        version: of the content, where that is no checksum of it.
+        url: address of the file.
+        bytes: size of the file or range; None = unknown.
+        sha256: hex SHA-256 of the content; None = unknown.
+        start: first byte of the range; None = the whole file.
+        version: identifies the content where there is no checksum.
     """
 
     url: str
@@ -38,25 +38,25 @@ class RemoteFile:
 
     @property
     def is_read_by_range(self) -> bool:
-        """Whether what is read are bytes of the file as they are."""
+        """Whether readers want bytes of the file itself, so range requests can serve them."""
         return self.start is None and self.bytes is not None
 
     def keep(self, fetched: Path, path: Path) -> None:
-        """Put what was fetched to where it is read from, whole or not at all."""
+        """Move the download to its final path, atomically."""
         fetched.replace(path)
 
 
 def download(file: RemoteFile, descriptor: int, patience: Patience, stop: Stop) -> None:
-    """Fetch a file into an open one, which may hold its beginning already.
+    """Download into an open file, which may already hold the beginning.
 
     Args:
         file: what to fetch.
         descriptor: open for reading and writing.
         patience: when to give up.
-        stop: ends it; what has come stays in the file.
+        stop: ends the download; the bytes received so far stay in the file.
 
     Raises:
-        DataError: the server is given up, or has another file.
+        DataError: the server was given up, or has a different file.
         ConfigError: the disk is full.
         StoppedError: it was stopped.
     """
@@ -69,17 +69,17 @@ def download(file: RemoteFile, descriptor: int, patience: Patience, stop: Stop) 
             return
         os.ftruncate(descriptor, 0)
         wrong += 1
-        text = "its checksum is not the one that shards.json tells"
+        text = "its checksum differs from what shards.json says"
         raise RefusedError(text) if wrong >= _MOST_WRONG else TransientError(text)
 
     persist(file.url, patience, attempt, stop)
 
 
 def read_range(url: str, offset: int, length: int, patience: Patience) -> bytes | None:
-    """Bytes out of the middle of a file; None from a server that knows no ranges.
+    """Read a range of a file; None if the server does not support range requests.
 
     Raises:
-        DataError: the server is given up, or has no such bytes.
+        DataError: the server was given up, or does not have these bytes.
     """
 
     def attempt() -> bytes | None:
@@ -88,40 +88,40 @@ def read_range(url: str, offset: int, length: int, patience: Patience) -> bytes 
                 return None
             data = b"".join(_pieces(stream, length, patience.timeout))
         if len(data) < length:
-            raise TransientError(f"the answer ended after {len(data):,} of {length:,} bytes")
+            raise TransientError(f"the response ended after {len(data):,} of {length:,} bytes")
         return data
 
     return persist(url, patience, attempt, Stop())
 
 
 def read_whole(url: str, patience: Patience) -> bytes:
-    """A small file, into memory.
+    """Read a small file into memory.
 
     Raises:
-        DataError: the server is given up, or has no such file.
+        DataError: the server was given up, or has no such file.
     """
 
     def attempt() -> bytes:
         with open_at(url, timeout=patience.timeout) as stream:
             data = b"".join(_pieces(stream, None, patience.timeout))
             if stream.total is not None and len(data) < stream.total:
-                raise TransientError(f"the answer ended after {len(data):,} of {stream.total:,} bytes")
+                raise TransientError(f"the response ended after {len(data):,} of {stream.total:,} bytes")
         return data
 
     return persist(url, patience, attempt, Stop())
 
 
 def size_of(url: str, patience: Patience) -> int:
-    """Bytes of a file.
+    """Size of a file in bytes.
 
     Raises:
-        DataError: the server is given up, has no such file or does not tell.
+        DataError: the server was given up, has no such file or does not report its size.
     """
 
     def attempt() -> int:
         with open_at(url, 0, 1, timeout=patience.timeout) as stream:
             if stream.total is None:
-                raise RefusedError("the server does not tell how large it is")
+                raise RefusedError("the server does not report the size of the file")
             return stream.total
 
     return persist(url, patience, attempt, Stop())
@@ -129,7 +129,7 @@ def size_of(url: str, patience: Patience) -> int:
 
 def _append(file: RemoteFile, descriptor: int, patience: Patience, stop: Stop) -> None:
     have = os.fstat(descriptor).st_size
-    if file.bytes is None or have > file.bytes:  # else there is no telling whether it is whole already
+    if file.bytes is None or have > file.bytes:  # completeness cannot be decided: start over
         have = 0
         os.ftruncate(descriptor, 0)
     if have == file.bytes:
@@ -138,7 +138,7 @@ def _append(file: RemoteFile, descriptor: int, patience: Patience, stop: Stop) -
     end = None if file.start is None or file.bytes is None else file.start + file.bytes
     with open_at(file.url, base + have, end, timeout=patience.timeout) as stream:
         _check_size(file, stream)
-        if stream.start != base + have:  # no ranges: all from the beginning
+        if stream.start != base + have:  # no range support: all from the beginning
             have = began = 0
             os.ftruncate(descriptor, 0)
         stop.watch(stream)
@@ -154,19 +154,19 @@ def _append(file: RemoteFile, descriptor: int, patience: Patience, stop: Stop) -
     if stop:
         raise StoppedError
     if total is not None and have < total:
-        text = f"the answer ended after {have:,} of {total:,} bytes"
+        text = f"the response ended after {have:,} of {total:,} bytes"
         raise TransientError(text, moved_on=have - began >= PIECE)
     if total is not None and have > total:
         os.ftruncate(descriptor, 0)
-        raise TransientError(f"the answer has {have:,} bytes instead of {total:,}")
+        raise TransientError(f"the response has {have:,} bytes instead of {total:,}")
 
 
 def _check_size(file: RemoteFile, stream: Stream) -> None:
     if file.start is not None:
         if stream.start < file.start:
-            raise RefusedError("the server knows no ranges, which parts of a file need")
+            raise RefusedError("the server does not support range requests, which parts of a file need")
     elif None not in (file.bytes, stream.total) and stream.total != file.bytes:
-        raise RefusedError(f"the server's file has {stream.total:,} bytes, shards.json tells {file.bytes:,}")
+        raise RefusedError(f"the server's file has {stream.total:,} bytes, shards.json says {file.bytes:,}")
 
 
 def _write(file: RemoteFile, descriptor: int, data: bytes, offset: int) -> None:
@@ -177,13 +177,13 @@ def _write(file: RemoteFile, descriptor: int, data: bytes, offset: int) -> None:
             offset, view = offset + done, view[done:]
     except OSError as error:
         raise ConfigError(
-            f"{file.url}: cannot be kept ({error.strerror}), expected room in data.remote.cache_dir: free "
-            "some, lower data.remote.cache_gb, or name a folder on another disk"
+            f"{file.url}: cannot be stored ({error.strerror}), expected space in data.remote.cache_dir: "
+            "free some, lower data.remote.cache_gb, or name a folder on another disk"
         ) from error
 
 
 def _pieces(stream: Stream, length: int | None, window: float) -> Iterator[bytes]:
-    """Pieces of a stream, to its end or so many bytes, as long as they come fast enough."""
+    """Pieces of a stream, to its end or up to ``length`` bytes; raises if the stream is too slow."""
     began, got, left = time.monotonic(), 0, length
     while left is None or left > 0:
         data = stream.read(PIECE if left is None else min(PIECE, left))
@@ -195,7 +195,7 @@ def _pieces(stream: Stream, length: int | None, window: float) -> Iterator[bytes
         seconds = time.monotonic() - began
         if seconds >= window:
             if got < LEAST_RATE * seconds:
-                raise TransientError(f"the server gave {got / seconds:.0f} bytes/s")
+                raise TransientError(f"the server sent only {got / seconds:.0f} bytes/s")
             began, got = time.monotonic(), 0
 
 

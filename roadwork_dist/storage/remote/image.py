@@ -1,4 +1,4 @@
-"""A picture inside a tar on a server."""
+"""An image inside a tar on a server."""
 
 import zlib
 from collections.abc import Iterable
@@ -12,24 +12,24 @@ from roadwork_dist.storage.shards.image import ShardImage
 
 
 def are_on_server(images: Iterable[ImageSource]) -> bool:
-    """Whether any picture comes from a server: those have a ``cache``, and the ``file`` that they lie in."""
+    """Whether any image is on a server: such images have a ``cache`` and a ``file``."""
     return any(hasattr(image, "cache") for image in images)
 
 
 @dataclass(frozen=True, slots=True)
 class RemoteImage(ShardImage):
-    """A picture in a tar of a server, read through the cache of this node.
+    """An image in a tar on a server, read through the cache of this node.
 
     Args:
         file: the tar.
-        cache: what fetches and keeps it.
+        cache: cache that fetches and stores the tar.
     """
 
     file: RemoteFile = field(kw_only=True)
     cache: RemoteCache = field(kw_only=True)
 
     def read(self) -> bytes:
-        """The bytes of the picture.
+        """The bytes of the image.
 
         Raises:
             DataError: the server was given up, or the tar is damaged; the message names tar and key.
@@ -39,8 +39,8 @@ class RemoteImage(ShardImage):
             data = self.cache.read(self.file, self.offset, self.length)
         if not self._is_whole(data):
             raise DataError(
-                f"{self.name}: has another checksum than the index tells, in a tar that is as shards.json "
-                "tells, expected tars and index of one set: upload the set again"
+                f"{self.name}: checksum differs from the index although the tar matches shards.json, "
+                "expected tars and index of one set: upload the set again"
             )
         return data
 

@@ -1,4 +1,4 @@
-"""Locks on the files of the cache, which the processes of a machine share."""
+"""Locks on cache files, which are shared by the processes of a machine."""
 
 import os
 from collections.abc import Iterator
@@ -10,10 +10,10 @@ from roadwork_dist.common.flock import Flock, give_back, is_at, take
 
 
 def lock(descriptor: int, path: Path, *, wait: bool) -> bool:
-    """Lock an open file; false where somebody else has the lock, and ``wait`` is false.
+    """Lock an open file; false if it is locked by another process and ``wait`` is false.
 
     Raises:
-        ConfigError: the file system knows no locks.
+        ConfigError: the file system does not support locks.
     """
     try:
         held = take(descriptor, wait=wait)
@@ -23,16 +23,16 @@ def lock(descriptor: int, path: Path, *, wait: bool) -> bool:
     if held is not Flock.UNSUPPORTED:
         return held is Flock.HELD
     raise ConfigError(
-        f"{path.parent}: files there cannot be locked ({reason}), expected that of data.remote.cache_dir, "
-        "for processes share it: name a folder on a disk of this machine"
+        f"{path.parent}: files there cannot be locked ({reason}), expected locks to work in "
+        "data.remote.cache_dir, which processes share: name a folder on a disk of this machine"
     )
 
 
 def open_locked(path: Path, *, wait: bool) -> int | None:
-    """Open a file, made if need be, and lock it; None where somebody else has the lock.
+    """Open a file, created if absent, and lock it; None if it is locked by another process.
 
     Raises:
-        ConfigError: it cannot be made or locked.
+        ConfigError: it cannot be created or locked.
     """
     while True:
         try:
@@ -41,7 +41,7 @@ def open_locked(path: Path, *, wait: bool) -> int | None:
         except OSError as error:
             raise ConfigError(
                 f"{path.parent}: cannot be written to ({error.strerror}), expected a folder for "
-                "data.remote.cache_dir: check its rights, or name another one"
+                "data.remote.cache_dir: check its permissions, or name another one"
             ) from error
         try:
             if not lock(descriptor, path, wait=wait):
@@ -52,7 +52,7 @@ def open_locked(path: Path, *, wait: bool) -> int | None:
             raise
         if is_at(descriptor, path):
             return descriptor
-        give_back(descriptor)  # it was finished or removed while this one waited
+        give_back(descriptor)  # the file was renamed or removed during the wait
 
 
 @contextmanager

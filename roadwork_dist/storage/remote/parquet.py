@@ -1,7 +1,7 @@
-"""Photos in the Parquet files of a server, by their row groups.
+"""Access to photos in Parquet files on a server, one row group at a time.
 
-A footer says where the pictures of a row group lie in the file. So a row group is fetched like a shard: its
-pictures alone, as one range of bytes, and unpacked to where each of them is read by its place.
+The footer of a file gives the byte range of a row group's images. A row group is therefore fetched like a
+shard: only its images, as one range. They are unpacked into a file that is read by offset.
 """
 
 import hashlib
@@ -22,14 +22,14 @@ from roadwork_dist.storage.remote.retry import Patience
 
 
 class RemoteParquet:
-    """A Parquet file on a server: its footer, and columns of it.
+    """A Parquet file on a server: its footer and columns.
 
     Args:
-        url: where it is.
+        url: address of the file.
         patience: when the server is given up.
 
     Raises:
-        DataError: it cannot be fetched, or is no Parquet file.
+        DataError: it cannot be fetched, or is not a Parquet file.
     """
 
     def __init__(self, url: str, patience: Patience) -> None:
@@ -63,7 +63,7 @@ class RemoteParquet:
         return rows
 
     def pictures(self, group: int, column: str) -> "PictureGroup":
-        """The cells of a column of pictures in a row group, still on the server."""
+        """The images of a column in a row group, not yet fetched."""
         start, stop = self.size, 0
         for number in range(self.footer.num_columns):
             chunk = self.footer.row_group(group).column(number)
@@ -77,12 +77,12 @@ class RemoteParquet:
 
 @dataclass(frozen=True, slots=True)
 class PictureGroup(RemoteFile):
-    """The pictures of a row group.
+    """The images of a row group.
 
     Attributes:
-        footer: of the file.
-        group: number of the row group.
-        column: with the pictures: bytes, or Hugging Face's struct with ``bytes``.
+        footer: footer of the file.
+        group: index of the row group.
+        column: column of the images: bytes, or Hugging Face's struct with ``bytes``.
     """
 
     footer: Any = field(default=None, compare=False, repr=False)
@@ -90,13 +90,13 @@ class PictureGroup(RemoteFile):
     column: str = "image"
 
     def keep(self, fetched: Path, path: Path) -> None:
-        """Unpack: n + 1 places as int64, then the pictures one after another; one of 0 bytes is null."""
+        """Unpack to n + 1 offsets as int64, followed by the images; an image of 0 bytes is null."""
         with fetched.open("rb") as file:
             window = _Window(file.fileno(), self.start or 0, (self.start or 0) + (self.bytes or 0))
             table = _open(window, self.footer).read_row_group(self.group, columns=[self.column])
         cells = table[self.column]
         ends = np.zeros(len(cells) + 1, dtype="<i8")
-        unpacking = path.with_suffix(".unpacking")  # under the lock of what was fetched
+        unpacking = path.with_suffix(".unpacking")  # protected by the lock of the part
         with unpacking.open("wb") as out:
             out.write(ends.tobytes())
             for number, cell in enumerate(cells):
@@ -110,13 +110,13 @@ class PictureGroup(RemoteFile):
 
 @dataclass(frozen=True, slots=True)
 class ParquetImage:
-    """A picture in a Parquet file of a server, read through the cache of this node.
+    """An image in a Parquet file on a server, read through the cache of this node.
 
     Args:
-        file: its row group.
-        row: in the row group.
-        name: what messages call it.
-        cache: what fetches and keeps the row group.
+        file: row group of the image.
+        row: row in the row group.
+        name: name of the image in messages.
+        cache: cache that fetches and stores the row group.
     """
 
     file: PictureGroup
@@ -126,18 +126,18 @@ class ParquetImage:
 
     @property
     def location(self) -> str:
-        """File and row group: what is fetched together."""
+        """File and row group, which is the unit of fetching."""
         return f"{self.file.url}#{self.file.group}"
 
     def read(self) -> bytes:
-        """The bytes of the picture.
+        """The bytes of the image.
 
         Raises:
-            DataError: the server was given up, or the cell has no picture.
+            DataError: the server was given up, or the cell has no image.
         """
         start, stop = np.frombuffer(self.cache.read(self.file, 8 * self.row, 16), dtype="<i8").tolist()
         if start == stop:
-            raise DataError(f"{self.name}: holds no picture, expected the bytes of a photo: remove the row")
+            raise DataError(f"{self.name}: holds no image, expected the bytes of a photo: remove the row")
         return self.cache.read(self.file, start, stop - start)
 
 
@@ -154,7 +154,7 @@ def _open(file: io.RawIOBase, footer: Any = None) -> Any:
 
 
 class _Readable(io.RawIOBase):
-    """A file that is read at places."""
+    """Base of seekable read-only files; subclasses read a range."""
 
     def __init__(self, size: int) -> None:
         self._size, self._place = size, 0
@@ -180,11 +180,11 @@ class _Readable(io.RawIOBase):
 
     @abstractmethod
     def _at(self, offset: int, length: int) -> bytes:
-        """So many bytes from a place on."""
+        """``length`` bytes from ``offset``."""
 
 
 class _Ranges(_Readable):
-    """A file of a server."""
+    """A file on a server, read by range requests."""
 
     def __init__(self, url: str, size: int, patience: Patience) -> None:
         super().__init__(size)
@@ -194,13 +194,14 @@ class _Ranges(_Readable):
         data = read_range(self._url, offset, length, self._patience) if length else b""
         if data is None:
             raise DataError(
-                f"{self._url}: the server knows no ranges, which Parquet files need: download the file"
+                f"{self._url}: the server does not support range requests, expected them for Parquet files: "
+                "download the file"
             )
         return data
 
 
 class _Window(_Readable):
-    """A part of a file, at its place in the whole one."""
+    """A local copy of a byte range, addressed by offsets in the complete file."""
 
     def __init__(self, descriptor: int, start: int, size: int) -> None:
         super().__init__(size)

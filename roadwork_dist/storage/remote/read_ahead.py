@@ -1,6 +1,6 @@
-"""Files that reading will need next, fetched in the background.
+"""Background prefetching of the remote files that will be read next.
 
-Which rows come when is known beforehand, so which files they lie in is known as well: nothing is guessed.
+The order of rows is known in advance, so the order of their files is too: nothing is guessed.
 """
 
 import logging
@@ -21,19 +21,19 @@ Item = TypeVar("Item", bound=tuple[Any, ...])
 logger = logging.getLogger(__name__)
 
 MOST_BATCHES = 10_000
-"""Batches looked ahead at most, however few files they lie in."""
+"""Largest number of batches to look ahead, even if they use few files."""
 MOST_CONNECTIONS = 4
 _JOIN_S = 5.0
 
 
 class Fetcher:
-    """Fetches files in threads, those wanted first first, until it is closed.
+    """Fetches files in threads, first in first out, until it is closed.
 
-    A file that cannot be fetched is passed over: whoever reads it meets the error.
+    A file that cannot be fetched is skipped: the error is raised when it is read.
 
     Args:
-        cache: where they go.
-        threads: files fetched at once, as many connections often are faster than one.
+        cache: cache that stores the files.
+        threads: files fetched at once; several connections are often faster than one.
     """
 
     def __init__(self, cache: RemoteCache, threads: int) -> None:
@@ -47,16 +47,16 @@ class Fetcher:
             thread.start()
 
     def want(self, file: RemoteFile) -> None:
-        """Fetch a file, after those that were wanted before."""
+        """Queue a file."""
         self._wanted.put(file)
 
     def finish(self) -> None:
-        """Fetch what is wanted by now, and then end the threads; does not wait for that."""
+        """End the threads once the queue is empty; does not wait for them."""
         for _ in self._threads:
             self._wanted.put(None)
 
     def close(self) -> None:
-        """End the downloads at hand, which later ones go on with, and the threads."""
+        """Stop the current downloads, which can be resumed later, and end the threads."""
         for stop in self._stops:
             stop.set()
         self.finish()
@@ -74,10 +74,10 @@ class Fetcher:
 
 
 def read_ahead_of(images: Sequence[ImageSource], batches: Iterable[list[int]]) -> Iterable[list[int]]:
-    """Pass batches of rows on, while the files that the coming rows' pictures lie in are fetched.
+    """Pass batches of rows through while prefetching the files of upcoming images.
 
     Args:
-        images: the picture of each row; those on a server have a ``file`` and a ``cache``.
+        images: the image of each row; those on a server have a ``file`` and a ``cache``.
         batches: row numbers of each batch.
 
     Returns:
@@ -90,11 +90,11 @@ def read_ahead_of(images: Sequence[ImageSource], batches: Iterable[list[int]]) -
 
 
 def fetch_alongside(images: Sequence[ImageSource], items: Iterable[Item]) -> Iterator[Item]:
-    """Pass on what is made of pictures in their order, while the files of the coming pictures are fetched.
+    """Pass items made from images through, while prefetching the files of upcoming images.
 
     Args:
-        images: the pictures, in the order in which they are read.
-        items: begin with the number of their picture; several may come of one.
+        images: the images, in reading order.
+        items: each starts with the index of its image, in ascending order; an image may have several items.
 
     Yields:
         The items.
@@ -116,21 +116,21 @@ def read_ahead(
     cache: RemoteCache,
     files: int,
 ) -> Iterator[list[int]]:
-    """Pass batches of rows on as they are, while the files of the coming ones are fetched.
+    """Pass batches of rows through unchanged while prefetching the files of upcoming batches.
 
     Args:
         batches: row numbers of each batch.
-        file_of: the file that a row lies in; None = it needs no fetching.
-        cache: where they go.
-        files: so many files that reading has not reached are fetched, or asked for.
+        file_of: the file of a row; None = it needs no fetching.
+        cache: cache that stores the files.
+        files: number of unread files to prefetch.
 
     Yields:
         The batches.
     """
     fetcher = Fetcher(cache, min(files, MOST_CONNECTIONS))
     coming: deque[tuple[list[int], list[RemoteFile]]] = deque()
-    left: Counter[RemoteFile] = Counter()  # coming batches that read from a file
-    unread: set[RemoteFile] = set()  # files that no batch passed on has read from
+    left: Counter[RemoteFile] = Counter()  # upcoming batches that read from a file
+    unread: set[RemoteFile] = set()  # files that no yielded batch reads from
     source = iter(batches)
     try:
         while True:
@@ -146,7 +146,7 @@ def read_ahead(
                         fetcher.want(file)
                     left[file] += 1
             if not coming:
-                # All is asked for, but a loader with several processes asks long before it reads.
+                # All are queued. The batches of a loader with worker processes are read later than yielded.
                 fetcher.finish()
                 return
             batch, own = coming.popleft()
@@ -154,6 +154,6 @@ def read_ahead(
                 unread.discard(file)
                 left[file] -= 1
             yield batch
-    except BaseException:  # above all GeneratorExit: nobody will read the rest
+    except BaseException:  # mainly GeneratorExit: the rest will not be read
         fetcher.close()
         raise

@@ -1,4 +1,4 @@
-"""Trying again: how often, how long in between, and what is said in the end."""
+"""Retries with exponential backoff: number of attempts, pauses and final error message."""
 
 import logging
 import random
@@ -16,12 +16,12 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 LONGEST_WAIT_S = 30.0
-_TOLD_FROM = 3
-"""Failures in a row from which on a warning tells why reading stands still."""
+_WARN_FROM = 3
+"""Consecutive failures from which on retries are logged as warnings, which explain the stall."""
 LONGEST_ASKED_WAIT_S = 60.0
-"""A server that asks for longer pauses (``Retry-After``) is asked again after this one."""
+"""Longest pause on request of a server (``Retry-After``)."""
 
-_jitter = random.Random()  # of its own: the global generator belongs to training
+_jitter = random.Random()  # separate, since the global generator belongs to training
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class Patience:
     """When a server is given up.
 
     Attributes:
-        attempts: tries in a row that bring nothing on; a download that has gained a MiB counts anew.
+        attempts: consecutive attempts without progress; a download that gains a MiB restarts the count.
         timeout: seconds to wait for a connection and for the next bytes.
-        first_pause: seconds before the second try; the pauses double.
+        first_pause: seconds before the second attempt; the pauses double.
     """
 
     attempts: int = 8
@@ -40,7 +40,7 @@ class Patience:
 
 
 class Stop:
-    """Ends a download from another thread: pauses, and a read that waits for the server."""
+    """Stops a download from another thread, even during a pause or a blocked read."""
 
     def __init__(self) -> None:
         self._event = threading.Event()
@@ -51,26 +51,26 @@ class Stop:
         return self._event.is_set()
 
     def set(self) -> None:
-        """Now."""
+        """Stop now."""
         with self._lock:
             self._event.set()
             if self._stream is not None:
                 self._stream.abort()
 
     def watch(self, stream: Stream | None) -> None:
-        """Break this stream off when it is time; None = there is none any more."""
+        """Abort this stream when stopped; None = no stream."""
         with self._lock:
             self._stream = stream
             if stream is not None and self._event.is_set():
                 stream.abort()
 
     def sleep(self, seconds: float) -> None:
-        """Wait, or be woken."""
+        """Sleep until the time is over or :meth:`set` is called."""
         self._event.wait(seconds)
 
 
 class ServerDownError(DataError):
-    """A server was tried again and again, and gave nothing; perhaps it is the same with its other files."""
+    """All attempts failed, so other files of the server may fail as well."""
 
 
 class StoppedError(Exception):
@@ -80,18 +80,18 @@ class StoppedError(Exception):
 def persist(url: str, patience: Patience, attempt: Callable[[], T], stop: Stop) -> T:
     """Call ``attempt`` until it succeeds.
 
-    The pause doubles up to half a minute, a random part of it left out so that many
-    processes do not come back at once; a longer one that the server asks for is kept.
+    The pause doubles up to half a minute and is shortened at random, so that many processes do not
+    retry at once. A longer pause that the server requests is respected.
 
     Args:
-        url: for the message.
+        url: URL for messages.
         patience: when to give up.
-        attempt: raises TransientError where it is worth another try.
+        attempt: raises TransientError where a retry may help.
         stop: ends the pauses.
 
     Raises:
         ServerDownError: it failed too often.
-        DataError: it was refused. Both name the URL, what the server said and how often it was tried.
+        DataError: it was refused. Both name the URL, the server's response and the number of attempts.
         StoppedError: it was stopped.
     """
     began, failed, tried = time.monotonic(), 0, 0
@@ -100,16 +100,16 @@ def persist(url: str, patience: Patience, attempt: Callable[[], T], stop: Stop) 
         try:
             return attempt()
         except RefusedError as error:
-            raise DataError(_told(url, str(error), tried, began)) from error
+            raise DataError(_failure_text(url, str(error), tried, began)) from error
         except TransientError as error:
             if stop:
                 raise StoppedError from error
             failed = 1 if error.moved_on else failed + 1
             if failed >= patience.attempts:
-                raise ServerDownError(_told(url, str(error), tried, began)) from error
+                raise ServerDownError(_failure_text(url, str(error), tried, began)) from error
             logger.log(
-                logging.WARNING if failed >= _TOLD_FROM else logging.INFO,
-                "%s: %s; trying again (%d of %d)",
+                logging.WARNING if failed >= _WARN_FROM else logging.INFO,
+                "%s: %s; retry %d of %d",
                 *(url, error, failed, patience.attempts - 1),
             )
             pause = min(LONGEST_WAIT_S, patience.first_pause * 2 ** (failed - 1)) * _jitter.uniform(0.5, 1.0)
@@ -118,9 +118,9 @@ def persist(url: str, patience: Patience, attempt: Callable[[], T], stop: Stop) 
             raise StoppedError
 
 
-def _told(url: str, said: str, tried: int, began: float) -> str:
+def _failure_text(url: str, said: str, tried: int, began: float) -> str:
     times = "once" if tried == 1 else f"{tried} times in {time.monotonic() - began:.0f} s"
     return (
-        f"{url}: cannot be fetched ({said}; tried {times}), expected a file that the server gives whole: "
+        f"{url}: cannot be fetched ({said}; tried {times}), expected a complete file from the server: "
         "check the address, the server and the network, then start the same command again"
     )

@@ -1,7 +1,7 @@
-"""Bytes of a URL from a place on: http(s) by the standard library, all other kinds of URL by fsspec.
+"""Streams bytes of a URL from an offset: http(s) with the standard library, other schemes with fsspec.
 
-http goes without an event loop: its streams work in threads and in forked loader processes alike, end at a
-timeout of their socket, and can be broken off by another thread.
+The http code uses no event loop. Its streams work both in threads and in forked loader processes, respect
+a socket timeout, and can be aborted from another thread.
 """
 
 import http.client
@@ -19,19 +19,19 @@ from urllib.parse import urlsplit
 from roadwork_dist.common.errors import MissingDependencyError
 
 _PASSING_STATUS = {408, 425, 429}
-"""Besides all of 500 and above: what another try may mend."""
+"""HTTP statuses below 500 for which a retry may help."""
 BLOCK = 8 << 20
-"""Bytes of a request through fsspec."""
+"""Bytes per request through fsspec."""
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 
 
 class TransientError(Exception):
-    """A request failed in a way that another try may mend.
+    """A request failed in a way that a retry may fix.
 
     Args:
-        text: what the server or the network said.
-        retry_after: seconds that the server asked to wait for.
-        moved_on: so much was got before that the tries count from the start again.
+        text: error of the server or the network.
+        retry_after: seconds to wait, as requested by the server.
+        moved_on: enough bytes were received to restart the count of attempts.
     """
 
     def __init__(self, text: str, *, retry_after: float = 0.0, moved_on: bool = False) -> None:
@@ -40,44 +40,44 @@ class TransientError(Exception):
 
 
 class RefusedError(Exception):
-    """A request failed for good: no such file, no right to read it, or another file than expected."""
+    """A request failed permanently: no such file, no permission, or not the expected file."""
 
 
 class Stream(Protocol):
-    """Bytes of a URL, one piece after another."""
+    """Bytes of a URL, read piece by piece."""
 
     start: int
-    """Where in the file they begin: what was asked for, or 0 from a server that knows no ranges."""
+    """Offset of the first byte: as requested, or 0 if the server does not support range requests."""
 
     @property
     def total(self) -> int | None:
-        """Bytes of the whole file, where the server tells them."""
+        """Size of the whole file in bytes; None if the server does not report it."""
 
     def read(self, size: int) -> bytes:
         """The next piece, at most ``size`` bytes; b"" at the end.
 
         Raises:
-            TransientError: the connection broke, or nothing came in time.
+            TransientError: the connection broke or timed out.
         """
 
     def abort(self) -> None:
-        """Break it off, from another thread: its ``read`` ends at once."""
+        """Abort from another thread: a blocked ``read`` ends at once."""
 
 
 @contextmanager
 def open_at(url: str, start: int = 0, stop: int | None = None, *, timeout: float) -> Iterator[Stream]:
-    """Open a URL at a place.
+    """Open a URL at an offset.
 
     Args:
-        url: http(s), or any kind that fsspec knows.
+        url: http(s), or any scheme that fsspec supports.
         start: first byte.
-        stop: byte behind the last one; None = to the end.
+        stop: byte after the last one; None = to the end.
         timeout: seconds to wait for a connection and for each piece (http).
 
     Raises:
-        TransientError: another try may help.
-        RefusedError: another try will not.
-        MissingDependencyError: the package for this kind of URL is not installed.
+        TransientError: a retry may help.
+        RefusedError: a retry will not help.
+        MissingDependencyError: the package for this URL scheme is not installed.
     """
     opener = _open_http if is_http(url) else _open_fsspec
     stream = opener(url, start, stop, timeout)
@@ -88,7 +88,7 @@ def open_at(url: str, start: int = 0, stop: int | None = None, *, timeout: float
 
 
 def is_http(url: str) -> bool:
-    """Whether the standard library fetches a URL."""
+    """Whether a URL is fetched with the standard library."""
     return urlsplit(url).scheme in ("http", "https")
 
 
@@ -98,7 +98,7 @@ class _HttpStream:
 
     def read(self, size: int) -> bytes:
         try:
-            # read1: what has come, instead of waiting for all from a server that sends a byte a second.
+            # read1 returns what has arrived; read would wait for all, even at a byte per second.
             data: bytes = self._response.read1(size)
         except (OSError, ValueError, http.client.HTTPException) as error:
             raise TransientError(_text(error)) from error
@@ -108,7 +108,7 @@ class _HttpStream:
         try:
             with socket.socket(fileno=socket.dup(self._response.fileno())) as twin:
                 twin.shutdown(socket.SHUT_RDWR)
-        except (OSError, ValueError):  # it has ended by itself
+        except (OSError, ValueError):  # already closed
             return
 
     def close(self) -> None:
@@ -136,7 +136,7 @@ def _open_http(url: str, start: int, stop: int | None, timeout: float) -> _HttpS
         first, total = _range(response.headers.get("Content-Range", ""))
         if first not in (None, start):
             response.close()
-            raise TransientError(f"the server gave bytes from {first:,} on instead of {start:,}")
+            raise TransientError(f"the server sent bytes from {first:,} instead of from {start:,}")
         return _HttpStream(response, start, total)
     return _HttpStream(response, 0, response.length)
 
@@ -169,7 +169,7 @@ def _text(error: Exception) -> str:
 
 
 class _FileStream:
-    """A file of fsspec, asked for in blocks: each is one request, however the file system reads ahead."""
+    """A file read through fsspec in blocks of one request each, whatever the file system prefetches."""
 
     def __init__(self, system: Any, path: str, start: int, stop: int | None) -> None:
         self._system, self._path, self.start, self._stop = system, path, start, stop
@@ -177,35 +177,35 @@ class _FileStream:
 
     @property
     def total(self) -> int | None:
-        size: int | None = self._asked(self._system.size, self._path)
+        size: int | None = self._call(self._system.size, self._path)
         return size
 
     def read(self, size: int) -> bytes:
         if self._stop is None:
-            self._stop = self.total  # behind the end, an object store gives an error
+            self._stop = self.total  # object stores reject reads past the end
         if not self._block:
             end = self._place + BLOCK if self._stop is None else min(self._stop, self._place + BLOCK)
             if end <= self._place:
                 return b""
-            self._block = self._asked(self._system.cat_file, self._path, start=self._place, end=end)
+            self._block = self._call(self._system.cat_file, self._path, start=self._place, end=end)
             self._place += len(self._block)
         piece, self._block = self._block[:size], self._block[size:]
         return piece
 
     def abort(self) -> None:
-        """Nothing: these requests end by the timeouts of their own library."""
+        """Do nothing: these requests end by their library's timeouts."""
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing, since nothing is open."""
 
-    def _asked(self, function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    def _call(self, function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
         try:
             return function(*arguments, **named)
         except FileNotFoundError as error:
             raise RefusedError("there is no such file") from error
         except PermissionError as error:
-            raise RefusedError(f"it may not be read: {_text(error)}") from error
-        except Exception as error:  # each file system raises its own
+            raise RefusedError(f"permission denied: {_text(error)}") from error
+        except Exception as error:  # each file system has its own exceptions
             raise TransientError(_text(error)) from error
 
 
@@ -224,6 +224,6 @@ def _missing(url: str, error: Exception) -> MissingDependencyError:
     extra = _EXTRAS.get(scheme)
     what = f"`pip install 'roadwork-dist[{extra}]'`" if extra else "the package that fsspec asks for"
     return MissingDependencyError(
-        f"{url}: {scheme}:// cannot be read here ({_text(error)}), expected http(s):// or a kind of URL "
+        f"{url}: {scheme}:// cannot be read here ({_text(error)}), expected http(s):// or a scheme "
         f"whose package is installed: install {what}"
     )

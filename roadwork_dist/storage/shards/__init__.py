@@ -1,1 +1,1 @@
-"""Shards: photos in WebDataset tars with an index beside them, read at random or one after the other."""
+"""Shards: photos in WebDataset tars with an index, for random or sequential reads."""

@@ -1,4 +1,4 @@
-"""The compact form of a photo: what its views are cut from, instead of all its pixels."""
+"""Compact photos: downscaled to the shared image that views are cut from."""
 
 import math
 
@@ -9,14 +9,14 @@ from roadwork_dist.photos.images import MAX_PIXELS, BytesImage, decode
 from roadwork_dist.photos.views import ViewGeometry, layout_of
 
 _LEAST_SIDE = 64
-"""As of :func:`~roadwork_dist.photos.images.decode`, which refuses smaller pictures."""
+"""As in :func:`~roadwork_dist.photos.images.decode`, which rejects smaller images."""
 
 
 def compact_size(geometry: ViewGeometry, width: int, height: int) -> tuple[int, int]:
-    """Width and height in px in which an upright photo of ``width`` x ``height`` px is stored.
+    """Width and height in px at which an upright photo of ``width`` x ``height`` px is stored.
 
-    That of the shared image, so views are cut from it without another resize. Photos are never enlarged;
-    where only the global view is cut, the short side keeps the S px that it is squeezed to.
+    This is the size of the shared image, so views are cut from it without another resize. Photos are never
+    enlarged. Where only the global view is cut, the short side is S px.
     """
     layout = layout_of(geometry, width, height)
     stored = layout.shared
@@ -30,16 +30,16 @@ def compact_size(geometry: ViewGeometry, width: int, height: int) -> tuple[int, 
 def compact_photo(
     photo: BytesImage, geometry: ViewGeometry, quality: int = 95, *, max_pixels: int = MAX_PIXELS
 ) -> bytes:
-    """A photo as a JPEG (4:4:4) of :func:`compact_size`, upright, without EXIF.
+    """Encode a photo as an upright JPEG (4:4:4) of :func:`compact_size`, without EXIF.
 
     Args:
-        photo: encoded, of any supported format.
-        geometry: the views it is meant for.
-        quality: of the JPEG, 1 to 100.
-        max_pixels: photos with more are refused.
+        photo: the encoded photo, in any supported format.
+        geometry: geometry of the views that will be cut from it.
+        quality: JPEG quality, 1 to 100.
+        max_pixels: photos with more pixels are refused.
 
     Returns:
-        The JPEG; the photo's own bytes where it is not larger than its compact form.
+        The JPEG, or the photo's own bytes if it is not downscaled and they are no more than the JPEG's.
 
     Raises:
         DataError: the photo cannot be read.

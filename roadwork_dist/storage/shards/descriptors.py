@@ -1,4 +1,4 @@
-"""Open files of a process, bounded: 10,000 tars are read at random through at most 64 descriptors."""
+"""LRU cache of open file descriptors: random reads from 10,000 tars use at most 64 descriptors."""
 
 import os
 import threading
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 MOST_OPEN = 64
-"""Descriptors kept open by a process; a common limit for all is 1,024."""
+"""Descriptors kept open by a process; a common limit per process is 1,024."""
 
 
 @dataclass(slots=True)
@@ -19,9 +19,9 @@ class _Open:
 
 
 class Descriptors:
-    """Least recently used cache of read-only file descriptors, for threads and over forks.
+    """Least recently used cache of read-only file descriptors; safe for threads and forks.
 
-    A file that is being read is closed by its last reader, so more than ``most`` are open only while
+    An evicted file is closed by its last reader, so more than ``most`` are open only while
     more than ``most`` threads read at once.
 
     Args:
@@ -32,8 +32,8 @@ class Descriptors:
         self.most = most
         self._open: OrderedDict[str, _Open] = OrderedDict()
         self._lock = threading.Lock()
-        # A child must find the table whole and the lock free. It shares the open files: pread has no
-        # position that processes could move for each other. Readers of other threads stay behind.
+        # A forked child needs a consistent table and a free lock. It can share the open files, since pread
+        # does not use the file position. Readers in other threads do not exist in the child.
         os.register_at_fork(
             before=self._lock.acquire, after_in_parent=self._lock.release, after_in_child=self._in_child
         )
@@ -42,14 +42,14 @@ class Descriptors:
         return len(self._open)
 
     def read(self, path: str, offset: int, length: int) -> bytes:
-        """``length`` bytes from ``offset``; fewer where the file ends before.
+        """``length`` bytes from ``offset``; fewer at the end of the file.
 
         Raises:
             OSError: the file cannot be opened or read.
         """
         with self._borrow(path) as descriptor:
             data = os.pread(descriptor, length, offset)
-            while len(data) < length:  # a read may stop short of the file's end
+            while len(data) < length:  # a read may return fewer bytes than requested
                 more = os.pread(descriptor, length - len(data), offset + len(data))
                 if not more:
                     break
@@ -57,7 +57,7 @@ class Descriptors:
             return data
 
     def forget(self, path: str) -> None:
-        """Close a file, so that the next read opens what then lies at ``path``."""
+        """Close a file, so that the next read opens ``path`` again."""
         with self._lock:
             entry = self._open.pop(path, None)
             if entry is not None:
@@ -98,4 +98,4 @@ def _retire(entry: _Open) -> None:
 
 
 open_files = Descriptors()
-"""Those of this process."""
+"""Descriptors of this process."""

@@ -1,4 +1,4 @@
-"""The folder of a shard set while it is written: who writes, what it is for, what killed writers left."""
+"""Output folder of a shard set during writing: lock, plan file and cleanup after killed writers."""
 
 import json
 import os
@@ -17,14 +17,14 @@ from roadwork_dist.storage.shards.plan import ShardOptions
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Keep other writers out of a folder.
+    """Lock a folder against other writers.
 
     Raises:
-        RunLockedError: another process has it.
+        RunLockedError: another process holds the lock.
     """
     handle = os.open(out, os.O_RDONLY)
     try:
-        # Some network file systems lock no folders. Two writers would still write the same bytes.
+        # Some network file systems cannot lock folders. Two writers would still write the same bytes.
         if take(handle) is Flock.OTHERS:
             raise RunLockedError(
                 f"{out}: another process writes shards there: wait for it, or choose another folder"
@@ -35,16 +35,16 @@ def locked(out: Path) -> Iterator[None]:
 
 
 def claim(out: Path, source: str, options: ShardOptions) -> None:
-    """Note what the folder is for.
+    """Write the plan of the set to the folder, or check that it matches.
 
     Raises:
-        ConfigError: it holds something else.
+        ConfigError: the folder holds something else.
     """
     own = _plan(source, options)
     found = _claimed(out)
     if found is None:
         if any(not path.name.startswith(".") for path in out.iterdir()):
-            raise ConfigError(f"{out}: holds other files, expected an empty folder or none: choose another")
+            raise ConfigError(f"{out}: holds other files, expected an empty or new folder: choose another")
         write_atomic(out / PLAN_FILE, json.dumps(own).encode())
         return
     for field, value in own.items():
@@ -56,7 +56,7 @@ def claim(out: Path, source: str, options: ShardOptions) -> None:
 
 
 def reopen(out: Path, source: str, options: ShardOptions, parts: Iterable[Part]) -> None:
-    """Make a finished set that lost a tar an unfinished one; what is whole stays known."""
+    """Turn a finished set that lost a tar into an unfinished one that keeps the records of complete tars."""
     if (out / SET_FILE).exists():
         for part in parts:
             part.save(out)
@@ -84,7 +84,7 @@ def _claimed(out: Path) -> dict[str, Any] | None:
 
 
 def sweep(out: Path, options: ShardOptions, count: int) -> None:
-    """Remove what killed writers left, and tars beyond the last of this plan."""
+    """Remove temporary files of killed writers, and tars that are not in this plan."""
     for path in out.glob(".*.tmp"):
         path.unlink(missing_ok=True)
     planned = {f"{options.name}-{number:06d}.tar" for number in range(count)}

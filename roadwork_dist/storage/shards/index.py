@@ -1,7 +1,7 @@
-"""What stands beside the tars of a shard set: ``shards.json`` (the set) and ``index.parquet`` (the samples).
+"""Metadata files of a shard set: ``shards.json`` (the set) and ``index.parquet`` (the samples).
 
-A set is a folder, local or a URL: tars ``<name>-000000.tar`` …, ``index.parquet`` with one row a sample in
-the order of the tars, and ``shards.json``, which is written last: without it the set is not finished.
+A set is a local folder or a URL with tars ``<name>-000000.tar`` …, ``index.parquet`` with one row per sample
+in the order of the tars, and ``shards.json``. The latter is written last: a set without it is unfinished.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ FORMAT = 1
 SET_FILE = "shards.json"
 INDEX_FILE = "index.parquet"
 PLAN_FILE = ".plan.json"
-"""In the folder of a set that is being written: what it will be made of."""
+"""Plan of a set in its folder while it is being written."""
 
 METADATA = (
     *("id", "label", "latitude", "longitude", "weather", "daytime", "scene"),
@@ -40,25 +40,26 @@ class ShardFile:
     """File name, without folder."""
     bytes: int
     sha256: str
-    """Hex, of the whole file."""
+    """Hex SHA-256 of the file."""
     samples: int
     plan: str = ""
-    """Hex digest of what it was planned to hold, by which a writer knows its finished tars again."""
+    """Hex digest of the planned content, by which a writer recognises its finished tars."""
 
 
 @dataclass(frozen=True)
 class ShardSet:
-    """What ``shards.json`` says.
+    """Content of ``shards.json``.
 
     Args:
-        name: first part of the tars' names.
-        kind: ``original`` = photos as they were; ``compact`` = their shared images.
-        source: what the set was made from, for people.
-        shards: the tars in order; a row of the index names them by their position.
-        index_sha256: hex, of ``index.parquet``.
-        settings: what else decided the content: limit of size, order, and of compact sets S, scale, quality.
+        name: prefix of the tars' names.
+        kind: ``original`` = unchanged photos; ``compact`` = their shared images.
+        source: source of the set, for information.
+        shards: the tars in order; rows of the index refer to them by position.
+        index_sha256: hex SHA-256 of ``index.parquet``.
+        settings: other settings that determined the content: size limit, order; for compact sets also S,
+            scale and quality.
         unreadable: id and reason of each photo that was left out.
-        synthetic: whether the photos are rendered by this package, which reports of them have to say.
+        synthetic: whether the photos are rendered by this package; reports have to state this.
     """
 
     name: str
@@ -72,7 +73,7 @@ class ShardSet:
 
     @property
     def samples(self) -> int:
-        """Samples of all tars."""
+        """Number of samples in all tars."""
         return sum(shard.samples for shard in self.shards)
 
     def to_json(self) -> bytes:
@@ -81,26 +82,26 @@ class ShardSet:
 
 
 def is_shard_set(folder: Path) -> bool:
-    """Whether a folder holds a set, finished or not; :func:`read_set` refuses those that are not."""
+    """Whether a folder holds a set, finished or not; :func:`read_set` rejects unfinished ones."""
     return (folder / SET_FILE).is_file() or (folder / PLAN_FILE).is_file()
 
 
 def parse_set(content: bytes, name: str) -> ShardSet:
-    """The set that a ``shards.json`` describes.
+    """Parse a ``shards.json``.
 
     Args:
-        content: of the file.
+        content: content of the file.
         name: path or URL of the file, for messages.
 
     Raises:
-        DataError: it is of another format, or damaged.
+        DataError: its format is too new, or it is damaged.
     """
     try:
         fields = json.loads(content)
         version = fields.pop("format")
         if version > FORMAT:
             raise DataError(
-                f"{name}: is of format {version}, expected at most {FORMAT}: it was written by a newer "
+                f"{name}: has format {version}, expected at most {FORMAT}: it was written by a newer "
                 "roadwork-dist, so update this one"
             )
         fields["shards"] = tuple(ShardFile(**shard) for shard in fields["shards"])
@@ -109,7 +110,7 @@ def parse_set(content: bytes, name: str) -> ShardSet:
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(
             f"{name}: cannot be read ({type(error).__name__}: {error}), expected what `roadwork-dist shard` "
-            "writes: copy the file again, or write the shards anew"
+            "writes: copy the file again, or write the shards again"
         ) from error
 
 
@@ -138,7 +139,7 @@ def schema() -> "pyarrow.Schema":
 
 
 def index_bytes(rows: list[dict[str, Any]]) -> bytes:
-    """Rows as the content of ``index.parquet``; absent columns are null."""
+    """Serialise rows as ``index.parquet``; absent columns are null."""
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -148,10 +149,10 @@ def index_bytes(rows: list[dict[str, Any]]) -> bytes:
 
 
 def parse_index(content: bytes, shards: ShardSet, name: str) -> "pyarrow.Table":
-    """The rows of an ``index.parquet``, with the columns of :func:`schema`.
+    """Parse an ``index.parquet`` into a table with the columns of :func:`schema`.
 
     Args:
-        content: of the file.
+        content: content of the file.
         shards: the set it belongs to.
         name: path or URL of the file, for messages.
 
@@ -162,8 +163,8 @@ def parse_index(content: bytes, shards: ShardSet, name: str) -> "pyarrow.Table":
 
     if hashlib.sha256(content).hexdigest() != shards.index_sha256:
         raise DataError(
-            f"{name}: has another checksum than {SET_FILE} tells, expected the index of this set: copy "
-            f"both files again, or write the shards anew"
+            f"{name}: checksum differs from {SET_FILE}, expected the index of this set: copy "
+            "both files again, or write the shards again"
         )
     try:
         table = parquet.read_table(BytesIO(content))
@@ -171,7 +172,7 @@ def parse_index(content: bytes, shards: ShardSet, name: str) -> "pyarrow.Table":
     except (OSError, ValueError, KeyError) as error:  # pyarrow's errors derive from these
         raise DataError(
             f"{name}: cannot be read ({' '.join(str(error).split())}), expected the columns "
-            f"{', '.join(schema().names)}: write the shards anew"
+            f"{', '.join(schema().names)}: write the shards again"
         ) from error
 
 
@@ -207,7 +208,7 @@ def write_set(
     unreadable: tuple[tuple[str, str], ...] = (),
     synthetic: bool = False,
 ) -> ShardSet:
-    """Write ``index.parquet`` and then ``shards.json``, which makes the set count.
+    """Write ``index.parquet`` and then ``shards.json``, which marks the set as finished.
 
     Raises:
         OSError: the disk is full or the folder cannot be written.

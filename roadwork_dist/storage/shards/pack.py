@@ -1,4 +1,4 @@
-"""What of a sample goes into a tar: the photo's bytes, its metadata as JSON, its mask as a PNG."""
+"""Packs a sample into tar members: the photo's bytes, its metadata as JSON, its mask as a PNG."""
 
 import json
 from dataclasses import dataclass, replace
@@ -21,19 +21,19 @@ _EXTENSIONS = {b"\xff\xd8\xff": "jpg", _PNG: "png", b"RIFF": "webp", b"BM": "bmp
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """The members of one sample."""
+    """The tar members of one sample."""
 
     image: bytes
     extension: str
     metadata: bytes
     mask: bytes | None
     width: int
-    """Of the original photo, upright, in px."""
+    """Width of the upright original photo, in px."""
     height: int
 
 
 def pack(sample: Sample, options: ShardOptions) -> Packed:
-    """Read and check a sample, and make its members.
+    """Read and check a sample, and build its tar members.
 
     Raises:
         DataError: the photo or its mask cannot be read; the message names it.
@@ -60,12 +60,12 @@ def pack(sample: Sample, options: ShardOptions) -> Packed:
 
 
 def extension_of(data: bytes) -> str:
-    """The extension that WebDataset readers know a picture by, from its first bytes."""
+    """File extension for WebDataset readers, from an image's first bytes."""
     return next(extension for magic, extension in _EXTENSIONS.items() if data.startswith(magic))
 
 
 def _mask_bytes(mask: MaskSource) -> bytes:
-    """The PNG itself where the mask is one."""
+    """The mask as a PNG; unchanged if it already is one."""
     if isinstance(mask, PngMask) and (data := mask.image.read()).startswith(_PNG):
         return data
     file = BytesIO()

@@ -1,4 +1,4 @@
-"""What is known of tars that are finished while the set is not: a small file beside each of them."""
+"""Records of finished tars in an unfinished set: one small JSON file per tar."""
 
 import json
 from collections import defaultdict
@@ -26,12 +26,12 @@ class Part:
     """Id and reason of each photo that was left out."""
 
     def save(self, folder: Path) -> None:
-        """Keep it until the set is finished; only after this does the tar count."""
+        """Write the record, which is kept until the set is finished; without it the tar does not count."""
         write_atomic(_path(folder, self.shard.name), json.dumps(asdict(self)).encode())
 
 
 def known_parts(folder: Path) -> dict[str, Part]:
-    """The finished tars of a folder by file name: of its set, or of one that was not finished.
+    """The finished tars of a finished or unfinished set, by file name.
 
     Damaged records count as absent.
     """
@@ -39,7 +39,7 @@ def known_parts(folder: Path) -> dict[str, Part]:
         try:
             return _of_set(folder)
         except DataError:
-            pass  # a damaged index is written anew
+            pass  # a damaged index is rewritten
     parts = {}
     for path in folder.glob(f".*{SUFFIX}"):
         try:
@@ -57,7 +57,7 @@ def _of_set(folder: Path) -> dict[str, Part]:
     rows: dict[int, list[dict[str, Any]]] = defaultdict(list)
     for row in read_index(folder, shards).to_pylist():
         rows[row["shard"]].append(row)
-    # Which of them a tar lacks is told by its job's ids.
+    # Each tar gets all unreadable photos of the set; kept_part selects its own by the job's ids.
     return {
         shard.name: Part(shard, tuple(rows[number]), shards.unreadable)
         for number, shard in enumerate(shards.shards)
@@ -65,9 +65,9 @@ def _of_set(folder: Path) -> dict[str, Part]:
 
 
 def kept_part(part: Part, job: ShardJob, folder: Path, options: ShardOptions) -> Part | None:
-    """A finished tar if it is what a job would write, byte by byte; else None.
+    """The record of a finished tar if a job would write the same bytes; else None.
 
-    Photos that it lacks are looked at again: where one has become readable, the tar is written anew.
+    Photos that it lacks are checked again: if one has become readable, the tar is rewritten.
     """
     path = folder / job.file
     try:
@@ -89,7 +89,7 @@ def kept_part(part: Part, job: ShardJob, folder: Path, options: ShardOptions) ->
 
 
 def remove_parts(folder: Path) -> None:
-    """Remove the records, which a finished set needs no longer."""
+    """Remove the records, which a finished set no longer needs."""
     for path in folder.glob(f".*{SUFFIX}"):
         path.unlink(missing_ok=True)
 

@@ -1,4 +1,4 @@
-"""Which samples go into which tar: known from file sizes beforehand, so that writers need not talk."""
+"""Assigns samples to tars by file size in advance, so writers need no communication."""
 
 import hashlib
 import json
@@ -18,9 +18,9 @@ from roadwork_dist.storage.shards.tar import LEAST_TAR, member_bytes, room_in, t
 
 KEY_DIGITS = 9
 _COMPACT_BYTES_PER_PIXEL = 0.55
-"""Of photos at quality 95, 4:4:4: 0.67 MB for 1280 x 960 px."""
+"""At quality 95, 4:4:4: 0.67 MB for 1280 x 960 px."""
 _DECIDE_SIZE = ("size", "grid", "scale", "policy")
-"""Fields of views that decide how large a photo is stored."""
+"""Fields of ``ViewGeometry`` that determine the size at which a photo is stored."""
 _READERS = 16
 
 
@@ -29,15 +29,15 @@ class ShardOptions:
     """How a set is written.
 
     Args:
-        size: largest tar in bytes; one photo may be larger. Sizes of compact photos are estimated.
-        name: first part of the tars' names.
+        size: largest tar in bytes, unless a single photo is larger. Sizes of compact photos are estimated.
+        name: prefix of the tars' names.
         shuffle: seed of the order of samples; None = the order of the source.
-        compact: store the shared image of these views instead of the photo; None = the photo untouched.
-        quality: of the JPEGs of compact photos, 1 to 100.
-        decode: decode every photo and mask before it is written; False = read its header only.
-        max_pixels: photos with more are unreadable.
+        compact: store the shared image of these views instead of the photo; None = the unchanged photo.
+        quality: JPEG quality of compact photos, 1 to 100.
+        decode: decode every photo and mask before it is written; False = read only headers.
+        max_pixels: photos with more pixels count as unreadable.
         max_share: share of unreadable photos above which writing stops.
-        synthetic: note that the photos are rendered by this package.
+        synthetic: record that the photos are rendered by this package.
 
     Raises:
         ConfigError: a value is out of range.
@@ -67,7 +67,7 @@ class ShardOptions:
         return "original" if self.compact is None else "compact"
 
     def settings(self) -> dict[str, Any]:
-        """What decides the content of the tars, as in ``shards.json``."""
+        """Settings that determine the content of the tars, as in ``shards.json``."""
         return {
             "size": self.size,
             "shuffle": self.shuffle,
@@ -83,23 +83,23 @@ class ShardJob:
     number: int
     file: str
     first: int
-    """Running number of the first sample in the set."""
+    """Index of the first sample in the set."""
     samples: tuple[Sample, ...]
     plan: str
-    """Hex digest of which samples the tar holds, and in what form."""
+    """Hex digest of the samples in the tar and their form."""
     expected_bytes: int
-    """Of the tar; for compact photos an estimate."""
+    """Expected size of the tar; an estimate for compact photos."""
     source_bytes: int
-    """Of the photos that go into it."""
+    """Total size of its source photos."""
 
 
 def plan_shards(manifest: Manifest, options: ShardOptions) -> list[ShardJob]:
-    """Deal the samples of a manifest, in order, to tars of at most ``options.size`` bytes.
+    """Assign the samples of a manifest, in order, to tars of at most ``options.size`` bytes.
 
-    Sizes of files are looked up; photos inside other containers are read for theirs.
+    File sizes come from the file system; photos inside other containers are read to get theirs.
 
     Raises:
-        DataError: the source is a compact set, whose originals are needed.
+        DataError: the source is a compact set instead of original photos.
     """
     if any(getattr(sample.image, "original_size", None) for sample in manifest):
         raise DataError(
@@ -109,7 +109,7 @@ def plan_shards(manifest: Manifest, options: ShardOptions) -> list[ShardJob]:
     if options.shuffle is not None:
         order = generator_for(options.shuffle, "shards").permutation(len(manifest))
         manifest = manifest.subset(order.tolist())
-    with ThreadPoolExecutor(_READERS) as pool:  # a mounted file system answers each in a millisecond
+    with ThreadPoolExecutor(_READERS) as pool:  # on a mounted file system each takes about a millisecond
         lengths = list(pool.map(_lengths, manifest.samples))
     sizes = [_members_bytes(sample, *both, options) for sample, both in zip(manifest, lengths, strict=True)]
     starts = _starts(sizes, room_in(options.size))
@@ -136,17 +136,17 @@ def _starts(sizes: Sequence[int], room: int) -> list[int]:
 
 
 def key_of(number: int) -> str:
-    """Key of a sample by its running number; padded, so that names sort as samples stand."""
+    """Key of a sample by its index in the set; zero-padded, so names sort in the order of samples."""
     return f"{number:0{KEY_DIGITS}d}"
 
 
 def known_fields(sample: Sample) -> dict[str, Any]:
-    """What is known of a sample, without its pictures."""
+    """Known metadata of a sample, without its images."""
     return {name: value for name in METADATA if (value := getattr(sample, name)) is not None}
 
 
 def _lengths(sample: Sample) -> tuple[int, int]:
-    """Bytes of the photo and of its mask; 0 where they cannot be read or are drawn only when written."""
+    """Bytes of the photo and of its mask; 0 if unreadable, or if the mask is drawn only when written."""
     mask = sample.mask
     return _length(sample.image), _length(mask.image) if isinstance(mask, PngMask) else 0
 
@@ -160,14 +160,14 @@ def _length(source: ImageSource) -> int:
         own = getattr(source, "length", None)
         return len(source.read()) if own is None else int(own)
     except (OSError, ValueError, DataError):
-        return 0  # found unreadable, and told, when it is written
+        return 0  # reported as unreadable when it is written
 
 
 def _members_bytes(sample: Sample, image: int, mask: int, options: ShardOptions) -> int:
     if options.compact is not None:
         side = options.compact.scale * options.compact.size
         image = min(image, int(_COMPACT_BYTES_PER_PIXEL * 0.75 * side**2))
-    text = len(json.dumps(known_fields(sample), ensure_ascii=False).encode()) + 40  # width and height
+    text = len(json.dumps(known_fields(sample), ensure_ascii=False).encode()) + 40  # for width and height
     return member_bytes(image) + member_bytes(text) + (member_bytes(mask) if sample.mask else 0)
 
 

@@ -1,4 +1,4 @@
-"""Plain tars with the same bytes wherever and whenever they are written, and where their members lie."""
+"""Reproducible tar files: a writer with machine-independent output, and offsets of members."""
 
 import hashlib
 import os
@@ -11,34 +11,34 @@ from typing import Self
 from roadwork_dist.common.files import sync_folder
 
 LEAST_TAR = tarfile.RECORDSIZE
-"""Bytes of an empty tar; others have a multiple of it."""
+"""Size of an empty tar in bytes; all sizes are multiples of it."""
 
 _BLOCK = tarfile.BLOCKSIZE
 _END = 2 * _BLOCK
 
 
 def member_bytes(length: int) -> int:
-    """What a member of ``length`` bytes takes in a tar: header and padding included."""
+    """Space that a member of ``length`` bytes takes in a tar, with header and padding."""
     return _BLOCK + -(-length // _BLOCK) * _BLOCK
 
 
 def tar_bytes(members: int) -> int:
-    """Size of a tar whose members take so many bytes."""
+    """Size of a tar whose members take ``members`` bytes."""
     return -(-(members + _END) // LEAST_TAR) * LEAST_TAR
 
 
 def room_in(size: int) -> int:
-    """What the members of a tar of at most ``size`` bytes may take."""
+    """Space for members in a tar of at most ``size`` bytes."""
     return size // LEAST_TAR * LEAST_TAR - _END
 
 
 class TarWriter:
-    """Writes a tar that is whole or not there: temporary name, fsync, rename.
+    """Writes a tar atomically: temporary name, fsync, rename.
 
-    As a context manager it renames at the end, and leaves nothing behind after an error.
+    As a context manager it renames the file at the end, and removes it after an error.
 
     Args:
-        path: where the finished tar will be.
+        path: path of the finished tar.
     """
 
     def __init__(self, path: Path) -> None:
@@ -50,7 +50,7 @@ class TarWriter:
 
     def add(self, name: str, data: bytes) -> int:
         """Append a file; returns the offset of its bytes in the tar."""
-        info = tarfile.TarInfo(name)  # time 0, owner 0: nothing of this machine gets in
+        info = tarfile.TarInfo(name)  # time 0, owner 0: independent of this machine
         info.size = len(data)
         self._write(info.tobuf(tarfile.USTAR_FORMAT))
         offset = self.size
@@ -60,13 +60,13 @@ class TarWriter:
 
     @property
     def sha256(self) -> str:
-        """Hex, of all that was written so far."""
+        """Hex SHA-256 of everything written so far."""
         return self._hash.hexdigest()
 
     def _write(self, data: bytes) -> None:
         try:
             self._file.write(data)
-        except OSError as error:  # a full disk; the system does not say where
+        except OSError as error:  # a full disk; the error names no file
             error.filename = str(self.path)
             raise
         self._hash.update(data)
@@ -89,14 +89,14 @@ class TarWriter:
             failure.filename = str(self.path)
             raise
         finally:
-            with suppress(OSError):  # what is buffered fits a full disk no better now
+            with suppress(OSError):  # on a full disk flushing the buffer fails again
                 self._file.close()
             self._temporary.unlink(missing_ok=True)
         sync_folder(self.path.parent)
 
 
 def members(path: Path) -> dict[str, tuple[int, int]]:
-    """Offset and length of every file in a tar, by name; only headers are read.
+    """Offset and length of every file in a tar, by name; reads only headers.
 
     Raises:
         tarfile.TarError: it is damaged.

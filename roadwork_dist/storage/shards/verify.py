@@ -1,4 +1,4 @@
-"""Whether the tars of a local set are what ``shards.json`` and the index say."""
+"""Verification of a local set's tars against ``shards.json`` and the index."""
 
 import tarfile
 import zlib
@@ -20,23 +20,23 @@ _MOST_SHOWN = 5
 
 @dataclass(frozen=True)
 class ShardProblem:
-    """What is wrong with one tar."""
+    """A problem of one tar."""
 
     shard: str
-    """Its file name."""
+    """File name of the tar."""
     reason: str
-    """One line, with the keys of samples that are lost."""
+    """One line, with the keys of lost samples."""
 
 
 def verify_shards(
     folder: Path, *, workers: int = 1, on_progress: Callable[[int, int], None] | None = None
 ) -> list[ShardProblem]:
-    """Read every tar: size, checksum, and its members against the index.
+    """Read every tar and check its size, its checksum, and its members against the index.
 
     Args:
-        folder: a finished set.
-        workers: threads; hashing leaves Python's lock to others.
-        on_progress: called with (tars done, tars in all).
+        folder: folder of a finished set.
+        workers: number of threads; hashing releases Python's global lock.
+        on_progress: called with (tars done, total tars).
 
     Raises:
         DataError: ``shards.json`` or the index cannot be read.
@@ -69,7 +69,7 @@ def verify_shard(path: Path, shard: ShardFile, rows: list[Row]) -> str:
     if size != shard.bytes:
         reasons.append(f"has {size:,} bytes, expected {shard.bytes:,}")
     elif sha256_of_file(path) != shard.sha256:
-        reasons.append(f"has another checksum than {SET_FILE} tells")
+        reasons.append(f"checksum differs from {SET_FILE}")
     if shard.samples != len(rows):
         reasons.append(f"has {len(rows):,} rows in the index, expected {shard.samples:,}")
     reasons += _against_index(path, rows)
@@ -82,11 +82,11 @@ def verify_shard(path: Path, shard: ShardFile, rows: list[Row]) -> str:
 
 
 def _against_index(path: Path, rows: list[Row]) -> Iterator[str]:
-    """Members that the index has elsewhere or not at all, and the other way round."""
+    """Differences between the members of a tar and the index."""
     try:
         found = members(path)
     except (tarfile.TarError, OSError) as error:
-        yield f"is no whole tar ({error})"
+        yield f"is not a complete tar ({error})"
         return
     texts = {name for name in found if name.endswith(".json")}
     expected = {}
@@ -102,7 +102,7 @@ def _against_index(path: Path, rows: list[Row]) -> Iterator[str]:
 
 
 def _lost(path: Path, rows: list[Row]) -> Iterator[str]:
-    """Keys of samples whose photo or mask has other bytes than the index tells."""
+    """Keys of samples whose photo or mask does not match the checksum in the index."""
     try:
         for row in rows:
             for kind in ("", "mask_"):

@@ -1,4 +1,4 @@
-"""Processes that work through jobs, tell how far they are, and end at once with whoever started them."""
+"""Pool of worker processes that report progress and end with their parent process."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ from roadwork_dist.common.errors import LoaderWorkerError
 from roadwork_dist.trainer.feed.worker import end_with_parent
 
 Tick = Callable[[int], None]
-"""Called by a job with the photos it has dealt with since the last call."""
+"""Called by a job with the number of photos processed since the last call."""
 
 _POLL_SECONDS = 0.5
 
@@ -22,21 +22,21 @@ _done: "Synchronized[int] | None" = None
 _stop: "Synchronized[int] | None" = None
 
 
-class Crew:
-    """Runs jobs in processes, or in this one.
+class WorkerPool:
+    """Runs jobs in worker processes, or in this process.
 
     Args:
-        workers: processes; 0 or 1 = this one.
+        workers: number of processes; 0 or 1 = run in this process.
         on_progress: called with (photos done, ``total``).
-        total: photos of all jobs.
+        total: number of photos in all jobs.
     """
 
     def __init__(self, workers: int, on_progress: Callable[[int, int], None] | None, total: int) -> None:
-        self._tell, self._total, self._here = on_progress, total, 0
+        self._on_progress, self._total, self._done_here = on_progress, total, 0
         self._most_waiting = 2 * workers
         self._pool: ProcessPoolExecutor | None = None
         if workers > 1:
-            context = get_context("spawn")  # a forked child of a process that runs torch's threads may hang
+            context = get_context("spawn")  # a child forked while torch's threads run may hang
             self._counted = context.Value("q", 0)
             self._stopped = context.Value("b", 0)
             self._pool = ProcessPoolExecutor(
@@ -57,10 +57,10 @@ class Crew:
             self._pool.shutdown(cancel_futures=True)
 
     def run(self, function: Callable[..., Any], jobs: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
-        """``function(tick, *job)`` of every job, as (number of the job, result), in the order they end.
+        """Call ``function(tick, *job)`` for every job; yields (index of the job, result) as they complete.
 
         Raises:
-            LoaderWorkerError: a process was killed.
+            LoaderWorkerError: a worker process was killed.
         """
         if self._pool is None:
             yield from ((number, function(self._tick, *job)) for number, job in enumerate(jobs))
@@ -69,7 +69,7 @@ class Crew:
         left = iter(enumerate(jobs))
         try:
             while True:
-                # A few at a time: a job carries its samples, and there may be thousands of jobs.
+                # Submit a few at a time: jobs hold their samples, and there may be thousands of jobs.
                 while len(waiting) < self._most_waiting and (job := next(left, None)):
                     waiting[self._pool.submit(_in_child, function, job[1])] = job[0]
                 if not waiting:
@@ -85,16 +85,16 @@ class Crew:
             ) from error
 
     def _tick(self, photos: int) -> None:
-        self._here += photos
-        self._report(self._here)
+        self._done_here += photos
+        self._report(self._done_here)
 
     def _report(self, done: int) -> None:
-        if self._tell is not None:
-            self._tell(done, self._total)
+        if self._on_progress is not None:
+            self._on_progress(done, self._total)
 
 
 class _StoppedError(Exception):
-    """Another job has failed, so this one is given up."""
+    """Another job has failed, so this one stops."""
 
 
 def _begin(done: "Synchronized[int]", stop: "Synchronized[int]", parent: int) -> None:
@@ -103,10 +103,10 @@ def _begin(done: "Synchronized[int]", stop: "Synchronized[int]", parent: int) ->
     global _done, _stop
     _done, _stop = done, stop
     torch.set_num_threads(1)
-    # Or a writer that nobody waits for would go on behind a killed command, which may have been killed
-    # in the seconds that starting takes.
+    # Otherwise a writer would continue after its command was killed, which may even happen during the
+    # seconds that startup takes.
     end_with_parent(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent stops its crew
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent stops its workers
 
 
 def _in_child(function: Callable[..., Any], job: tuple[Any, ...]) -> Any:

@@ -1,7 +1,7 @@
-"""Writing a shard set: in parallel, with the same bytes whatever the number of processes, and resumable.
+"""Writes a shard set in parallel and resumably; the bytes do not depend on the number of processes.
 
-A tar appears under its name when it is whole and synced, and counts from the moment its record (see
-``parts``) stands beside it. The set counts from the moment ``shards.json`` is there.
+A tar gets its final name when it is complete and synced, and counts once its record (see ``parts``)
+exists. The set counts once ``shards.json`` exists.
 """
 
 import hashlib
@@ -21,22 +21,22 @@ from roadwork_dist.storage.shards.pack import Packed, pack
 from roadwork_dist.storage.shards.parts import Part, kept_part, known_parts, remove_parts
 from roadwork_dist.storage.shards.plan import ShardJob, ShardOptions, key_of, known_fields, plan_shards
 from roadwork_dist.storage.shards.tar import TarWriter
-from roadwork_dist.storage.shards.worker_pool import Crew, Tick
+from roadwork_dist.storage.shards.worker_pool import Tick, WorkerPool
 
 
 @dataclass(frozen=True)
 class Written:
-    """What :func:`write_shards` did."""
+    """Result of :func:`write_shards`."""
 
     shards: ShardSet
     written: int
-    """Tars written now."""
+    """Number of tars written now."""
     kept: int
-    """Tars that were there, and whole."""
+    """Number of existing, complete tars."""
     source_bytes: int
-    """Of the photos of the source."""
+    """Total size of the source photos."""
     photo_bytes: int
-    """Of the photos in the set."""
+    """Total size of the photos in the set."""
 
 
 def write_shards(
@@ -47,14 +47,14 @@ def write_shards(
     workers: int = 1,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Written:
-    """Write the photos of a manifest as a shard set, or what of it is missing.
+    """Write the photos of a manifest as a shard set, or the missing tars of one.
 
     Args:
         manifest: the samples.
-        out: folder, made if need be; empty, or of the same set.
+        out: output folder, created if absent; empty, or with the same set.
         options: size, order and form.
-        workers: processes; 0 or 1 = this one.
-        on_progress: called with (photos done, photos in all).
+        workers: number of processes; 0 or 1 = run in this process.
+        on_progress: called with (photos done, total photos).
 
     Raises:
         DataError: more photos than ``options.max_share`` are unreadable, or the disk has no room.
@@ -68,31 +68,31 @@ def write_shards(
         jobs = plan_shards(manifest, options)
         sweep(out, options, len(jobs))
         known = known_parts(out)
-        with Crew(min(workers, len(jobs)), on_progress, len(manifest)) as crew:
-            parts = _kept(crew, [job for job in jobs if job.file in known], known, out, options)
+        with WorkerPool(min(workers, len(jobs)), on_progress, len(manifest)) as pool:
+            parts = _existing_parts(pool, [job for job in jobs if job.file in known], known, out, options)
             missing = [job for job in jobs if job.number not in parts]
             kept = len(parts)
             if missing:
                 reopen(out, manifest.name, options, parts.values())
                 _check_room(out, missing)
-            _refuse(manifest, parts, options)
-            for number, part in crew.run(_write_shard, [(job, out, options) for job in missing]):
+            _check_unreadable(manifest, parts, options)
+            for number, part in pool.run(_write_shard, [(job, out, options) for job in missing]):
                 parts[missing[number].number] = part
-                _refuse(manifest, parts, options)
+                _check_unreadable(manifest, parts, options)
         shards = _finish(out, manifest.name, options, [parts[job.number] for job in jobs])
     photo_bytes = sum(row["length"] for part in parts.values() for row in part.rows)
     return Written(shards, len(missing), kept, sum(job.source_bytes for job in jobs), photo_bytes)
 
 
-def _kept(
-    crew: Crew, jobs: list[ShardJob], known: dict[str, Part], out: Path, options: ShardOptions
+def _existing_parts(
+    pool: WorkerPool, jobs: list[ShardJob], known: dict[str, Part], out: Path, options: ShardOptions
 ) -> dict[int, Part]:
     """The tars that need not be written, by number."""
-    found = crew.run(_look_at, [(known[job.file], job, out, options) for job in jobs])
+    found = pool.run(_check_existing, [(known[job.file], job, out, options) for job in jobs])
     return {jobs[number].number: part for number, part in found if part is not None}
 
 
-def _look_at(tick: Tick, part: Part, job: ShardJob, out: Path, options: ShardOptions) -> Part | None:
+def _check_existing(tick: Tick, part: Part, job: ShardJob, out: Path, options: ShardOptions) -> Part | None:
     kept = kept_part(part, job, out, options)
     tick(len(job.samples) if kept is not None else 0)
     return kept
@@ -118,7 +118,7 @@ def _write_shard(tick: Tick, job: ShardJob, out: Path, options: ShardOptions) ->
 
 
 def _add(tar: TarWriter, key: str, sample: Sample, packed: Packed) -> dict[str, Any]:
-    """Append the members of one sample; returns its row of the index, without the tar's number."""
+    """Append the members of one sample; returns its index row, without the number of the tar."""
     row: dict[str, Any] = {
         "key": key,
         "extension": packed.extension,
@@ -137,7 +137,7 @@ def _add(tar: TarWriter, key: str, sample: Sample, packed: Packed) -> dict[str, 
     return row
 
 
-def _refuse(manifest: Manifest, parts: dict[int, Part], options: ShardOptions) -> None:
+def _check_unreadable(manifest: Manifest, parts: dict[int, Part], options: ShardOptions) -> None:
     reasons = [reason for part in parts.values() for _, reason in part.unreadable]
     refuse_too_many(manifest.name, reasons, len(manifest), options.max_share)
 
@@ -146,7 +146,7 @@ def _check_room(out: Path, jobs: list[ShardJob]) -> None:
     needed, free = sum(job.expected_bytes for job in jobs), shutil.disk_usage(out).free
     if needed > free:
         raise DataError(
-            f"{out}: {needed / 1e9:.2f} GB are to be written but only {free / 1e9:.2f} GB are free: make "
+            f"{out}: {needed / 1e9:.2f} GB are needed but only {free / 1e9:.2f} GB are free: make "
             "room, choose another disk, or store smaller photos with --compact"
         )
 
