@@ -1,1 +1,1 @@
-"""Errors, files, locks, randomness, registries. Imports nothing else of the package."""
+"""Errors, files, locks, random numbers, registries. Imports nothing else from the package."""

@@ -1,8 +1,8 @@
-"""Errors a user can mend. The command line prints their text without a traceback."""
+"""Errors that the user can fix. The command line prints their text without a traceback."""
 
 
 class RoadworkError(Exception):
-    """Base of every error that the user, not the library, has to mend.
+    """Base class of every error that the user, not the library, has to fix.
 
     The message is one clear line: what was got, what was expected, what to do.
     """
@@ -21,7 +21,7 @@ class BackboneError(RoadworkError):
 
 
 class CheckpointError(RoadworkError):
-    """A checkpoint cannot be written or none can be read."""
+    """A checkpoint cannot be written, or no checkpoint can be read."""
 
 
 class NonFiniteLossError(RoadworkError):
@@ -29,15 +29,15 @@ class NonFiniteLossError(RoadworkError):
 
 
 class LossSpikeError(RoadworkError):
-    """The loss rose far above what it was."""
+    """The loss rose far above its earlier level."""
 
 
 class InterruptedRunError(RoadworkError):
-    """The run was asked to stop and has saved its state; started again it goes on."""
+    """The run was asked to stop and has saved its state; starting it again resumes it."""
 
 
 class RunLockedError(RoadworkError):
-    """Another run uses the run folder."""
+    """Another run is using the run folder."""
 
 
 class LoaderWorkerError(RoadworkError):
@@ -45,7 +45,7 @@ class LoaderWorkerError(RoadworkError):
 
 
 class LostPeerError(RoadworkError):
-    """Another rank has ended, so this one cannot go on."""
+    """Another rank has ended, so this one cannot continue."""
 
 
 class MissingDependencyError(RoadworkError, ImportError):

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""Atomic, durable file writes and file checksums."""
 
 import hashlib
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def sync_folder(path: Path) -> None:
-    """Make the names inside a folder durable (fsync of the folder itself)."""
+    """Make the directory entries of a folder durable (fsync of the folder itself)."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -17,15 +17,15 @@ def sync_folder(path: Path) -> None:
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name, sync it and rename it into place.
+    """Write a file under a temporary name, fsync it and rename it into place.
 
-    A reader sees the old content or the new, never a part; two writers of one path do not mix.
+    A reader sees the old content or the new, never a part. Concurrent writers of one path do not mix.
 
     Raises:
-        OSError: the folder cannot be written or the disk is full; nothing is left behind. Its
-            ``filename`` is the path also where the system named none.
+        OSError: the folder cannot be written or the disk is full; no temporary file remains. Its
+            ``filename`` is always set to the path, even if the system gave none.
     """
-    # Threads too may write one path at once: equal masks have one file.
+    # The thread id too: threads may write one path at once, since equal masks share one file.
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -34,7 +34,7 @@ def write_atomic(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        with suppress(OSError):  # where it could not even be made
+        with suppress(OSError):  # if it could not even be created
             temporary.unlink(missing_ok=True)
         error.filename = str(path)
         raise

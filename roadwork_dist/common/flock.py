@@ -1,7 +1,6 @@
-"""Locks on open files, flock(2), which the kernel drops with their process, however it ends.
+"""Locks on open files with flock(2), which the kernel releases when the process ends, however it ends.
 
-The one place that knows which systems and file systems have none; what that means is for those who lock to
-say.
+This module alone knows which systems and file systems have no locks; callers decide what to do then.
 """
 
 import errno
@@ -21,11 +20,11 @@ _OTHERS = {errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES}
 
 
 class Flock(Enum):
-    """What became of the wish for a lock."""
+    """Result of an attempt to lock."""
 
     HELD = "held"
-    OTHERS = "somebody else holds it"
-    UNSUPPORTED = "this system or its file system has no locks"
+    OTHERS = "another process holds it"
+    UNSUPPORTED = "this system or file system has no locks"
 
 
 def take(descriptor: int, *, shared: bool = False, wait: bool = False) -> Flock:
@@ -33,11 +32,11 @@ def take(descriptor: int, *, shared: bool = False, wait: bool = False) -> Flock:
 
     Args:
         descriptor: the file, or a folder.
-        shared: several may hold it, as long as nobody holds it alone.
-        wait: until it is free.
+        shared: take a shared lock, which several processes may hold; otherwise an exclusive one.
+        wait: block until the lock is free.
 
     Raises:
-        OSError: the file system fails.
+        OSError: the file system reported an error.
     """
     if not HAS_FLOCK:
         return Flock.UNSUPPORTED
@@ -54,9 +53,9 @@ def take(descriptor: int, *, shared: bool = False, wait: bool = False) -> Flock:
 
 
 def give_back(descriptor: int) -> None:
-    """Give a lock back and close the file.
+    """Release a lock and close the file.
 
-    Closing alone would not do: a process forked meanwhile has the file open as well, and the lock with it.
+    Closing alone is not enough: a process forked in the meantime has the file open too, which keeps the lock.
     """
     try:
         if HAS_FLOCK:
@@ -69,7 +68,7 @@ def give_back(descriptor: int) -> None:
 
 
 def is_at(descriptor: int, path: Path) -> bool:
-    """Whether an open file is still the one at a path: who held its lock may have removed it."""
+    """Whether an open file is still the one at a path; whoever held its lock may have removed it."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:

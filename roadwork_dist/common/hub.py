@@ -1,7 +1,7 @@
-"""Whether the hub of models and data sets can be asked.
+"""Check whether the Hugging Face hub is reachable.
 
-Its client repeats a failed request five times with growing pauses, for each file; on a machine without
-network that is a minute of silence. One short probe decides beforehand whether it is asked at all.
+Its client retries a failed request five times with growing pauses, for each file. On a machine without
+network that is a minute of silence, so one short probe decides in advance whether to use the hub at all.
 """
 
 import urllib.request
@@ -21,6 +21,6 @@ def hub_reachable() -> bool:
         with urllib.request.urlopen(request, timeout=PROBE_SECONDS):
             return True
     except HTTPError:
-        return True  # it answered, if only with an error status
+        return True  # it answered, even if with an error status
     except OSError:
         return False

@@ -1,4 +1,4 @@
-"""Guarded imports of packages that only some users need."""
+"""Import optional packages, or report how to install them."""
 
 from importlib import import_module
 from types import ModuleType
@@ -7,12 +7,12 @@ from roadwork_dist.common.errors import MissingDependencyError
 
 
 def require(module: str, *, extra: str, purpose: str) -> ModuleType:
-    """Import an optional module, or say which extra of this package brings it.
+    """Import an optional module, or report which extra of this package installs it.
 
     Args:
         module: name to import, for example ``"wandb"``.
         extra: extra of ``roadwork_dist`` that installs it.
-        purpose: what needs it, for the message.
+        purpose: what needs it, for the error message.
 
     Raises:
         MissingDependencyError: the module cannot be imported.

@@ -1,8 +1,8 @@
-"""Randomness that is a pure function of what it belongs to.
+"""Reproducible random number generators, and saving and restoring the global ones.
 
-Draws that belong to a sample, a view or an epoch are made by generators seeded from those
-names, so they do not depend on the worker, the rank or the point of resume. What does depend
-on history (dropout's generator) is captured and restored as a whole.
+Draws for a sample, a view or an epoch come from generators seeded by those names, so they do not
+depend on the worker, the rank or the point of resume. Generators that depend on history (dropout's)
+are captured and restored as a whole.
 """
 
 import hashlib
@@ -16,16 +16,16 @@ import torch
 
 
 class RngState(TypedDict):
-    """State of every generator of one process, in types that ``torch.load`` reads safely."""
+    """State of every global generator of one process, in types that ``torch.load`` reads safely."""
 
     python: tuple[object, ...]
     numpy: tuple[torch.Tensor, int, int, float]  # key, position, has_gauss, cached_gaussian
     torch: torch.Tensor
-    cuda: torch.Tensor | None  # of the device that this process computes on
+    cuda: torch.Tensor | None  # of the device of this process
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A seed of 63 bits that is a pure function of ``parts`` (BLAKE2b of their text)."""
+    """A 63-bit seed, a pure function of ``parts`` (BLAKE2b of their text)."""
     text = "\x1f".join(str(part) for part in parts)
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
@@ -49,7 +49,7 @@ def seed_everything(seed: int) -> None:
 
 
 def capture_rng() -> RngState:
-    """State of the global generators, to be given to :func:`restore_rng`."""
+    """State of the global generators, for :func:`restore_rng`."""
     state = np.random.get_state(legacy=True)
     assert isinstance(state, tuple)  # legacy=True: ("MT19937", key, position, has_gauss, cached_gaussian)
     _, key, position, has_gauss, cached = state
@@ -62,9 +62,9 @@ def capture_rng() -> RngState:
 
 
 def restore_rng(state: RngState) -> None:
-    """Put the global generators back into a captured state.
+    """Restore the global generators to a captured state.
 
-    A CUDA state goes to this process's device, whichever number it had and however many are visible.
+    A CUDA state goes to this process's device, whatever its index at capture and however many are visible.
     """
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))  # type: ignore[arg-type]
@@ -77,7 +77,7 @@ def restore_rng(state: RngState) -> None:
 
 @contextmanager
 def isolated_rng(seed: int) -> Iterator[None]:
-    """Run a block with the global CPU generators seeded by ``seed``, then put them back."""
+    """Run a block with the global CPU generators seeded by ``seed``, then restore them."""
     python, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
     np.random.seed(seed % 2**32)

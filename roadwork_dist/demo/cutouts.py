@@ -1,8 +1,8 @@
-"""A small set of real photographs: cut-outs of Debian's ``tuxpaint-stamps-default`` on a plain ground.
+"""Write a small data set of real photos: cut-outs of Debian's ``tuxpaint-stamps-default`` on plain colours.
 
 The package (GPL-2) is installed by the user and never vendored. Label 1 = road signs, traffic cones
-and vehicles; label 0 = everything else (animals, food, tools, plants, …). One photo a cut-out; numbered
-cut-outs of one thing (``fireman200b``, ``fireman240a``) are one group, which no split parts.
+and vehicles; label 0 = everything else (animals, food, tools, plants, …). One photo per cut-out; numbered
+cut-outs of one object (``fireman200b``, ``fireman240a``) form one group, which splits keep together.
 """
 
 import csv
@@ -37,7 +37,7 @@ _PHOTO_FOLDERS = (
     "town",
     "vehicles",
 )
-"""Folders of photographs; clothes, seasonal, symbols and naturalforces are drawings for the most part."""
+"""Folders of photographs; clothes, seasonal, symbols and naturalforces are mostly drawings."""
 _POSITIVE_FOLDERS = ("town/roadsigns", "vehicles", "military/vehicles")
 _SKIPPED_WORDS = ("cartoon", "toys", "plastic", "mirror")
 _SKIPPED = (
@@ -52,7 +52,7 @@ _SKIPPED = (
     "town/flags",
     "town/monuments/inukshuk-outline",
     "town/roadsigns/stoplight",
-    # parts of a vehicle, the lettering of one, and a building-site machine kept among the tools
+    # vehicle parts, the lettering of a vehicle, and a construction machine filed under tools
     "household/tools/cementmixer",
     "vehicles/7spoke256",
     "vehicles/emergency/sedan_police",
@@ -63,28 +63,28 @@ _SKIPPED = (
 @dataclass(frozen=True)
 class _CutOut:
     path: Path
-    name: str  # path below the stamps without its ending
+    name: str  # path below the stamps folder, without suffix
     label: int
 
 
 def write_cutouts(out: Path, *, stamps: Path = STAMPS, seed: int = 42, size: int = 256) -> Path:
-    """Put every photographic cut-out on a plain ground and write the table of them.
+    """Paste every photographic cut-out onto a plain background and write the table of the photos.
 
     The folder gets ``metadata.csv`` (id, image, label, kind = the cut-out's folder, group = its name
-    without a number at the end), ``images/*.jpg`` and, last, a marker; a folder that is complete is left
-    alone. What is written is a pure function of the stamps, ``seed`` and ``size``.
+    without a trailing number), ``images/*.jpg`` and, last, a marker; a complete folder is not written
+    again. The output is a pure function of the stamps, ``seed`` and ``size``.
 
     Args:
-        out: folder, made if need be.
-        stamps: where Debian's package puts its stamps.
-        seed: seed of grounds, places and scales.
+        out: output folder, created if missing.
+        stamps: folder where Debian's package installs its stamps.
+        seed: seed of background colours, positions and scales.
         size: side of the square photos in px, at least 64.
 
     Returns:
         The path of the table.
 
     Raises:
-        DataError: the stamps are not installed, hold no cut-out of a class, or ``size`` is too small.
+        DataError: the stamps are not installed, lack cut-outs of a class, or ``size`` is too small.
     """
     if size < 64:
         raise DataError(f"size is {size}, expected at least 64 px")
@@ -112,7 +112,7 @@ def _without_number(thing: str) -> str:
 
 
 def _find(stamps: Path) -> list[_CutOut]:
-    """All photographic cut-outs in the order of their names, exact copies once."""
+    """All photographic cut-outs in order of their paths, without exact duplicates."""
     if not stamps.is_dir():
         raise DataError(
             f"{stamps} does not exist, expected Debian's photo cut-outs: "
@@ -133,21 +133,23 @@ def _find(stamps: Path) -> list[_CutOut]:
             found.append(_CutOut(path, name, int(positive)))
     if {cutout.label for cutout in found} != {0, 1}:
         raise DataError(
-            f"{stamps} holds {len(found)} usable cut-outs, expected road signs or vehicles and other things: "
+            f"{stamps} holds {len(found)} usable cut-outs, expected both classes "
+            "(road signs or vehicles, others): "
             "reinstall them with `apt-get install --reinstall tuxpaint-stamps-default`"
         )
     return found
 
 
 def _photo(cutout: _CutOut, seed: int, size: int) -> bytes:
-    """JPEG of one cut-out at a random place on a ground of a random muted colour."""
+    """JPEG of one cut-out at a random position on a background of a random muted colour."""
     rng = generator_for(seed, "cutout", cutout.name)
     try:
         with Image.open(cutout.path) as opened:
             stamp = opened.convert("RGBA")
     except OSError as error:
         raise DataError(
-            f"{cutout.path} cannot be read ({error}): reinstall tuxpaint-stamps-default"
+            f"{cutout.path} cannot be read ({error}): "
+            "reinstall it with `apt-get install --reinstall tuxpaint-stamps-default`"
         ) from error
     stamp = stamp.crop(stamp.getchannel("A").getbbox())
     scale = rng.uniform(0.72, 0.92) * size / max(stamp.size)

@@ -1,1 +1,1 @@
-"""Features of a frozen backbone: computed once, kept on disk."""
+"""Features of a frozen backbone: computed once and stored on disk."""

@@ -1,7 +1,7 @@
-"""What photos contain, as hashes that name them in the feature store.
+"""Content hashes of photos, by which the feature store identifies them.
 
-Hashing needs every byte of every photo, so hashes are remembered in a file of the store for as long
-as a photo's path, size, inode and time of change stay the same.
+Hashing reads every byte of every photo, so the store caches the hashes in a file. A cached hash is valid
+as long as the photo's path, size, inode, mtime and ctime stay the same.
 """
 
 import hashlib
@@ -25,10 +25,10 @@ def content_hashes(
     """Hash the bytes of photos, reading only those that changed.
 
     Args:
-        sources: the photos; one with a ``content_hash`` of its own (out of a shard's index) is not read.
-        root: folder of the feature store, where hashes are remembered; ``None`` = nowhere. Several
+        sources: the photos; one that has a ``content_hash`` (from a shard's index) is not read.
+        root: folder of the feature store, where hashes are cached; ``None`` = no cache. Several
             processes may use it at once.
-        threads: photos read at once.
+        threads: photos read in parallel.
 
     Returns:
         One hash per photo; ``None`` for a photo whose bytes cannot be read.
@@ -36,28 +36,29 @@ def content_hashes(
     index = None if root is None else Path(root) / INDEX_NAME
     known = {} if index is None else _load(index)
     states = [_file_state(source) for source in sources]
-    told = [getattr(source, "content_hash", None) for source in sources]
+    provided = [getattr(source, "content_hash", None) for source in sources]
     hashes: list[str | None] = [
-        known.get(state) if state else own for state, own in zip(states, told, strict=True)
+        known.get(state) if state else own for state, own in zip(states, provided, strict=True)
     ]
     unknown = [row for row, value in enumerate(hashes) if value is None]
     with ThreadPoolExecutor(max(1, threads)) as pool:  # reading and hashing release the GIL
-        for row, value in zip(unknown, pool.map(lambda row: _hash(sources[row]), unknown), strict=True):
+        values = pool.map(lambda row: _hash_or_none(sources[row]), unknown)
+        for row, value in zip(unknown, values, strict=True):
             hashes[row] = value
     if index is not None:
         found = {s: h for row in unknown if (s := states[row]) and (h := hashes[row])}
         _append(index, found)
-    return [_laid_out(value, source) for value, source in zip(hashes, sources, strict=True)]
+    return [_with_original_size(value, source) for value, source in zip(hashes, sources, strict=True)]
 
 
-def _laid_out(value: str | None, source: ImageSource) -> str | None:
-    """The hash of a reduced photo names its original's size as well, which its views are laid out for."""
+def _with_original_size(value: str | None, source: ImageSource) -> str | None:
+    """Add the original size to the hash of a downscaled photo; the layout of its views depends on it."""
     size = getattr(source, "original_size", None)
     return value if value is None or size is None else f"{value} of {size[0]}x{size[1]}"
 
 
 def _file_state(source: ImageSource) -> str | None:
-    """A name for the present state of a photo's file; ``None`` where there is no file."""
+    """A key of the current state of a photo's file; ``None`` if there is no file."""
     if not isinstance(source, FileImage):
         return None
     try:
@@ -69,7 +70,7 @@ def _file_state(source: ImageSource) -> str | None:
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:_STATE_DIGITS]
 
 
-def _hash(source: ImageSource) -> str | None:
+def _hash_or_none(source: ImageSource) -> str | None:
     try:
         return content_hash(source.read())
     except DataError:
@@ -77,7 +78,7 @@ def _hash(source: ImageSource) -> str | None:
 
 
 def _load(index: Path) -> dict[str, str]:
-    """Whole lines of the index; a line that a killed process left unfinished is passed over."""
+    """Complete lines of the index; a line that a killed process left unfinished is skipped."""
     try:
         lines = index.read_text(encoding="ascii", errors="replace").splitlines()
     except FileNotFoundError:
@@ -87,7 +88,7 @@ def _load(index: Path) -> dict[str, str]:
 
 
 def _append(index: Path, found: dict[str, str]) -> None:
-    """Add lines in one write, so that processes which append at once do not tear each other's lines."""
+    """Add lines in one write, so that concurrent appends do not interleave."""
     if not found:
         return
     # The leading newline closes a line that another process may have left unfinished.

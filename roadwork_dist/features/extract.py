@@ -1,4 +1,4 @@
-"""Filling a feature store: every photo is decoded once, every view goes through the backbone once.
+"""Compute the features of a frozen backbone and write them to a feature store.
 
 N views in one call of the backbone · V views of a photo · D width of the backbone · S side in px
 """
@@ -28,16 +28,16 @@ from roadwork_dist.storage.remote.read_ahead import fetch_alongside
 logger = logging.getLogger(__name__)
 
 Encoder = Callable[[Tensor], Tensor]
-"""[N, 3, S, S] uint8 on the CPU -> [N, D] floating, on any device."""
+"""[N, 3, S, S] uint8 on the CPU -> [N, D] floating point, on any device."""
 
 _BUFFERS = 3
-"""Batches of views that are filled or on their way to a GPU."""
-_AHEAD = 4
-"""Batches of features that may wait for being written."""
+"""Batches of views being filled or copied to a GPU."""
+_MAX_PENDING_WRITES = 4
+"""Batches of features that may wait to be written."""
 _BLOCK = 256
-"""Neighbouring photos that go to one process."""
-_SHARDS_EACH = 4
-"""Where every process gets so many shards, they are dealt whole."""
+"""Neighbouring photos assigned to one process."""
+_MIN_SHARDS_PER_RANK = 4
+"""With at least this many shards per process, whole shards are assigned."""
 
 Progress = Callable[[int, int], None]
 """Called with (entries done, entries to do) of this process; an entry is one copy of one photo."""
@@ -45,7 +45,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class _Job:
-    """Copies of one photo that are missing in the store."""
+    """Copies of one photo that are missing from the store."""
 
     row: int
     sample: Sample
@@ -55,20 +55,20 @@ class _Job:
 
 _Entry = tuple[_Job, int | None]
 _Item = tuple[Tensor, list[ViewDraws]]
-"""Views of a copy, and what each draws on the device (nothing where it is augmented already)."""
+"""Views of a copy, and the draws of each for augmentation on the device (empty if already augmented)."""
 
 
 @dataclass(frozen=True)
 class Extraction:
-    """What :func:`extract` did."""
+    """Result of :func:`extract`."""
 
     computed: int
-    """Entries (photo and copy) computed now."""
+    """Entries (photo and copy) computed in this call."""
     found: int
-    """Entries that were there already."""
+    """Entries that were already stored."""
     unreadable: dict[int, str] = field(default_factory=dict)
-    """Row of the manifest -> message, for photos of this process's share that could not be read (and
-    rows with the same content); they have no features."""
+    """Row of the manifest -> error message, for photos of this process's share that could not be read
+    (and rows with the same content); they have no features."""
 
 
 def extract(
@@ -86,28 +86,29 @@ def extract(
 ) -> Extraction:
     """Compute the features that the store lacks, and close it.
 
-    What is there is not decoded again, so a run that was killed goes on where it was. Every call of
-    ``encode`` gets exactly ``batch_views`` views (the last is filled up with black ones), so a
-    feature does not depend on which photos stood beside it, nor on the point of resume.
+    Every photo is decoded once and every view goes through the backbone once. Stored entries are
+    skipped, so a killed run resumes where it stopped. Every call of ``encode`` gets exactly
+    ``batch_views`` views (the last batch is padded with black views), so a feature depends neither on
+    the other photos of its batch nor on the point of resume.
 
-    Decoding (in loader processes), computing (here) and writing (in a thread) go on side by side; on a
-    GPU nothing here waits for the device but the thread that writes.
+    Decoding (in loader processes), computing (here) and writing (in a thread) run in parallel; on a
+    GPU only the writing thread waits for the device.
 
     Args:
         samples: the photos.
-        hashes: their content, as of :func:`content_hashes`.
-        views: how a photo becomes views; its augmentation must be that of the store's space.
-        store: where features go.
+        hashes: their content hashes, from :func:`content_hashes`.
+        views: how a photo is cut into views; its augmentation must be that of the store's space.
+        store: where features are written.
         encode: the frozen backbone.
         batch_views: views per call of ``encode``.
         workers: processes that decode while the backbone computes; 0 = decode in this process.
         share: (rank, world size): this process computes the photos of its rank only.
-        augment_on: device that views are augmented on, in the batches of ``encode``; None = where photos
-            are decoded. Draws are the same; a few values are rounded the other way.
-        on_progress: told after every entry.
+        augment_on: device that augments the views, in the batches of ``encode``; None = the loader
+            processes. Draws are the same; a few values are rounded differently.
+        on_progress: called after every entry.
 
     Raises:
-        BackboneError: the backbone gave features that are not finite.
+        BackboneError: the backbone returned features that are not finite.
         ConfigError: the store cannot be written.
     """
     store.check()
@@ -127,16 +128,16 @@ def extract(
                 yield (jobs[job_index], copy), item
 
     try:
-        compute = _augmenting(encode, augment_on)
-        for written in _computed(readable(), compute, _Writing(store), batch_views):
+        compute = _augment_and_encode(encode, augment_on)
+        for written in _encode_and_write(readable(), compute, _FeatureWriter(store), batch_views):
             if done == found and written:
-                _tell_shortage(store, total - done, views.geometry.max_views)
+                _warn_if_disk_too_small(store, total - done, views.geometry.max_views)
             for _ in range(written):
                 done += 1
                 if on_progress is not None:
                     on_progress(done, total)
     except BaseException:
-        with suppress(RoadworkError):  # the first error is the one to be told
+        with suppress(RoadworkError):  # the first error is the one to report
             store.close()
         raise
     store.close()
@@ -145,14 +146,14 @@ def extract(
     return Extraction(done - found, found, dict(sorted(unreadable.items())))
 
 
-def _tell_shortage(store: FeatureStore, entries: int, views: int) -> None:
-    """Say beforehand that a disk has no room for what this process has to write, rather than hours later."""
+def _warn_if_disk_too_small(store: FeatureStore, entries: int, views: int) -> None:
+    """Warn in advance, rather than fail hours later, if the disk lacks space for this process's features."""
     most = entries * views * store.view_bytes
     free = shutil.disk_usage(store.folder).free
     if most > free:
         logger.warning(
             "the features of %d photos and copies take up to %.1f GB, but the disk of %s has %.1f GB free: "
-            "make room meanwhile, or stop and set features.dir to another folder",
+            "free up space during the run, or stop and set features.dir to another folder",
             *(entries, most / 1e9, store.folder, free / 1e9),
         )
 
@@ -164,9 +165,9 @@ def _plan(
     store: FeatureStore,
     share: tuple[int, int],
 ) -> tuple[list[_Job], int, dict[int, str]]:
-    """What this process has to compute, how many entries are there, and photos without bytes.
+    """Jobs of this process, number of entries already stored, and messages of unreadable photos by row.
 
-    The shares are cut before looking at the store, which other processes are filling meanwhile.
+    Shares are assigned before looking at the store, since other processes are filling it at the same time.
     """
     unreadable: dict[int, str] = {}
     rows: list[int] = []
@@ -196,13 +197,13 @@ def _plan(
 
 
 def _share_of(samples: Sequence[Sample], rank: int, world_size: int) -> list[bool]:
-    """Which rows are this process's: whole shards where there are enough of them, else blocks of neighbours.
+    """Which rows belong to this rank: whole shards if there are enough of them, else blocks of neighbours.
 
-    Dealt in turn, so that after a kill all ranks have some left.
+    They are assigned round-robin, so that after a kill every rank still has work left.
     """
     shards = [getattr(sample.image, "location", None) for sample in samples]
     begins = [row == 0 or shards[row] != shards[row - 1] for row in range(len(shards))]
-    if None not in shards and sum(begins) >= _SHARDS_EACH * world_size:
+    if None not in shards and sum(begins) >= _MIN_SHARDS_PER_RANK * world_size:
         return [(number - 1) % world_size == rank for number in accumulate(begins)]
     block = min(_BLOCK, max(1, len(samples) // (world_size * 16)))
     return [row // block % world_size == rank for row in range(len(samples))]
@@ -213,11 +214,11 @@ def _why_unreadable(sample: Sample) -> str:
         sample.image.read()
     except DataError as error:
         return str(error)
-    return f"{sample.image.name}: changed while it was read: start the same command again"
+    return f"{sample.image.name}: changed while it was being read: start the same command again"
 
 
-class _Decoding(IterableDataset[Any]):
-    """Decodes each photo once and gives its copies one by one; a worker takes every n-th photo."""
+class _DecodingDataset(IterableDataset[Any]):
+    """Decodes each photo once and yields its copies one by one; each worker takes every n-th photo."""
 
     def __init__(self, jobs: list[_Job], views: PhotoViews) -> None:
         self.jobs, self.views = jobs, views
@@ -242,33 +243,33 @@ class _Decoding(IterableDataset[Any]):
 def _decoded(
     jobs: list[_Job], views: PhotoViews, workers: int
 ) -> Iterable[tuple[int, int | None, _Item | str]]:
-    """(index of the job, copy, views and what they drew, or what is wrong with the photo)."""
+    """(index of the job, copy, views and their draws, or why the photo cannot be read)."""
     loader = DataLoader(
-        _Decoding(jobs, views),
+        _DecodingDataset(jobs, views),
         batch_size=None,
         num_workers=min(workers, len(jobs)),
-        generator=torch_generator_for("extract"),  # or it would draw from the global generator
+        generator=torch_generator_for("extract"),  # otherwise it draws from the global generator
     )
     return fetch_alongside([job.sample.image for job in jobs], loader)
 
 
-class _Writing:
-    """Hands the features of batches out to their entries, in order, and puts them into the store."""
+class _FeatureWriter:
+    """Splits the features of batches into entries, in order, and writes them to the store."""
 
     def __init__(self, store: FeatureStore) -> None:
         self.store = store
         self._entries: deque[tuple[_Entry, int]] = deque()
-        self._features: Tensor | None = None  # computed, of an entry that is not complete
+        self._features: Tensor | None = None  # of an entry that is not complete yet
 
     def __call__(
         self, entries: list[tuple[_Entry, int]], features: Tensor, ready: "torch.cuda.Event | None"
     ) -> int:
-        """Write what is complete.
+        """Write the entries that are complete.
 
         Args:
-            entries: those whose first view is in this batch, with their number of views.
-            features: of the batch, [N, D] on the CPU.
-            ready: recorded on the device behind the copy to the CPU.
+            entries: entries whose first view is in this batch, with their number of views.
+            features: features of the batch, [N, D] on the CPU.
+            ready: event recorded on the device after the copy to the CPU.
 
         Returns:
             Number of entries written.
@@ -282,7 +283,7 @@ class _Writing:
             (job, copy), count = self._entries.popleft()
             if not torch.isfinite(rest[:count]).all():
                 raise BackboneError(
-                    f"the backbone gave features that are not finite for {job.sample.image.name}: "
+                    f"the backbone returned features that are not finite for {job.sample.image.name}: "
                     "set backbone.dtype to fp32, or check the backbone's weights"
                 )
             self.store.put(job.content, job.sample.id, copy, rest[:count])
@@ -292,10 +293,10 @@ class _Writing:
 
 
 _Compute = Callable[[Tensor, list[ViewDraws]], Tensor]
-"""Views of a batch [N, 3, S, S] on the CPU and what each draws -> features [N, D]."""
+"""Views of a batch [N, 3, S, S] on the CPU and the draws of each -> features [N, D]."""
 
 
-def _augmenting(encode: Encoder, device: torch.device | None) -> _Compute:
+def _augment_and_encode(encode: Encoder, device: torch.device | None) -> _Compute:
     def compute(views: Tensor, draws: list[ViewDraws]) -> Tensor:
         if device is None:
             return encode(views)
@@ -304,10 +305,10 @@ def _augmenting(encode: Encoder, device: torch.device | None) -> _Compute:
     return compute
 
 
-def _computed(
-    entries: Iterable[tuple[_Entry, _Item]], compute: _Compute, write: _Writing, batch_views: int
+def _encode_and_write(
+    entries: Iterable[tuple[_Entry, _Item]], compute: _Compute, write: _FeatureWriter, batch_views: int
 ) -> Iterator[int]:
-    """Encode views of several photos together and write them; gives numbers of entries written."""
+    """Encode views in batches across photos and write them; yields the numbers of entries written."""
     written: deque[Future[int]] = deque()
     with ThreadPoolExecutor(1, thread_name_prefix="features") as thread:
         for begun, buffer, views in _batches(entries, batch_views):
@@ -316,14 +317,14 @@ def _computed(
             )
             buffer.in_use(ready)
             written.append(thread.submit(write, begun, features, ready))
-            while len(written) > _AHEAD or (written and written[0].done()):
+            while len(written) > _MAX_PENDING_WRITES or (written and written[0].done()):
                 yield written.popleft().result()
         while written:
             yield written.popleft().result()
 
 
 def _to_host(features: Tensor, count: int, dtype: torch.dtype) -> tuple[Tensor, "torch.cuda.Event | None"]:
-    """The first features of a batch in the stored type, on their way to the CPU."""
+    """Start copying the first ``count`` features of a batch, in the stored dtype, to the CPU."""
     features = features.detach()[:count].to(dtype)
     if features.device.type != "cuda":
         return features.to("cpu", copy=True), None
@@ -335,7 +336,7 @@ def _to_host(features: Tensor, count: int, dtype: torch.dtype) -> tuple[Tensor, 
 
 
 class _Buffer:
-    """Views of one batch, in page-locked memory where the device copies them by itself."""
+    """Views of one batch, in pinned memory if they are copied to a GPU."""
 
     def __init__(self, shape: Sequence[int], *, pinned: bool) -> None:
         self.views = torch.empty(tuple(shape), dtype=torch.uint8, pin_memory=pinned)
@@ -345,12 +346,12 @@ class _Buffer:
         self._ready: torch.cuda.Event | None = None
 
     def in_use(self, ready: "torch.cuda.Event | None") -> None:
-        """Remember what has to have happened before the buffer is filled again."""
+        """Set the event to wait for before the buffer is filled again."""
         self._ready = ready
         self.is_on_gpu = self.is_on_gpu or ready is not None
 
     def wait(self) -> None:
-        """Until the device has read the buffer."""
+        """Wait until the device has read the buffer."""
         if self._ready is not None:
             self._ready.synchronize()
 
@@ -358,7 +359,7 @@ class _Buffer:
 def _batches(
     entries: Iterable[tuple[_Entry, _Item]], batch_views: int
 ) -> Iterator[tuple[list[tuple[_Entry, int]], _Buffer, int]]:
-    """Batches of exactly ``batch_views`` views: entries that begin in it, the views, how many are real."""
+    """Batches of exactly ``batch_views`` views: entries that begin in it, buffer, number of real views."""
     ring: deque[_Buffer] = deque()
     begun: list[tuple[_Entry, int]] = []
     buffer: _Buffer | None = None
@@ -383,10 +384,10 @@ def _batches(
 
 
 def _next_buffer(ring: deque[_Buffer], shape: Sequence[int]) -> _Buffer:
-    """A buffer that nobody reads: on a CPU always the same, for a GPU the oldest of a few."""
+    """A buffer that is not being read: always the same one for a CPU, the oldest of a few for a GPU."""
     is_on_gpu = bool(ring) and ring[-1].is_on_gpu
     if is_on_gpu and not ring[-1].pinned:
-        ring.clear()  # the first one, made before anybody knew where the backbone computes
+        ring.clear()  # the first one was created before the device of the backbone was known
     if not ring or (is_on_gpu and len(ring) < _BUFFERS):
         ring.append(_Buffer(shape, pinned=is_on_gpu))
         return ring[-1]

@@ -1,7 +1,7 @@
 """Targets of the mask head for a whole manifest, decoded once (M classes, cells of the global view).
 
-Decoding a 12-megapixel mask takes longer than a training step, so targets are kept: on disk between
-runs and, compressed, in memory during one. Cells are whole multiples of 1/255, so nothing is rounded.
+Decoding a 12-megapixel mask takes longer than a training step, so targets are cached: on disk between
+runs and, compressed, in memory during a run. Cells are multiples of 1/255, so uint8 stores them exactly.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ SHAPE = (len(MASK_CLASSES), MASK_SIDE, MASK_SIDE)
 
 
 class MaskTargets:
-    """The targets of the rows of a manifest.
+    """Mask targets of the rows of a manifest.
 
     Args:
         targets: [M, MASK_SIDE, MASK_SIDE] uint8, 255 = the whole cell; ``None`` = no mask.
@@ -43,7 +43,7 @@ class MaskTargets:
         return len(self._packed)
 
     def __getitem__(self, row: int) -> tuple[Tensor, bool]:
-        """Target [M, MASK_SIDE, MASK_SIDE] float32 in [0, 1], and whether the row has a mask (else 0)."""
+        """Target [M, MASK_SIDE, MASK_SIDE] float32 in [0, 1], and whether the row has a mask (else all 0)."""
         masks, known = self.rows([row])
         return masks[0], bool(known[0])
 
@@ -66,22 +66,22 @@ def faulty_masks(
     max_pixels: int = MAX_PIXELS,
     threads: int = 4,
 ) -> dict[int, str]:
-    """Find the masks that cannot be read or are turned; those without fault are kept as targets.
+    """Find masks that are unreadable or rotated against their photo; valid ones are cached as targets.
 
-    What is kept is not looked at again: it was held against the same photo.
+    Cached targets are not checked again: they were checked against the same photo.
 
     Args:
         samples: photos and masks.
-        photos: content of each photo, as of ``content_hashes``; one without is passed over.
+        photos: content hash of each photo, from ``content_hashes``; rows without one are skipped.
         root: folder of the feature store.
-        max_pixels: limit of pixels of a photo.
-        threads: masks decoded at once.
+        max_pixels: maximum number of pixels of a photo.
+        threads: masks decoded in parallel.
 
     Returns:
-        Row -> what is wrong, one line that names the file.
+        Row -> one line that names the file and what is wrong with it.
 
     Raises:
-        ServerDownError: nothing can be read.
+        ServerDownError: the server cannot be reached.
         OSError: the disk of the store is full.
     """
     folder = Path(root) / FOLDER
@@ -106,13 +106,13 @@ def mask_targets(
     threads: int = 4,
     photos: Sequence[str | None] | None = None,
 ) -> MaskTargets:
-    """Decode the masks of a manifest, or read their kept targets.
+    """Decode the masks of a manifest, or read their cached targets.
 
     Args:
         sources: one per row; ``None`` = no mask.
-        root: folder of the feature store, where targets are kept; ``None`` = nowhere.
-        threads: masks decoded at once.
-        photos: content of each row's photo where :func:`faulty_masks` has looked at them.
+        root: folder of the feature store, where targets are cached; ``None`` = no cache.
+        threads: masks decoded in parallel.
+        photos: content hash of each row's photo, if :func:`faulty_masks` has checked the masks.
 
     Raises:
         DataError: a mask cannot be read; the message names it.
@@ -134,7 +134,7 @@ def _target(
 ) -> Tensor:
     path = None
     if folder is not None:
-        # With its photo: the same mask may be right for one and turned for another.
+        # The key includes the photo: the same mask may fit one photo and be rotated against another.
         name = hashlib.sha256(source.content() + (photo or "").encode()).hexdigest()
         path = folder / name[:2] / f"{name}.safetensors"
         kept = unpack_tensor(path)

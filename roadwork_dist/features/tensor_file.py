@@ -1,4 +1,4 @@
-"""One tensor in one safetensors file that carries its checksum: what is kept beside the feature store."""
+"""Read and write safetensors files of one tensor and its checksum, cached next to the feature store."""
 
 import hashlib
 import warnings
@@ -11,13 +11,13 @@ from torch import Tensor
 
 
 def checksum(tensor: Tensor) -> str:
-    """Hex SHA-256 of a CPU tensor's bytes, in the order of its elements."""
+    """Hex SHA-256 of a CPU tensor's bytes in element order."""
     return hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 def pack_tensor(tensor: Tensor) -> bytes:
-    """A tensor as the content of a safetensors file that carries its checksum."""
-    # One key only: safetensors writes several in random order, and equal tensors should give equal files.
+    """Serialize a tensor as a safetensors file that includes its checksum."""
+    # Only one key: safetensors writes several in random order, but equal tensors must give equal files.
     return save({"values": tensor.contiguous()}, metadata={"sha256": checksum(tensor)})
 
 
@@ -25,7 +25,7 @@ def unpack_tensor(path: Path) -> Tensor | None:
     """Read a tensor written by :func:`pack_tensor`.
 
     Returns:
-        The tensor, or ``None`` where there is no file or where it is damaged; the latter warns.
+        The tensor; ``None`` if there is no file, or, with a warning, if it is damaged.
     """
     try:
         with safe_open(path, framework="pt") as file:

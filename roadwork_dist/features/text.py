@@ -1,6 +1,6 @@
 """Sentence embeddings of the descriptions, computed once by a frozen encoder.
 
-Which encoder is not known here: it is handed in as a function. N rows · T unique texts.
+The caller passes the encoder as a function. N rows · T unique texts
 """
 
 import hashlib
@@ -28,7 +28,7 @@ class TextEmbeddings:
     """Embeddings of the rows of a manifest."""
 
     values: Tensor
-    """[N, TEXT_WIDTH] float32; 0 where the description is null."""
+    """[N, TEXT_WIDTH] float32; 0 where the description is None."""
     known: Tensor
     """[N] bool."""
 
@@ -37,7 +37,7 @@ class TextCache:
     """Embeddings on disk, one file per encoder.
 
     Args:
-        folder: where the file is.
+        folder: folder of the file.
         encoder: identity of the encoder: its name and the hash of its weights.
     """
 
@@ -47,7 +47,7 @@ class TextCache:
         self.path = Path(folder) / f"text-{name}.safetensors"
 
     def load(self) -> dict[str, Tensor]:
-        """Embeddings by hash of their text; a damaged file warns and counts as empty."""
+        """Embeddings by hash of their text; empty, with a warning, if the file is damaged."""
         try:
             with safe_open(self.path, framework="pt") as file:
                 keys = (file.metadata() or {}).get("keys", "").split()
@@ -64,7 +64,7 @@ class TextCache:
         return dict(zip(keys, values, strict=True))
 
     def save(self, found: dict[str, Tensor]) -> None:
-        """Add embeddings; what another process adds at the same moment may be lost, never mixed up."""
+        """Add embeddings; those added concurrently by another process may be lost, but never corrupted."""
         merged = {**self.load(), **found}
         values = torch.stack(list(merged.values()))
         metadata = {"encoder": self.encoder, "keys": " ".join(merged), "sha256": _checksum(values)}
@@ -79,12 +79,12 @@ def embed_descriptions(
     cache: TextCache | None = None,
     batch_size: int = 64,
 ) -> TextEmbeddings:
-    """Embed descriptions; each distinct text once.
+    """Embed descriptions, each distinct text once.
 
     Args:
-        descriptions: one per row; ``None`` = null.
-        encode: the frozen sentence encoder; not called where the cache has every text.
-        cache: where embeddings are kept between runs.
+        descriptions: one per row; ``None`` = no description.
+        encode: the frozen sentence encoder; not called if the cache has every text.
+        cache: stores embeddings between runs.
         batch_size: texts per call of ``encode``.
 
     Raises:

@@ -1,1 +1,1 @@
-"""Figures of merit and their intervals."""
+"""Classification metrics and their confidence intervals."""

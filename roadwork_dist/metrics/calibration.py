@@ -1,4 +1,4 @@
-"""How far probabilities are from observed shares.
+"""Calibration: how far predicted probabilities are from observed shares.
 
 N photos · bins of equal width over [0, 1]
 """
@@ -13,7 +13,7 @@ BINS = 15
 
 @dataclass(frozen=True)
 class ReliabilityCurve:
-    """Points of a reliability diagram, one entry a bin; NaN where a bin is empty."""
+    """Points of a reliability diagram, one entry per bin; NaN where a bin is empty."""
 
     edges: NDArray[np.float64]  # [bins + 1]
     count: NDArray[np.int64]  # [bins], photos in the bin
@@ -22,7 +22,7 @@ class ReliabilityCurve:
 
 
 def bin_indices(probabilities: NDArray[np.float64], bins: int = BINS) -> NDArray[np.int64]:
-    """Bin of each probability; bins are closed below, the last one also above."""
+    """Bin of each probability; bins include their lower edge, the last one also its upper edge."""
     return np.minimum((probabilities * bins).astype(np.int64), bins - 1)
 
 
@@ -48,11 +48,11 @@ def reliability_curve(labels: ArrayLike, probabilities: ArrayLike, bins: int = B
 
 
 def expected_calibration_error(labels: ArrayLike, probabilities: ArrayLike, bins: int = BINS) -> float:
-    """Mean distance between probability and observed share of class 1, weighted by photos.
+    """Mean distance between probability and observed share of class 1, weighted by photos per bin.
 
     Σ_b (n_b / N) · |share_b − probability_b| over bins of equal width (Naeini et al. 2015; equation
-    3 of arXiv 1706.04599, here with the probability of class 1 in place of that of the predicted
-    class, so that it is the area between the reliability plot and its diagonal).
+    3 of arXiv 1706.04599, here with the probability of class 1 instead of that of the predicted
+    class; it is then the area between the reliability plot and its diagonal).
     """
     curve = reliability_curve(labels, probabilities, bins)
     gap = np.abs(curve.observed - curve.probability)

@@ -1,4 +1,4 @@
-"""Figures of a classifier. Class 1 (roadwork) is predicted where its probability is above the threshold.
+"""Metrics of a classifier. Class 1 (roadwork) is predicted where its probability is above the threshold.
 
 N photos · K classes
 """
@@ -30,13 +30,13 @@ def classification_metrics(labels: ArrayLike, probabilities: ArrayLike, threshol
 
     Returns:
         ``mcc, accuracy, f1, precision, recall, auroc, average_precision, brier, ece``. MCC is 0
-        where labels or predictions are of one class, precision, recall and F1 are 0 where they
-        divide by 0. ``auroc`` and ``average_precision`` are None (JSON's null) where the labels are
-        of one class: they have no value then. ``ece`` has 15 bins of equal width, see
+        where labels or predictions are all of one class; precision, recall and F1 are 0 where they
+        divide by 0. ``auroc`` and ``average_precision`` are undefined and therefore None (null in JSON)
+        where the labels are all of one class. ``ece`` has 15 bins of equal width, see
         :func:`roadwork_dist.metrics.calibration.expected_calibration_error`.
 
     Raises:
-        DataError: no rows, other labels, or values that are no probabilities.
+        DataError: no rows, labels other than 0 and 1, or probabilities outside [0, 1].
     """
     from sklearn import metrics
 
@@ -57,17 +57,17 @@ def classification_metrics(labels: ArrayLike, probabilities: ArrayLike, threshol
 
 
 def mcc_accuracy(labels: ArrayLike, logits: ArrayLike) -> dict[str, float]:
-    """MCC and accuracy of the most probable class, for any number of classes; cheap.
+    """MCC and accuracy of the most probable class, for any number of classes; cheap to compute.
 
     Args:
         labels: [N] class indices.
         logits: [N, K].
 
     Returns:
-        ``mcc`` (0, with a warning, where the labels are of one class) and ``accuracy``.
+        ``mcc`` (0, with a warning, where the labels are all of one class) and ``accuracy``.
 
     Raises:
-        DataError: no rows, or a label that is no class.
+        DataError: no rows, shapes that do not match, or a label out of range.
     """
     truth, scores = np.asarray(labels, dtype=np.int64), np.asarray(logits)
     if len(truth) == 0 or scores.ndim != 2 or len(scores) != len(truth):
@@ -91,8 +91,8 @@ def confusion_matrix(labels: IntArray, predicted: IntArray, *, classes: int) -> 
 def matthews(confusion: NDArray[Any]) -> float:
     """Matthews correlation coefficient of a [K, K] confusion matrix; 0 where it is 0/0.
 
-    For two classes Matthews 1975 (doi 10.1016/0005-2795(75)90109-9), for more the R_K of Gorodkin
-    2004 (doi 10.1016/j.compbiolchem.2004.09.006).
+    For two classes as in Matthews 1975 (doi 10.1016/0005-2795(75)90109-9), for more the R_K of
+    Gorodkin 2004 (doi 10.1016/j.compbiolchem.2004.09.006).
     """
     counts = confusion.astype(np.float64)
     true, predicted, total = counts.sum(axis=1), counts.sum(axis=0), counts.sum()
@@ -102,24 +102,24 @@ def matthews(confusion: NDArray[Any]) -> float:
 
 
 def best_threshold(labels: ArrayLike, probabilities: ArrayLike) -> float:
-    """The threshold with the highest MCC; to be chosen on validation photos only.
+    """The threshold with the highest MCC; choose it on validation photos only.
 
-    Candidates are 0.5, the middles between neighbouring probabilities, and the highest one. Of equally
-    good ones the nearest to 0.5 is taken, then the lower, so the choice is deterministic.
+    Candidates are 0.5, the midpoints between neighbouring probabilities, and the highest probability.
+    Ties go to the candidate nearest to 0.5, then to the lower one, so the choice is deterministic.
 
     Returns:
         A threshold for ``probability > threshold``; 0.5, with a warning, for labels of one class.
 
     Raises:
-        DataError: no rows, other labels, or values that are no probabilities.
+        DataError: no rows, labels other than 0 and 1, or probabilities outside [0, 1].
     """
     truth, p = checked(labels, probabilities)
     if not warn_if_single_class(truth):
         return 0.5
     values = np.unique(p)
     middles = (values[:-1] + values[1:]) / 2
-    middles = np.where(middles >= values[1:], values[:-1], middles)  # neighbours one rounding step apart
-    candidates = np.concatenate([middles, [0.5, values[-1]]])  # the last predicts no roadwork at all
+    middles = np.where(middles >= values[1:], values[:-1], middles)  # the midpoint rounds up to the neighbour
+    candidates = np.concatenate([middles, [0.5, values[-1]]])  # the last one predicts no roadwork at all
     order = np.argsort(p)
     positives_up_to = np.concatenate([[0], np.cumsum(truth[order])])
     below = np.searchsorted(p[order], candidates, side="right")  # photos predicted 0
@@ -163,7 +163,7 @@ def checked(labels: ArrayLike, probabilities: ArrayLike) -> tuple[IntArray, Floa
 
 
 def warn_if_single_class(labels: IntArray) -> bool:
-    """True if there are two classes or more; else False, after a warning (once per class)."""
+    """True if there are two or more classes; else warn (once per class) and return False."""
     first = int(labels[0])
     if (labels != first).any():
         return True

@@ -1,1 +1,1 @@
-"""What training costs in memory, traffic and time, worked out on paper."""
+"""Estimate the memory, communication and time of training from formulas, without running it."""

@@ -1,4 +1,4 @@
-"""What this project trains, in numbers: the detector's head on DINOv3 ViT-H+, 12 views of 512 px a photo."""
+"""Sizes of this project's training jobs: a detector on DINOv3 ViT-H+, 12 views of 512 px per photo."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,34 +7,34 @@ from roadwork_dist.detector.backbone.flops import VIT_H_PLUS, training_operation
 from roadwork_dist.planning.memory import Engine, Job
 
 VIEWS, SIDE = 12, 512
-"""Views of a photo, and their side in px."""
+"""Views per photo, and their side in px."""
 
 HEAD_PARAMETERS = 20_978_963
-"""Of the detector's head with its mask head, at the default settings."""
+"""Parameters of the detector's head with its mask head, at the default settings."""
 HEAD_OPERATIONS = 342_787_584
-"""Of its forward pass for one photo."""
+"""Operations of its forward pass for one photo."""
 HEAD_ACTIVATIONS = 2_093_194
-"""Bytes that it keeps of a photo for the backward pass under bf16 autocast."""
+"""Bytes that it keeps per photo for the backward pass under bf16 autocast."""
 
 LAST_BLOCKS = 2
 ADAPTER_RANK = 16
 ADAPTER_PARAMETERS = 4 * VIT_H_PLUS.blocks * VIT_H_PLUS.width * (2 * ADAPTER_RANK + 1)
-"""DoRA on the four attention matrices of every block: two factors of rank r and a magnitude each."""
+"""DoRA on the four attention matrices of every block: each has two factors of rank r and a magnitude."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A job of this project, and how to run it.
+    """A training job of this project and how to run it.
 
     Attributes:
         title: what is trained.
         job: sizes for ``batch_size`` photos.
-        batch_size: photos of a micro-batch on one GPU.
-        accumulation: micro-batches of an optimizer step.
-        operations: of a photo in training, those computed again included.
-        engine: the fastest on GPUs of 80 GB, where it fits.
-        sharded: what takes less memory, where there is anything to gain.
-        settings: of the command line; None = not in this version.
+        batch_size: photos per micro-batch on one GPU.
+        accumulation: micro-batches per optimizer step.
+        operations: operations to train on one photo, including recomputation.
+        engine: the fastest engine on GPUs of 80 GB, where it fits.
+        sharded: an engine that takes less memory; None = nothing to gain.
+        settings: command line settings; None = not in this version.
     """
 
     title: str
@@ -48,7 +48,7 @@ class Plan:
 
     @property
     def step_operations(self) -> float:
-        """Of an optimizer step on one GPU."""
+        """Operations of an optimizer step on one GPU."""
         return self.operations * self.batch_size * self.accumulation
 
 
@@ -97,7 +97,7 @@ PLANS: Mapping[str, Plan] = {
         job=Job(
             trained=HEAD_PARAMETERS + LAST_BLOCKS * _BLOCK,
             frozen=VIT_H_PLUS.parameters - LAST_BLOCKS * _BLOCK,
-            frozen_bytes=4,  # a backbone that learns in part is fp32 as a whole
+            frozen_bytes=4,  # a partly trained backbone is fp32 as a whole
             units=_UNITS,
             activations=_head(8) + _views(8) * VIT_H_PLUS.activation_bytes(SIDE, blocks=LAST_BLOCKS),
             workspace=_views(8) * VIT_H_PLUS.workspace_bytes(SIDE),
@@ -144,4 +144,4 @@ PLANS: Mapping[str, Plan] = {
         "--batch_size 8 --accumulation 4",
     ),
 }
-"""By name."""
+"""Plans by name."""

@@ -1,4 +1,4 @@
-"""How fast chips can talk to each other, from published figures."""
+"""Bandwidth and latency of links between GPUs, from published figures."""
 
 import math
 from collections.abc import Mapping
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Link:
-    """A way between two chips.
+    """A link between two GPUs.
 
     Attributes:
-        name: as people call it.
-        bandwidth: bytes a second in one direction.
-        latency: seconds that a hop of a ring, and of a tree, takes besides.
+        name: common name.
+        bandwidth: bytes per second in one direction.
+        latency: additional seconds per hop of a ring, and per hop of a tree.
         source: where the figures are published.
     """
 
@@ -22,8 +22,8 @@ class Link:
     source: str
 
 
-# Data sheets give NVLink and PCIe as the sum of both directions. Latencies are those that NCCL itself
-# reckons with for a hop of a ring and of a tree (src/graph/tuning.cc, hwLat, protocol LL128).
+# Data sheets give NVLink and PCIe as the sum of both directions. Latencies are those that NCCL's own
+# model uses per hop of a ring and of a tree (src/graph/tuning.cc, hwLat, protocol LL128).
 _HOP_NVLINK, _HOP_PCI, _HOP_NETWORK = (1.9e-6, 1.25e-6), (2.5e-6, 1.9e-6), (4.0e-6, 8.5e-6)
 
 LINKS: Mapping[str, Link] = {
@@ -46,14 +46,14 @@ LINKS: Mapping[str, Link] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """Machines that are alike.
+    """Identical machines.
 
     Attributes:
-        gpus_per_node: chips of a machine.
-        inside: link of a chip to the others of its machine.
+        gpus_per_node: GPUs per machine.
+        inside: link between the GPUs of a machine.
         between: link of one network card.
-        cards: network cards of a machine.
-        host: link of a chip to the memory of its machine.
+        cards: network cards per machine.
+        host: link of a GPU to the memory of its machine.
     """
 
     gpus_per_node: int = 8
@@ -63,14 +63,14 @@ class Cluster:
     host: Link = LINKS["PCIe 5 x16"]
 
     def nodes(self, ranks: int) -> int:
-        """Machines that so many ranks take."""
+        """Machines needed for ``ranks`` ranks."""
         return -(-ranks // self.gpus_per_node)
 
     def bandwidth(self, ranks: int) -> float:
-        """Bytes a second that a rank can pass on around a ring of ``ranks`` ("bus bandwidth").
+        """Bytes per second that a rank can pass on around a ring of ``ranks`` ("bus bandwidth").
 
-        A ring enters and leaves a machine once, and NCCL runs as many rings as there are cards, so
-        between machines all cards of a machine carry what one rank passes on (nccl-tests,
+        A ring enters and leaves a machine once. NCCL runs as many rings as there are cards, so
+        between machines all cards of a machine share the traffic of one rank (nccl-tests,
         doc/PERFORMANCE.md).
         """
         if self.nodes(ranks) == 1:
@@ -78,17 +78,17 @@ class Cluster:
         return min(self.inside.bandwidth, self.cards * self.between.bandwidth)
 
     def ring_latency(self, ranks: int) -> float:
-        """Seconds in which an empty message goes from the first to the last rank of a ring."""
+        """Seconds that an empty message takes from the first to the last rank of a ring."""
         between = self.nodes(ranks) - 1
         inside = ranks - 1 - between
         return inside * self.inside.latency[0] + between * self.between.latency[0]
 
     def tree_latency(self, ranks: int) -> float:
-        """Seconds up a tree of machines, inside of which ranks are a chain, as NCCL builds them."""
+        """Seconds up a tree of machines, each with its ranks in a chain, as NCCL builds it."""
         inside = min(ranks, self.gpus_per_node) - 1
         between = math.ceil(math.log2(self.nodes(ranks)))
         return inside * self.inside.latency[1] + between * self.between.latency[1]
 
 
 DGX_H100 = Cluster()
-"""Eight H100 SXM with NVLink 4 and eight InfiniBand NDR cards a machine (NVIDIA DGX H100 data sheet)."""
+"""Eight H100 SXM with NVLink 4 and eight InfiniBand NDR cards per machine (NVIDIA DGX H100 data sheet)."""

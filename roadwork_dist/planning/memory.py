@@ -1,9 +1,9 @@
-"""What lies in the memory of each GPU while training, by engine.
+"""Estimate the memory that training takes on each GPU, by engine.
 
-The accounting of ZeRO (Rajbhandari et al., arXiv 1910.02054, §3) for the arithmetic of this package:
-weights that learn, their gradients, both moments of AdamW and the average are fp32, so 4 + 4 + 8 + 4 = 20
-bytes a parameter where nothing is sharded; bf16 is autocast's, whose copies of the weights live from the
-forward to the backward pass.
+The accounting of ZeRO (Rajbhandari et al., arXiv 1910.02054, §3) for the precision of this package:
+trained weights, their gradients, both moments of AdamW and the average are fp32, so 4 + 4 + 8 + 4 = 20
+bytes per parameter if nothing is sharded. Only autocast uses bf16; its copies of the weights live from
+the forward to the backward pass.
 """
 
 from dataclasses import dataclass
@@ -15,27 +15,27 @@ ENGINES: tuple[Engine, ...] = get_args(Engine)
 WEIGHT = GRADIENT = AVERAGE = 4
 MOMENTS = 8
 COPY = 2
-"""Bytes a parameter: fp32 weights, gradients and average, two fp32 moments, autocast's bf16 copy."""
+"""Bytes per parameter: fp32 weights, gradients and average, two fp32 moments, autocast's bf16 copy."""
 
 BUCKET = 50_000_000
-"""Elements that ZeRO reduces or fetches at once, as this package sets DeepSpeed."""
+"""Elements that ZeRO reduces or fetches at once, as this package configures DeepSpeed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What is trained, as far as it decides memory and traffic.
+    """The sizes of a training job that determine its memory and traffic.
 
     Attributes:
-        trained: parameters that learn.
-        frozen: parameters that do not.
-        frozen_bytes: bytes of one of those: 2 for a backbone in bf16, 4 for what is frozen of one that
-            learns in part.
-        frozen_in_backward: gradients pass through frozen parameters (adapters beside them learn).
+        trained: trained parameters.
+        frozen: frozen parameters.
+        frozen_bytes: bytes per frozen parameter: 2 for a backbone in bf16, 4 for the frozen part of a
+            partly trained backbone.
+        frozen_in_backward: gradients pass through frozen parameters (to trained adapters).
         units: parts that a sharded engine gathers one after the other (blocks).
         activations: bytes kept for the backward pass of a micro-batch on one GPU.
-        workspace: bytes that come and go within a forward pass of one.
-        recomputes: activations are computed again in the backward pass (gradient checkpointing), so
-            autocast's copies of a unit are gone when the next is computed.
+        workspace: bytes allocated temporarily within its forward pass.
+        recomputes: activations are recomputed in the backward pass (gradient checkpointing), so
+            autocast's copies of a unit are freed before the next unit is computed.
     """
 
     trained: int
@@ -50,16 +50,16 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes on one GPU, and of its share of the machine's memory.
+    """Bytes on one GPU, and its share of the machine's memory.
 
     Attributes:
-        weights: parameters, frozen ones too.
-        gradients: of the parameters that learn.
-        moments: of AdamW.
-        average: shadow of the moving average.
-        buffers: what engine and autocast copy: buckets, gathered units, bf16 weights.
-        activations: kept for the backward pass, and workspace.
-        host: offloaded to the machine's memory, for each GPU.
+        weights: all parameters, including frozen ones.
+        gradients: gradients of the trained parameters.
+        moments: moments of AdamW.
+        average: shadow weights of the moving average.
+        buffers: copies by engine and autocast: buckets, gathered units, bf16 weights.
+        activations: kept for the backward pass, plus workspace.
+        host: offloaded to the machine's memory, per GPU.
     """
 
     weights: float
@@ -72,7 +72,7 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """Bytes on the GPU. What CUDA, cuBLAS and NCCL keep for themselves comes on top: 1 to 3 GB."""
+        """Bytes on the GPU, without the 1 to 3 GB that CUDA, cuBLAS and NCCL allocate themselves."""
         state = self.weights + self.gradients + self.moments + self.average
         return state + self.buffers + self.activations
 
@@ -91,12 +91,12 @@ _SHARDED: dict[Engine, frozenset[str]] = {
 def memory(job: Job, engine: Engine, ranks: int) -> Memory:
     """Bytes on each of ``ranks`` GPUs.
 
-    - ``ddp``: everything whole; buckets are a second copy of the gradients (torch's default,
+    - ``ddp``: nothing is sharded; buckets are a second copy of the gradients (torch's default,
       ``gradient_as_bucket_view=False``).
-    - ``zero1``: moments and average in N parts, beside fp32 partitions of the weights that DeepSpeed keeps.
+    - ``zero1``: moments and average in N parts, plus fp32 partitions of the weights that DeepSpeed keeps.
     - ``zero2``: gradients in N parts too, reduced bucket by bucket.
-    - ``zero3``: weights in N parts too, frozen ones as well; two units are whole at a time.
-    - ``zero3_offload``: weights, gradients, moments and average lie in the machine's memory.
+    - ``zero3``: weights in N parts too, including frozen ones; two units are whole at a time.
+    - ``zero3_offload``: weights, gradients, moments and average are in the machine's memory.
     - ``fsdp2``: as ``zero3``, with one copy of the weights; gradients of one unit are whole at a time.
 
     Raises:
@@ -110,7 +110,7 @@ def memory(job: Job, engine: Engine, ranks: int) -> Memory:
     )
     weights = (WEIGHT * job.trained + job.frozen_bytes * job.frozen) / weights_in
     if is_zero:
-        weights += WEIGHT * job.trained / ranks  # what the optimizer steps on, beside what is computed with
+        weights += WEIGHT * job.trained / ranks  # the optimizer's own copy, besides the one for computing
     gradients = GRADIENT * job.trained / gradients_in
     moments, average = MOMENTS * job.trained / state_in, AVERAGE * job.trained / state_in
     is_offloaded = engine == "zero3_offload"
@@ -127,16 +127,16 @@ def memory(job: Job, engine: Engine, ranks: int) -> Memory:
 
 
 def _buffers(job: Job, engine: Engine) -> float:
-    """What is there for a while or beside the originals; the same however many ranks there are."""
+    """Temporary buffers and copies; the same for any number of ranks."""
     copies = COPY * job.trained / (job.units if job.recomputes else 1)
     if engine == "single":
         return copies
     if engine == "ddp":
         return copies + GRADIENT * job.trained
     gathered = 0.0
-    if "weights" in _SHARDED[engine]:  # the unit at work and the one that is fetched ahead
+    if "weights" in _SHARDED[engine]:  # the current unit and the prefetched one
         gathered = 2 * (WEIGHT * job.trained + job.frozen_bytes * job.frozen) / job.units
     if engine == "fsdp2":
         return copies + gathered + GRADIENT * job.trained / job.units
-    # One bucket fills while the other is reduced.
+    # One bucket is filled while the other is reduced.
     return copies + gathered + 2 * GRADIENT * min(job.trained, BUCKET)

@@ -1,4 +1,4 @@
-"""The tables of the documentation, in Markdown; made anew whenever it is built, so never stale."""
+"""Markdown tables of the planning estimates, generated whenever the documentation is built."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -39,7 +39,7 @@ FILES: Mapping[Engine, str] = {
 
 
 def command(plan: Plan) -> list[str]:
-    """Command line that starts a plan on the eight GPUs of a machine, as lines of a shell."""
+    """Shell lines that start a plan on the eight GPUs of a machine."""
     options = [f"--{option.strip()}" for option in (plan.settings or "").split("--") if option.strip()]
     lines = [
         f"accelerate launch --config_file accelerate_configs/{FILES[plan.engine]}.yaml",
@@ -50,7 +50,7 @@ def command(plan: Plan) -> list[str]:
 
 
 def engines() -> str:
-    """Which engine for which job, with GB a GPU on 1, 8 and 64 of them, and the command line for 8."""
+    """Which engine for which job, with GB per GPU on 1, 8 and 64 GPUs, and the command line for 8."""
     rows = []
     for plan in PLANS.values():
         run = "<br>".join(f"`{line}`" for line in command(plan))
@@ -69,7 +69,7 @@ def _at_each(plan: Plan, engine: Engine) -> str:
 
 
 def memory_by_engine() -> str:
-    """GB a GPU of every job under every engine on 1, 8 and 64 GPUs."""
+    """GB per GPU of every job under every engine on 1, 8 and 64 GPUs."""
     rows = []
     for plan in PLANS.values():
         for engine in ENGINES:
@@ -83,7 +83,7 @@ def memory_by_engine() -> str:
 
 
 def memory_by_part() -> str:
-    """GB a GPU of the whole backbone's training on 8 GPUs, part by part."""
+    """GB per GPU of training the whole backbone on 8 GPUs, part by part."""
     rows = []
     for engine in ENGINES[1:]:
         found = memory(PLANS["full"].job, engine, 8)
@@ -110,7 +110,7 @@ def traffic() -> str:
 
 
 def break_even() -> str:
-    """Photos a GPU and micro-batch below which communication takes longer than computing."""
+    """Photos per GPU and micro-batch below which communication takes longer than computing."""
     rows = []
     for name in ("head, cached features", "head, online features", "last blocks", "full"):
         plan = PLANS[name]
@@ -122,7 +122,7 @@ def break_even() -> str:
 
 
 def fixed_batch() -> str:
-    """A global batch of 1,024 photos, the whole backbone learning: seconds a step, share that computes."""
+    """Whole backbone, global batch of 1,024 photos: seconds per step and share spent computing."""
     plan, rows = PLANS["full"], []
     for engine in ("ddp", "zero1", "zero3", "fsdp2"):
         cells = [NAMES[engine]]
@@ -156,11 +156,11 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "fixed_batch": fixed_batch,
     "links": links,
 }
-"""By the name that a page asks for them: a line ``<!-- planning: NAME -->``."""
+"""Tables by the name in a page's placeholder line ``<!-- planning: NAME -->``."""
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: int = 0) -> str:
-    """A Markdown table whose last ``numbers`` columns stand to the right; equal first cells are told once."""
+    """A Markdown table; the last ``numbers`` columns are right-aligned, repeated first cells left empty."""
     rules = ["---"] * (len(head) - numbers) + ["--:"] * numbers
     lines, before = [f"| {' | '.join(head)} |", f"|{'|'.join(rules)}|"], ""
     for row in rows:

@@ -1,8 +1,8 @@
-"""Bytes that move between GPUs in an optimizer step, and the time they take at least, by engine.
+"""Estimate the bytes sent between GPUs in an optimizer step and their minimum time, by engine.
 
-Sizes are those of fp32, in which this package gathers weights and reduces gradients; frozen weights move
-in their own arithmetic. Rings: an all-reduce of S bytes over N ranks sends 2 (N-1)/N S from each of them, a
-reduce-scatter or an all-gather (N-1)/N S (Patarasuk and Yuan 2009; ZeRO, arXiv 1910.02054, §7).
+This package gathers weights and reduces gradients in fp32; frozen weights are sent in their own dtype.
+Rings: in an all-reduce of S bytes over N ranks each rank sends 2 (N-1)/N S, in a reduce-scatter or an
+all-gather (N-1)/N S (Patarasuk and Yuan 2009; ZeRO, arXiv 1910.02054, §7).
 """
 
 from dataclasses import dataclass
@@ -17,12 +17,12 @@ DDP_BUCKET = 25 * 2**20
 
 @dataclass(frozen=True)
 class Collective:
-    """Equal collectives of a step.
+    """All collectives of one kind in a step.
 
     Attributes:
-        kind: what they do.
-        size: bytes of the whole (unsharded) data of all of them together.
-        messages: how many there are.
+        kind: operation.
+        size: bytes of the whole (unsharded) data, summed over the collectives.
+        messages: number of collectives.
     """
 
     kind: Literal["all_reduce", "all_gather", "reduce_scatter"]
@@ -37,8 +37,8 @@ class Collective:
     def seconds(self, ranks: int, cluster: Cluster) -> float:
         """Time at the links' published speeds; NCCL reaches 80 to 95 % of them on large messages.
 
-        An all-reduce also goes up and down a tree, which NCCL takes where its latency is less; gathering
-        and scattering have the ring alone.
+        For an all-reduce NCCL uses a tree instead of a ring where the tree's latency is lower; gathering
+        and scattering always use the ring.
         """
         latency = cluster.ring_latency(ranks)
         if self.kind == "all_reduce":
@@ -47,13 +47,13 @@ class Collective:
 
 
 def collectives(job: Job, engine: Engine, accumulation: int = 1) -> list[Collective]:
-    """What the ranks tell each other in an optimizer step of ``accumulation`` micro-batches.
+    """Collectives of an optimizer step of ``accumulation`` micro-batches.
 
     - ``ddp``: one all-reduce of the gradients, in the last backward pass.
-    - ``zero1``: gradients reduced at the end of the step, stepped weights gathered.
+    - ``zero1``: gradients reduced at the end of the step, updated weights gathered.
     - ``zero2``: gradients reduced in every backward pass, since no rank keeps them whole.
-    - ``zero3``: as that, and weights gathered for every forward and every backward pass.
-    - ``fsdp2``: weights gathered as often; gradients stay whole while they accumulate, and are reduced once.
+    - ``zero3``: as ``zero2``, and weights gathered for every forward and every backward pass.
+    - ``fsdp2``: weights gathered as in ``zero3``; gradients accumulate unsharded and are reduced once.
     """
     gradients, weights = GRADIENT * job.trained, WEIGHT * job.trained
     frozen = job.frozen_bytes * job.frozen
@@ -82,9 +82,9 @@ def bytes_sent(job: Job, engine: Engine, ranks: int, accumulation: int = 1) -> f
 def communication_seconds(
     job: Job, engine: Engine, ranks: int, accumulation: int = 1, cluster: Cluster = DGX_H100
 ) -> float:
-    """Time of an optimizer step's traffic, if nothing of it hid behind computing.
+    """Time of an optimizer step's traffic, if none of it overlaps with computing.
 
-    With offload also the way from and to the machine's memory, which each GPU goes for its own part.
+    With offload this includes each GPU's transfers of its own shard from and to the machine's memory.
     """
     seconds = sum(each.seconds(ranks, cluster) for each in collectives(job, engine, accumulation))
     if engine == "zero3_offload":
@@ -95,23 +95,23 @@ def communication_seconds(
 
 
 def compute_seconds(operations: float, peak: float, utilisation: float = 0.4) -> float:
-    """Time of computing on one GPU.
+    """Compute time on one GPU.
 
     Args:
-        operations: of the step on one GPU.
-        peak: of the chip, operations a second.
-        utilisation: share of it that is reached (MFU); measured in a run's ``backbone_mfu``.
+        operations: operations of the step on one GPU.
+        peak: peak of the GPU in operations per second.
+        utilisation: reached share of the peak (MFU); a run measures it as ``backbone_mfu``.
     """
     return operations / (peak * utilisation)
 
 
 def efficiency(compute: float, communication: float, overlap: float = 0.0) -> float:
-    """Share of a step that is computing.
+    """Share of a step spent computing.
 
     Args:
         compute: seconds.
         communication: seconds.
-        overlap: share of computing behind which communication can hide: at most the backward pass, 2/3.
+        overlap: share of computing that communication can overlap with: at most the backward pass, 2/3.
     """
     exposed = max(0.0, communication - overlap * compute)
     return compute / (compute + exposed) if compute else 0.0

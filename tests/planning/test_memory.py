@@ -135,7 +135,7 @@ def saved_bytes(model: nn.Module, forward: Callable[[], Any]) -> int:
 @pytest.mark.parametrize(("name", "gated"), [("dinov3_vits16plus", True), ("dinov3_vits16", False)])
 def test_activations_are_what_autograd_keeps(name: str, gated: bool) -> None:
     backbone = build_random(name, device=torch.device("cpu"), dtype=torch.float32, attention="sdpa")
-    backbone.settle(BackboneConfig(trainable="all", dtype="fp32"), torch.device("cpu")).train()
+    backbone.apply_config(BackboneConfig(trainable="all", dtype="fp32"), torch.device("cpu")).train()
     weights = sum(p.numel() for p in backbone.parameters())
     one, two = (
         saved_bytes(backbone, lambda n=n: backbone(torch.zeros(n, 3, 64, 64, dtype=torch.uint8)))

@@ -1,4 +1,4 @@
-"""Synthetic street scenes with exact masks: the demo's data and the tests' data."""
+"""Synthetic street scenes with exact masks, for the demo and the tests."""
 
 from roadwork_dist.demo.synthetic.dataset import SyntheticSet, write_synthetic
 

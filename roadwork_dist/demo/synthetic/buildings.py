@@ -1,4 +1,4 @@
-"""Buildings and guard rails along a street."""
+"""Draw buildings and guard rails along a street."""
 
 from dataclasses import dataclass
 
@@ -51,7 +51,7 @@ class _Wall:
 def draw_roadside(
     draw: ImageDraw.ImageDraw, view: View, light: Light, street: Street, rng: np.random.Generator
 ) -> None:
-    """Buildings on both sides, far ones first; a guard rail on highways."""
+    """Draw buildings on both sides, far ones first, and guard rails on highways."""
     walls = []
     for side in (-1, 1):
         edge = street.right + street.verge if side > 0 else street.left - street.verge
@@ -153,7 +153,7 @@ def _windows(
     span: tuple[float, float],
     rng: np.random.Generator,
 ) -> None:
-    """Windows of one bay of the side along the road: a shop or door below, storeys above."""
+    """Draw one bay of windows on the side along the road: a shop or door below, storeys above."""
     z0, z1 = span
     margin = (z1 - z0) * (0.12 if scene == "commercial" else 0.24)
     a, b, x = z0 + margin, z1 - margin, wall.x
@@ -189,7 +189,7 @@ def _front_windows(
     toward: float,
     rng: np.random.Generator,
 ) -> None:
-    """Windows of the side that faces the camera."""
+    """Draw the windows of the side that faces the camera."""
     step, z = wall.depth / across, wall.near
     for i in range(across):
         a, b = wall.x + step * (i + 0.22), wall.x + step * (i + 0.78)
@@ -221,7 +221,7 @@ _AWNINGS: tuple[Colour, ...] = (
 def _awning(
     draw: ImageDraw.ImageDraw, view: View, light: Light, wall: _Wall, rng: np.random.Generator
 ) -> None:
-    """Awnings above shops; a third of them orange (hard negative)."""
+    """Draw awnings above shops; a third of them orange (hard negative)."""
     colour = _AWNINGS[int(rng.integers(len(_AWNINGS)))]
     striped = rng.random() < 0.4
     count = max(2, int((wall.far - wall.near) / 0.8))

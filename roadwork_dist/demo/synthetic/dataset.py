@@ -1,4 +1,4 @@
-"""Write a synthetic data set: once, in parallel, and going on where a killed run stopped."""
+"""Write a synthetic data set in parallel, resuming an interrupted run."""
 
 import csv
 import io
@@ -15,9 +15,9 @@ from roadwork_dist.demo.synthetic.metadata import SPLITS, Facts, photo_facts
 from roadwork_dist.demo.synthetic.render import mask_bytes, photo_bytes, render
 
 VERSION = 2
-"""Raised when the same parameters would give other photos."""
+"""Increased when the same parameters would give different photos."""
 MARKER = "synthetic.json"
-"""Written last; holds the parameters of a complete set."""
+"""Written last; contains the parameters of a complete set."""
 _PLAN = ".synthetic.plan.json"
 
 Size = tuple[int, int]
@@ -31,7 +31,7 @@ class SyntheticSet:
     train: Path
     val: Path
     target: Path
-    rendered: int  # photos that this call rendered; 0 = the set was there
+    rendered: int  # photos rendered by this call; 0 = the set was complete
 
 
 @dataclass(frozen=True)
@@ -56,28 +56,28 @@ def write_synthetic(
     large_size: Size = (4032, 3024),
     progress: Callable[[int, int], None] | None = None,
 ) -> SyntheticSet:
-    """Render street scenes with and without roadwork into a folder. They are synthetic and say so.
+    """Render street scenes with and without roadwork into a folder; their EXIF marks them as synthetic.
 
     The folder gets ``train.csv``, ``val.csv`` and ``target.csv``, ``images/*.jpg``, ``masks/*.png`` and,
     last, ``synthetic.json`` with the parameters. Each photo is a pure function of (seed, split, number,
-    its size). Masks have the size and the upright orientation of the photo as EXIF shows it; bit i of a
-    pixel is class i of ``MASK_CLASSES``; a photo without roadwork has a mask of zeros. A folder that holds
-    the complete set is left alone; one of a run that was killed is completed.
+    its size). Masks have the size of the photo in its upright orientation according to EXIF. Bit i of a
+    pixel is class i of ``MASK_CLASSES``; a photo without roadwork has a mask of zeros. A complete set is
+    not written again; an interrupted one is completed.
 
     Args:
-        out: folder, made if need be.
-        seed: seed of everything.
-        n_train: photos to train on; labels are balanced in every split.
-        n_val: photos to validate on.
-        n_target: photos around the five target cities.
-        n_large: how many of all these have ``large_size``, spread evenly.
-        workers: processes; 0 or 1 = render in this one.
+        out: output folder, created if missing.
+        seed: seed of the whole set.
+        n_train: number of training photos; labels are balanced in every split.
+        n_val: number of validation photos.
+        n_target: number of photos around the five target cities.
+        n_large: how many of all photos have ``large_size``, spread evenly.
+        workers: processes; 0 or 1 = render in this process.
         size: width and height of the other photos in px, landscape, at least 64.
         large_size: width and height of the large photos.
-        progress: called with (photos done, photos in all) after every photo.
+        progress: called with (photos done, total photos) after every photo.
 
     Raises:
-        DataError: a number is out of range, or the folder holds a set of other parameters.
+        DataError: a number is out of range, or the folder holds a set with other parameters.
     """
     counts = dict(zip(SPLITS, (n_train, n_val, n_target), strict=True))
     _check(counts, n_large, size, large_size)
@@ -118,7 +118,7 @@ def _check(counts: dict[str, int], n_large: int, size: Size, large_size: Size) -
         if count < 0:
             raise DataError(f"n_{name} is {count}, expected a number >= 0")
     if not 0 <= n_large <= total:
-        raise DataError(f"n_large is {n_large}, expected 0 to the {total} photos there are in all")
+        raise DataError(f"n_large is {n_large}, expected 0 to {total}, the total number of photos")
     for name, (width, height) in (("size", size), ("large_size", large_size)):
         if not width >= height >= 64:
             raise DataError(
@@ -127,10 +127,10 @@ def _check(counts: dict[str, int], n_large: int, size: Size, large_size: Size) -
 
 
 def _same(path: Path, parameters: dict[str, object]) -> bool:
-    """Whether a file holds these parameters; no file = no.
+    """Whether a file holds these parameters; False if there is no file.
 
     Raises:
-        DataError: it holds others, or cannot be read.
+        DataError: it holds other parameters, or cannot be read.
     """
     if not path.exists():
         return False
@@ -147,7 +147,7 @@ def _same(path: Path, parameters: dict[str, object]) -> bool:
         f"{k} {found.get(k) if isinstance(found, dict) else found!r} instead of {parameters[k]}" for k in keys
     )
     raise DataError(
-        f"{path.parent} holds a synthetic set of other parameters ({differ}): "
+        f"{path.parent} holds a synthetic set with other parameters ({differ}): "
         "choose another folder or delete it"
     )
 
@@ -157,14 +157,14 @@ def _json(parameters: dict[str, object]) -> bytes:
 
 
 def _deal_sizes(total: int, n_large: int, size: Size, large_size: Size) -> Iterator[Size]:
-    """Sizes of all photos in order: the large ones are spread evenly over the splits."""
+    """Sizes of all photos in order, with the large ones spread evenly over the splits."""
     for i in range(total):
         large = (i + 1) * n_large // total > i * n_large // total
         yield large_size if large else size
 
 
 def _write_photo(job: _Job) -> None:
-    """Render one photo; its JPEG appears after its mask, so a JPEG that exists is complete."""
+    """Render one photo. The JPEG is written after the mask, so if it exists the photo is complete."""
     facts = photo_facts(job.seed, job.split, job.number)
     picture = render(facts, job.seed, job.size)
     write_atomic(job.folder / "masks" / f"{facts.id}.png", mask_bytes(picture))
@@ -172,7 +172,7 @@ def _write_photo(job: _Job) -> None:
 
 
 def _run(jobs: list[_Job], total: int, workers: int, progress: Callable[[int, int], None] | None) -> None:
-    """Render all jobs. Large photos go first, so that no process is left with one at the end."""
+    """Render all jobs, large photos first, so that all processes finish at about the same time."""
     ordered = sorted(jobs, key=lambda job: -job.size[0] * job.size[1])
     done = total - len(jobs)
     if workers <= 1 or len(jobs) <= 1:
@@ -182,7 +182,7 @@ def _run(jobs: list[_Job], total: int, workers: int, progress: Callable[[int, in
             if progress:
                 progress(done, total)
         return
-    # spawn: a forked child of a process that runs torch's threads may hang
+    # spawn: a child forked from a process with torch threads may hang
     with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=get_context("spawn")) as pool:
         for _ in pool.map(_write_photo, ordered, chunksize=4):
             done += 1
@@ -191,7 +191,7 @@ def _run(jobs: list[_Job], total: int, workers: int, progress: Callable[[int, in
 
 
 def _sweep(out: Path) -> None:
-    """Remove temporary files that killed runs left."""
+    """Remove temporary files left by killed runs."""
     for folder in ("images", "masks"):
         for path in (out / folder).glob(".*.tmp"):
             path.unlink(missing_ok=True)
@@ -227,7 +227,7 @@ def _row(facts: Facts) -> dict[str, object]:
 
 
 def _table(rows: list[Facts]) -> bytes:
-    """CSV with one row a photo; a null is an empty field."""
+    """CSV with one row per photo; a null is an empty field."""
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, _COLUMNS, restval="", lineterminator="\n")
     writer.writeheader()

@@ -1,4 +1,4 @@
-"""What stands where: traffic, street furniture, hard negatives and, in positives, a work zone."""
+"""Place the objects of a photo: traffic, street furniture, hard negatives and, in positives, a work zone."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from roadwork_dist.demo.synthetic.sprite import Drawer
 from roadwork_dist.demo.synthetic.street import Street
 
 TINY_SHARE = 0.05
-"""Share of positives whose whole work zone is far away, its cones about 25 px high in a 4032-px photo."""
+"""Share of positives with a distant work zone only; its cones are about 25 px high in a 4032-px photo."""
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One object on the ground: its drawer, its place in metres and its mask class (-1 = none)."""
+    """One object on the ground: drawing function, position in metres and mask class (-1 = none)."""
 
     draw: Drawer
     x: float
@@ -45,7 +45,7 @@ def _one(rng: np.random.Generator, name: str) -> Drawer:
 
 
 def _taper(rng: np.random.Generator, edge: float, toward: float, z: float) -> list[Thing]:
-    """Cones or drums that close a lane, a sign before them and often a vehicle behind them."""
+    """Cones or drums that close a lane, a sign in front and often a vehicle behind."""
     device: Drawer = cone if rng.random() < 0.65 else drum
     count, gap = int(rng.integers(4, 9)), rng.uniform(1.8, 3.6)
     shift = rng.uniform(1.2, 3.0)
@@ -82,7 +82,7 @@ def _site(rng: np.random.Generator, edge: float, toward: float, z: float) -> lis
 
 
 def _kerbside(rng: np.random.Generator, edge: float, toward: float, z: float) -> list[Thing]:
-    """Small works at the kerb: drums and cones, a sign, equipment, now and then one worker."""
+    """Small roadworks at the kerb: drums and cones, a sign, equipment, often one worker."""
     row = [
         _work(drum if rng.random() < 0.5 else cone, edge + toward * rng.uniform(-0.5, 1.2), z + 1.6 * i)
         for i in range(int(rng.integers(3, 6)))
@@ -102,7 +102,7 @@ _ZONES: tuple[Callable[[np.random.Generator, float, float, float], list[Thing]],
 
 
 def _work_zone(rng: np.random.Generator, street: Street) -> list[Thing]:
-    """One work zone at an edge of the roadway, at 7 to 12 m, or all of it far away."""
+    """One work zone at an edge of the roadway, 7 to 12 m away, or a distant one."""
     right = rng.random() < 0.68
     edge, toward = (street.right - 0.3, -1.0) if right else (street.left + 0.3, 1.0)
     if rng.random() < TINY_SHARE:
@@ -169,10 +169,10 @@ def _ordinary_things(rng: np.random.Generator, street: Street) -> list[Thing]:
 
 
 def arrange(rng: np.random.Generator, street: Street, label: int) -> list[Thing]:
-    """All objects of a photo, the farthest first (painter's order).
+    """All objects of a photo, farthest first (painter's order).
 
-    Photos without roadwork get more hard negatives, and closer ones, so that the amount of orange
-    tells little about the label.
+    Photos without roadwork get more and closer hard negatives, so that the amount of orange says
+    little about the label.
     """
     things = _ordinary_things(rng, street)
     if label:

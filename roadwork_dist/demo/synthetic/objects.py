@@ -1,4 +1,4 @@
-"""Roadwork devices, signs and workers, drawn in metres."""
+"""Draw roadwork devices, signs and workers, in metres."""
 
 import math
 
@@ -15,19 +15,19 @@ SKINS: tuple[Colour, ...] = ((236, 196, 166), (198, 146, 110), (134, 92, 66), (9
 
 
 def safety_orange(rng: np.random.Generator) -> Colour:
-    """Fluorescent orange, more or less bleached and dirty."""
+    """Fluorescent orange, faded and dirty to a random degree."""
     return rng.uniform(225, 255), rng.uniform(86, 124), rng.uniform(14, 52)
 
 
 def machine_paint(rng: np.random.Generator) -> Colour:
-    """Yellow or orange of construction machines."""
+    """A yellow or orange of construction machines."""
     if rng.random() < 0.75:
         return rng.uniform(216, 246), rng.uniform(158, 190), rng.uniform(20, 52)
     return rng.uniform(220, 240), rng.uniform(100, 128), rng.uniform(24, 46)
 
 
 def pick(rng: np.random.Generator, colours: tuple[Colour, ...]) -> Colour:
-    """One of some colours."""
+    """A random one of several colours."""
     return colours[int(rng.integers(len(colours)))]
 
 
@@ -54,7 +54,7 @@ def cone(rng: np.random.Generator, pen: Pen) -> Canvas:
 
 
 def stripes(c: Canvas, x0: float, x1: float, y0: float, y1: float, colour: Colour, *, pitch: float) -> None:
-    """A white board with slanted stripes of ``colour``."""
+    """Draw a white board with slanted stripes of ``colour``."""
     c.box(x0, y0, x1, y1, WHITE)
     tall, x = y1 - y0, x0
     while x + pitch / 2 + tall <= x1 + 1e-6:
@@ -79,7 +79,7 @@ def barricade(rng: np.random.Generator, pen: Pen) -> Canvas:
 
 
 def water_barrier(rng: np.random.Generator, pen: Pen) -> Canvas:
-    """Row of plastic barriers, orange and white in turn."""
+    """Row of plastic barriers, alternately orange and white."""
     units = int(rng.integers(2, 4))
     c = pen(units * 1.5, 0.95)
     orange = safety_orange(rng)
@@ -140,7 +140,7 @@ def _arrow(c: Canvas, y: float, size: float) -> None:
 
 
 def diamond(c: Canvas, y: float, half: float, colour: Colour) -> None:
-    """A sign that stands on its corner, with a black rim, centred at height ``y``."""
+    """Draw a square sign standing on a corner, with a black rim, centred at height ``y``."""
     for radius, ink in ((half, colour), (half * 0.93, BLACK), (half * 0.87, colour)):
         c.poly([(0, y - radius), (radius, y), (0, y + radius), (-radius, y)], ink)
 
@@ -184,7 +184,7 @@ def person(
     stripe: Colour | None,
     hat: Colour | None,
 ) -> None:
-    """A standing person of 1.78 m in the middle of a canvas 1.3 m wide."""
+    """Draw a standing person, 1.78 m tall, in the middle of a canvas 1.3 m wide."""
     skin = pick(rng, SKINS)
     step, lean = rng.uniform(0.06, 0.2), rng.uniform(-0.04, 0.04)
     for side in (-1, 1):
@@ -214,7 +214,7 @@ def person(
 
 
 def worker(rng: np.random.Generator, pen: Pen) -> Canvas:
-    """Worker in a hi-vis vest and a helmet, some with a shovel or a STOP paddle."""
+    """Worker in a hi-vis vest and a helmet, sometimes with a shovel or a STOP or SLOW paddle."""
     c = pen(1.3, 2.15)
     lime: Colour = (rng.uniform(190, 226), rng.uniform(236, 255), rng.uniform(20, 70))
     orange = safety_orange(rng)

@@ -1,4 +1,4 @@
-"""What stands in any street, and the hard negatives: things that look like roadwork by colour or shape."""
+"""Draw ordinary street objects and hard negatives: objects with roadwork's colours or shapes."""
 
 import math
 
@@ -72,7 +72,7 @@ def orange_car(rng: np.random.Generator, pen: Pen) -> Canvas:
 
 
 def parked_car(rng: np.random.Generator, pen: Pen) -> Canvas:
-    """Car from the side in a driveway; now and then orange or a yellow cab."""
+    """Car from the side in a driveway, sometimes orange or a yellow cab."""
     shade = rng.random()
     paint = (
         _orange_paint(rng)
@@ -94,7 +94,7 @@ def parked_car(rng: np.random.Generator, pen: Pen) -> Canvas:
 
 
 def van(rng: np.random.Generator, pen: Pen) -> Canvas:
-    """Delivery van or box truck from behind, some of them orange or yellow."""
+    """Delivery van or box truck from behind, sometimes orange or yellow."""
     shade = rng.random()
     paint = (
         _orange_paint(rng) if shade < 0.3 else (236.0, 190.0, 40.0) if shade < 0.4 else pick(rng, _CAR_PAINTS)
@@ -165,7 +165,7 @@ def yield_sign(rng: np.random.Generator, pen: Pen) -> Canvas:
 
 
 def warning_sign(rng: np.random.Generator, pen: Pen) -> Canvas:
-    """Hard negative: a yellow warning diamond of any road."""
+    """Hard negative: an ordinary yellow warning diamond."""
     c = pen(1.3, 2.75)
     c.box(-0.04, 0, 0.04, 2.0, STEEL)
     diamond(c, 2.1, 0.62, (rng.uniform(236, 252), rng.uniform(190, 210), rng.uniform(20, 50)))
@@ -184,7 +184,7 @@ def warning_sign(rng: np.random.Generator, pen: Pen) -> Canvas:
 
 
 def plain_sign(rng: np.random.Generator, pen: Pen) -> Canvas:
-    """Speed limit, parking or street name."""
+    """Speed limit or street name sign."""
     c = pen(0.9, 2.7)
     c.box(-0.03, 0, 0.03, 2.6, STEEL)
     if rng.random() < 0.6:
@@ -198,7 +198,7 @@ def plain_sign(rng: np.random.Generator, pen: Pen) -> Canvas:
 
 
 def pedestrian(rng: np.random.Generator, pen: Pen) -> Canvas:
-    """A passer-by; a third of them in an orange or yellow jacket (hard negative)."""
+    """Pedestrian; a third of them in an orange or yellow jacket (hard negative)."""
     c = pen(1.3, 1.8)
     top = pick(rng, ((60, 70, 96), (120, 40, 48), (200, 196, 188), (40, 44, 46), (96, 120, 92)))
     if rng.random() < 0.35:
@@ -215,7 +215,7 @@ def pedestrian(rng: np.random.Generator, pen: Pen) -> Canvas:
 
 
 def bin_box(rng: np.random.Generator, pen: Pen) -> Canvas:
-    """Litter bin, hydrant or letter box in a strong colour, orange among them."""
+    """Litter bin, hydrant or letter box in a strong colour, half of them orange."""
     c = pen(0.7, 1.15)
     ink = (
         _orange_paint(rng) if rng.random() < 0.5 else pick(rng, ((36, 66, 140), (170, 30, 34), (50, 90, 60)))
@@ -255,7 +255,7 @@ def lamp_post(rng: np.random.Generator, pen: Pen) -> Canvas:
 
 
 def _crown(rng: np.random.Generator, c: Canvas, low: float, leaf: Colour) -> None:
-    """Leaves as thresholded noise inside an oval, lit from above."""
+    """Draw leaves as thresholded noise inside an oval, lit from above."""
     rows, columns = c.size[1], c.size[0]
     small = 220 / max(rows, columns)
     h, w = max(4, int(rows * min(1, small))), max(4, int(columns * min(1, small)))
@@ -314,4 +314,4 @@ HARD_NEGATIVES: tuple[tuple[Drawer, float], ...] = (
     (bin_box, 1.0),
     (awning_stall, 1.3),
 )
-"""Drawers and how often each is drawn. They stand in photos of both classes."""
+"""Drawing functions with their relative frequencies, used in photos of both classes."""

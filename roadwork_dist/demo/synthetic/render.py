@@ -1,4 +1,4 @@
-"""From facts to files: one photo as JPEG bytes with EXIF, and its exact six-class mask as PNG bytes."""
+"""Render a photo from its facts: JPEG bytes with EXIF, and the exact six-class mask as PNG bytes."""
 
 import io
 from dataclasses import dataclass
@@ -25,21 +25,21 @@ _UPRIGHT_TO_STORED = {
 
 @dataclass(frozen=True)
 class Picture:
-    """A rendered photo, both parts upright (as a viewer shows the photo)."""
+    """A rendered photo and its mask, both upright (as a viewer shows the photo)."""
 
     photo: Image.Image  # RGB
-    mask: Image.Image  # L, bit i of a pixel = class i of MASK_CLASSES is what one sees there
+    mask: Image.Image  # L, bit i of a pixel = class i of MASK_CLASSES is visible there
 
 
 def render(facts: Facts, seed: int, size: tuple[int, int]) -> Picture:
     """Render one photo, a pure function of the arguments.
 
     Args:
-        facts: what the photo shows.
+        facts: content of the photo.
         seed: seed of the set.
         size: width and height in px, landscape.
     """
-    for attempt in range(_ATTEMPTS):  # a far work zone may go unseen behind something: another layout
+    for attempt in range(_ATTEMPTS):  # a distant work zone may be hidden: try another layout
         picture = _attempt(facts, generator_for(seed, facts.id, "scene", attempt), size)
         if bool(facts.label) == (picture.mask.getbbox() is not None):
             return picture
@@ -65,7 +65,7 @@ def _attempt(facts: Facts, rng: np.random.Generator, size: tuple[int, int]) -> P
 def _place(
     photo: Image.Image, mask: Image.Image, thing: Thing, view: View, light: Light, rng: np.random.Generator
 ) -> None:
-    """Draw one object over what lies behind it, in the photo and in the mask."""
+    """Draw one object over what is behind it, in the photo and in the mask."""
     scale = view.scale(thing.z)
     canvas = thing.draw(rng, lambda width, height: Canvas(width, height, scale))
     width, height = (max(1, round(side * scale)) for side in (canvas.width, canvas.height))
@@ -82,7 +82,7 @@ def _place(
 
 
 def _shadow(photo: Image.Image, column: float, row: float, width: int, light: Light) -> None:
-    """A soft dark patch under an object, longer where the sun casts shadows."""
+    """Draw a soft dark patch under an object, longer where the sun casts shadows."""
     reach = 1.0 + 0.5 * light.contrast
     wide, high = max(2, round(width * 1.1 * reach)), max(2, round(width * 0.13 * reach))
     strength = 90 + 70 * light.contrast
@@ -94,7 +94,7 @@ def _shadow(photo: Image.Image, column: float, row: float, width: int, light: Li
 
 
 def _precipitation(photo: Image.Image, weather: str, light: Light, rng: np.random.Generator) -> None:
-    """Streaks of rain or flakes of snow in the air, in place."""
+    """Draw streaks of rain or flakes of snow, in place."""
     if weather not in ("rainy", "snowy"):
         return
     width, height = photo.size
@@ -115,7 +115,7 @@ def _precipitation(photo: Image.Image, weather: str, light: Light, rng: np.rando
 
 
 def _sensor_noise(photo: Image.Image, daytime: str, rng: np.random.Generator) -> None:
-    """Noise of the sensor, stronger at night, in place."""
+    """Add sensor noise, stronger at night, in place."""
     sigma = {"night": 5.0, "dusk": 3.5, "dawn": 3.0}.get(daytime, 2.2)
     side = 1024
     noise = rng.standard_normal((min(side, photo.height), min(side, photo.width), 3), dtype=np.float32)
@@ -130,7 +130,7 @@ def _degrees(value: float) -> tuple[float, float, float]:
 
 
 def _exif(facts: Facts) -> Image.Exif:
-    """Date, orientation, an honest camera model, and the place unless the row hides it."""
+    """EXIF with date, orientation, camera model ``synthetic`` and, unless the row hides it, the place."""
     exif = Image.Exif()
     exif[0x010F] = "roadwork_dist"  # Make
     exif[0x0110] = "synthetic"  # Model
@@ -150,7 +150,7 @@ def _exif(facts: Facts) -> Image.Exif:
 
 
 def photo_bytes(picture: Picture, facts: Facts) -> bytes:
-    """The photo as a JPEG, its pixels stored turned where EXIF's Orientation says so."""
+    """The photo as a JPEG, with pixels stored rotated according to its EXIF Orientation."""
     stored = picture.photo
     if facts.orientation in _UPRIGHT_TO_STORED:
         stored = stored.transpose(_UPRIGHT_TO_STORED[facts.orientation])
@@ -160,7 +160,7 @@ def photo_bytes(picture: Picture, facts: Facts) -> bytes:
 
 
 def mask_bytes(picture: Picture) -> bytes:
-    """The mask as an 8-bit PNG of the upright photo's size."""
+    """The mask as an 8-bit PNG with the size of the upright photo."""
     buffer = io.BytesIO()
     picture.mask.save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""The street without its objects: sky, horizon, ground and lane marks."""
+"""Paint the background of a street scene: sky, horizon, ground, lane marks and buildings."""
 
 from dataclasses import replace
 
@@ -20,7 +20,7 @@ Floats = NDArray[np.float32]
 def paint_background(
     view: View, light: Light, street: Street, weather: str, rng: np.random.Generator
 ) -> Image.Image:
-    """RGB picture of the street, of the view's full size."""
+    """RGB picture of the street at the view's full size, without objects."""
     shrink = max(1.0, view.width / _BASE_WIDTH)
     small = replace(
         view,
@@ -51,7 +51,7 @@ def _sky(view: View, rows: int, light: Light, rng: np.random.Generator) -> Float
     sky = np.repeat(top + (bottom - top) * down, view.width, axis=1)
     shapes = fractal(rng, 3 * rows, view.width, cells=7, octaves=5)[
         ::3
-    ]  # flattened: clouds seen from the side
+    ]  # flattened, as clouds seen from the side
     amount = np.clip((shapes + (light.cloud - 0.5) * 3.0) * 0.8, 0, 1)[..., None]
     bright = 0.72 * bottom + 0.28 * np.asarray(light.gain, dtype=np.float32) * 245
     tone = 1 + 0.07 * fractal(rng, rows, view.width, cells=8, octaves=4)[..., None]
@@ -71,7 +71,7 @@ def _sun_glow(rows: int, columns: int, light: Light, rng: np.random.Generator) -
 
 
 def _skyline(sky: Floats, street: Street, light: Light, rng: np.random.Generator) -> None:
-    """Hills, a line of trees or far towers in front of the sky, in place."""
+    """Draw hills, a line of trees or distant towers in front of the sky, in place."""
     rows, columns = sky.shape[:2]
     haze = np.asarray(light.haze, dtype=np.float32)
     for share, tint in ((0.16, 0.3), (0.09, 0.55)):
@@ -134,13 +134,13 @@ def _ground_colours(street: Street, rng: np.random.Generator) -> dict[str, Float
 
 
 def _texture(x: Floats, z: Floats, rng: np.random.Generator) -> tuple[Floats, Floats]:
-    """Fine and coarse noise laid flat on the ground, two [rows, columns] arrays."""
+    """Fine and coarse noise in ground coordinates, two [rows, columns] arrays."""
     side = 512
     tile = rng.standard_normal((side, side), dtype=np.float32)
     tile = (tile + np.roll(tile, 1, 0) + np.roll(tile, 1, 1)) * np.float32(0.6)
     rough = fractal(rng, side // 2, side // 2, cells=10, octaves=4)
     rough = np.block([[rough, rough[:, ::-1]], [rough[::-1], rough[::-1, ::-1]]])  # so that it tiles
-    across, along = x + 400, np.broadcast_to(z, x.shape)  # no negative index: it would round towards 0
+    across, along = x + 400, np.broadcast_to(z, x.shape)  # positive: astype truncates towards 0
     fine = tile[(along * 22).astype(np.int32) % side, (across * 22).astype(np.int32) % side]
     return fine, rough[(along * 7).astype(np.int32) % side, (across * 16).astype(np.int32) % side]
 
@@ -148,7 +148,7 @@ def _texture(x: Floats, z: Floats, rng: np.random.Generator) -> tuple[Floats, Fl
 def _weathered(
     surface: Floats, x: Floats, z: Floats, road: NDArray[np.bool_], coarse: Floats, light: Light, weather: str
 ) -> Floats:
-    """Light on the ground; rain makes it shine, snow covers what is not driven on."""
+    """The lit ground; rain makes it shine, snow covers it except for the wheel tracks."""
     if weather == "snowy":
         tracks = road & (np.abs(np.abs(x - np.round(x / 3.4) * 3.4) - 0.8) < 0.45)
         cover = np.clip(0.75 + 0.35 * coarse, 0, 1) * np.where(tracks, 0.25, np.where(road, 0.7, 1.0))
@@ -165,7 +165,7 @@ def _weathered(
 
 
 def _grain(picture: Image.Image, view: View, rng: np.random.Generator) -> None:
-    """Grain of asphalt and grass at the full resolution, stronger close to the camera, in place."""
+    """Add the grain of asphalt and grass at full resolution, coarser close to the camera, in place."""
     top = int(view.horizon) + 1
     tile = rng.normal(128, 5.5, (512, 512)).astype(np.uint8)
     middle = top + (view.height - top) // 3
@@ -176,7 +176,7 @@ def _grain(picture: Image.Image, view: View, rng: np.random.Generator) -> None:
 
 
 def add_everywhere(picture: Image.Image, stamp: Image.Image, box: tuple[int, int, int, int]) -> None:
-    """Add a stamp (128 = nothing) all over a box of a picture, in place."""
+    """Add a tiled stamp (128 = no change) over a box of a picture, in place."""
     width, height = box[2] - box[0], box[3] - box[1]
     plane = Image.new("RGB", (width, height))
     for y in range(0, height, stamp.height):
@@ -189,7 +189,7 @@ def add_everywhere(picture: Image.Image, stamp: Image.Image, box: tuple[int, int
 def _strip(
     draw: ImageDraw.ImageDraw, view: View, x: float, near: float, far: float, width: float, ink: Colour
 ) -> None:
-    """A painted line on the ground."""
+    """Draw a painted line on the ground."""
     half = width / 2
     quad(draw, view, ((x - half, 0, near), (x + half, 0, near), (x + half, 0, far), (x - half, 0, far)), ink)
 

@@ -1,4 +1,4 @@
-"""A sprite: one object drawn in metres, then lit, hazed and scaled to where it stands."""
+"""Sprites: draw an object in metres, then apply lighting, haze and scale for its distance."""
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from roadwork_dist.demo.synthetic.view import Colour, Light, Point
 
 _MAX_SIDE = 1100
-"""Largest side in px at which an object is drawn; nearer ones are scaled up, which nobody sees."""
+"""Largest side in px at which an object is drawn; nearer ones are scaled up, without visible loss."""
 
 
 def _ink(colour: Colour) -> tuple[int, int, int, int]:
@@ -24,12 +24,12 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 class Canvas:
-    """Draws in metres: x from the middle, y up from the ground.
+    """Drawing surface in metres: x from the middle, y up from the ground.
 
     Args:
-        width: of the object in m.
-        height: of the object in m.
-        scale: pixels per metre that are wanted; drawn at twice that, within limits.
+        width: width of the object in m.
+        height: height of the object in m.
+        scale: requested pixels per metre; drawn at twice that, within limits.
     """
 
     def __init__(self, width: float, height: float, scale: float) -> None:
@@ -41,15 +41,15 @@ class Canvas:
         self._lamps: Image.Image | None = None
 
     def at(self, x: float, y: float) -> Point:
-        """Pixel of a point in metres."""
+        """Pixel position of a point in metres."""
         return (x + self.width / 2) * self.scale, (self.height - y) * self.scale
 
     def poly(self, points: Sequence[Point], colour: Colour) -> None:
-        """A filled polygon."""
+        """Draw a filled polygon."""
         self._draw.polygon([self.at(*p) for p in points], fill=_ink(colour))
 
     def box(self, x0: float, y0: float, x1: float, y1: float, colour: Colour, *, radius: float = 0.0) -> None:
-        """A filled rectangle, its corners rounded by ``radius`` metres."""
+        """Draw a filled rectangle with corners rounded by ``radius`` metres."""
         (left, bottom), (right, top) = self.at(min(x0, x1), min(y0, y1)), self.at(max(x0, x1), max(y0, y1))
         if radius:
             self._draw.rounded_rectangle((left, top, right, bottom), radius * self.scale, fill=_ink(colour))
@@ -57,21 +57,21 @@ class Canvas:
             self._draw.rectangle((left, top, right, bottom), fill=_ink(colour))
 
     def oval(self, x0: float, y0: float, x1: float, y1: float, colour: Colour) -> None:
-        """A filled ellipse inside a box."""
+        """Draw a filled ellipse inside a box."""
         (left, bottom), (right, top) = self.at(x0, y0), self.at(x1, y1)
         self._draw.ellipse((left, top, right, bottom), fill=_ink(colour))
 
     def disc(self, x: float, y: float, radius: float, colour: Colour) -> None:
-        """A filled circle."""
+        """Draw a filled circle."""
         self.oval(x - radius, y - radius, x + radius, y + radius, colour)
 
     def line(self, points: Sequence[Point], width: float, colour: Colour) -> None:
-        """A line of ``width`` metres with round joints."""
+        """Draw a line of ``width`` metres with round joints."""
         pixels = max(1, round(width * self.scale))
         self._draw.line([self.at(*p) for p in points], fill=_ink(colour), width=pixels, joint="curve")
 
     def text(self, x: float, y: float, height: float, words: str, colour: Colour) -> None:
-        """Capital letters of ``height`` metres, centred on a point; a bar where they would be too small."""
+        """Draw text of ``height`` metres, centred on a point; a bar if it would be too small to read."""
         size = int(height * self.scale * 1.4)
         if size < 5:
             half = 0.3 * height * len(words)
@@ -80,7 +80,7 @@ class Canvas:
             self._draw.text(self.at(x, y), words, fill=_ink(colour), font=_font(size), anchor="mm")
 
     def lamp(self, x: float, y: float, radius: float, colour: Colour) -> None:
-        """A disc that shines by itself, whatever the light is."""
+        """Draw a luminous disc, which does not depend on the lighting."""
         self.disc(x, y, radius, colour)
         if self._lamps is None:
             self._lamps = Image.new("RGB", self.size)
@@ -104,13 +104,13 @@ class Canvas:
 
 
 Pen = Callable[[float, float], Canvas]
-"""Makes the canvas of an object of (width, height) metres, at the scale of its distance."""
+"""Creates the canvas of an object of (width, height) metres, at the scale of its distance."""
 Drawer = Callable[[np.random.Generator, Pen], Canvas]
 """Draws one object with its own random details."""
 
 
 def blotches(rng: np.random.Generator, rows: int, columns: int, *, cells: int) -> NDArray[np.float32]:
-    """[rows, columns] smooth noise, about standard normal, with ``cells`` blotches on the long side."""
+    """[rows, columns] smooth noise, roughly standard normal, with ``cells`` blotches on the longer side."""
     long = max(rows, columns)
     small = (max(2, rows * cells // long), max(2, columns * cells // long))
     grid = Image.fromarray(rng.standard_normal(small, dtype=np.float32))
@@ -120,7 +120,7 @@ def blotches(rng: np.random.Generator, rows: int, columns: int, *, cells: int) -
 def fractal(
     rng: np.random.Generator, rows: int, columns: int, *, cells: int, octaves: int
 ) -> NDArray[np.float32]:
-    """[rows, columns] noise of ``octaves`` scales, each half as large and half as strong."""
+    """[rows, columns] noise of ``octaves`` scales, each half the size and strength of the last."""
     total = np.zeros((rows, columns), dtype=np.float32)
     for octave in range(octaves):
         total += blotches(rng, rows, columns, cells=cells * 2**octave) * np.float32(0.5**octave)

@@ -1,4 +1,4 @@
-"""The cross-section of a street, and how to paint a flat shape of it."""
+"""Cross-section of a street, and drawing of its flat surfaces."""
 
 from dataclasses import dataclass
 
@@ -10,20 +10,20 @@ from roadwork_dist.demo.synthetic.view import Colour, View
 
 @dataclass(frozen=True)
 class Street:
-    """Cross-section of a street in metres from the camera, and what stands along it."""
+    """Cross-section of a street in metres from the camera, and the style of its sides."""
 
     scene: str
     left: float  # edge of the roadway, < 0
     right: float
     lanes: tuple[float, ...]  # borders between lanes
-    centre_line: float  # border between the directions
+    centre_line: float  # border between the two directions
     verge: float  # width of pavement or shoulder beyond each edge
     paved: bool  # pavement with a kerb, else a shoulder and grass
     dry: bool  # sandy instead of green
 
 
 def random_street(rng: np.random.Generator, scene: str, dry: bool) -> Street:
-    """A street that suits a scene; the camera drives in the middle of its own lane."""
+    """A random street for a scene; the camera is in the middle of its own lane."""
     lane = 3.6 if scene == "highway" else 3.3
     beyond, beside = 1, int(rng.random() < 0.35)
     if scene in ("highway", "urban", "commercial"):
@@ -45,5 +45,5 @@ def random_street(rng: np.random.Generator, scene: str, dry: bool) -> Street:
 def quad(
     draw: ImageDraw.ImageDraw, view: View, corners: tuple[tuple[float, float, float], ...], ink: Colour
 ) -> None:
-    """Fill a polygon whose corners are points (x, y, z) in metres."""
+    """Fill a polygon with corners (x, y, z) in metres."""
     draw.polygon([view.pixel(*corner) for corner in corners], fill=(int(ink[0]), int(ink[1]), int(ink[2])))

@@ -1,4 +1,4 @@
-"""Geometry and light of a synthetic photo: from metres in front of the camera to pixels and colours."""
+"""Camera projection and lighting of a synthetic photo: metres to pixels, surfaces to colours."""
 
 import math
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class View:
-    """A pinhole camera above a flat road that bends gently.
+    """A pinhole camera above a flat, gently curved road.
 
     Coordinates: x metres to the right of the camera (measured along the bend), y metres up from the
     ground, z metres ahead.
@@ -21,7 +21,7 @@ class View:
     width: int
     height: int
     focal: float  # px
-    centre: float  # px, column straight ahead
+    centre: float  # px, column of the point straight ahead
     horizon: float  # px, row of the horizon
     eye: float  # m, height of the camera
     bend: float  # 1/m, curvature of the road
@@ -37,7 +37,7 @@ class View:
 
 
 def random_view(rng: np.random.Generator, width: int, height: int) -> View:
-    """A camera as behind a windscreen; the same scene for every size of the photo."""
+    """A camera as if behind a windscreen; the scene does not depend on the photo's size."""
     return View(
         width=width,
         height=height,
@@ -51,33 +51,33 @@ def random_view(rng: np.random.Generator, width: int, height: int) -> View:
 
 @dataclass(frozen=True)
 class Light:
-    """Light of a daytime and a weather."""
+    """Lighting for a time of day and a weather."""
 
     gain: Colour  # multiplies every surface
     sky: tuple[Colour, Colour]  # at the top and at the horizon, 0-255
-    haze: Colour  # colour that distance fades to
+    haze: Colour  # colour that distant surfaces fade to
     density: float  # 1/m, haze
-    headlights: float  # strength of the own headlights, 0 by day
+    headlights: float  # strength of the camera car's headlights, 0 by day
     contrast: float  # 0 = no cast shadows, 1 = strong
-    cloud: float  # share of the sky under cloud
-    sun: float  # strength of the glow around the sun, 0 = not seen
+    cloud: float  # share of the sky covered by cloud
+    sun: float  # strength of the glow around the sun, 0 = not visible
 
     def fade(self, z: float) -> float:
-        """Share of a surface's own colour that is left at distance ``z``."""
+        """Share of a surface's own colour that remains at distance ``z``."""
         return math.exp(-self.density * z)
 
     def gain_at(self, z: float) -> NDArray[np.float32]:
-        """[3] light on a surface at distance ``z``, with what the headlights add."""
+        """[3] light on a surface at distance ``z``, headlights included."""
         beam = self.headlights * math.exp(-z / 28.0)
         return np.asarray(self.gain, dtype=np.float32) + np.float32(beam)
 
     def shade(self, colour: Colour, z: float, strength: float = 1.0) -> tuple[int, int, int]:
-        """Colour of a lit surface as seen at distance ``z``; ``strength`` for sides in shadow."""
+        """Colour of a lit surface as seen at distance ``z``; ``strength`` < 1 for sides in shadow."""
         lit = np.asarray(colour, dtype=np.float32) * self.gain_at(z) * np.float32(strength)
         return self.hazed(tuple(lit.tolist()), z)
 
     def hazed(self, colour: Colour, z: float) -> tuple[int, int, int]:
-        """Colour of something that shines itself, as seen at distance ``z``."""
+        """Colour of a light source as seen at distance ``z``."""
         t = self.fade(z)
         r, g, b = (int(min(255, max(0, c * t + h * (1 - t)))) for c, h in zip(colour, self.haze, strict=True))
         return r, g, b
@@ -111,7 +111,7 @@ _DIM = {"cloudy": 0.92, "overcast": 0.82, "rainy": 0.68, "foggy": 0.86, "snowy":
 
 
 def light_for(daytime: str, weather: str, rng: np.random.Generator) -> Light:
-    """Light of a photo, with a little chance in exposure and white balance."""
+    """Lighting of a photo, with slightly random exposure and white balance."""
     grey = {"day": 206, "light": 232, "dawn": 168, "dusk": 128, "night": 26}[daytime]
     top, bottom = _CLEAR_SKY[daytime]
     cover = _CLOUD[weather]

@@ -1,4 +1,4 @@
-"""Features of the frozen backbone, kept on disk."""
+"""On-disk store for features of the frozen backbone."""
 
 from roadwork_dist.features.store.feature_store import FeatureStore
 from roadwork_dist.features.store.space import FeatureSpace

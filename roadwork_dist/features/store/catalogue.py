@@ -1,8 +1,8 @@
-"""Which entries a space has: the merged index of its parts, and what their logs have gained since.
+"""Catalogue of a space's entries: the merged index of its parts, plus newer records from their logs.
 
-``index.json`` names the present index file and says, part by part, how many records of its log are in
-there, and in which state (size, time of change) its values were when somebody last knew them to be
-whole. Everything here can be lost: it is built again from the logs.
+``index.json`` names the current index file. For each part it states how many records of its log are in
+that file, and the state (size, mtime) of its values when they were last known to be intact. All of this
+can be rebuilt from the logs.
 """
 
 import json
@@ -37,16 +37,16 @@ _UNKNOWN = (-1, -1)
 
 @dataclass(frozen=True)
 class KnownPart:
-    """A part as the index knows it."""
+    """A part and its state in the index."""
 
     files: PartFiles
     merged: int = 0
-    """Records of its log that are in the index file."""
+    """Number of records of its log that are in the index file."""
     trusted: tuple[int, int] = _UNKNOWN
-    """State of its values when they were last known to be whole."""
+    """State of its values when they were last known to be intact."""
 
     def is_trusted(self) -> bool:
-        """Whether nobody has touched the values since they were known to be whole."""
+        """Whether the values are unmodified since they were known to be intact."""
         return self.files.state() == self.trusted
 
 
@@ -54,7 +54,7 @@ class Catalogue:
     """The index of one space.
 
     Args:
-        folder: of the space.
+        folder: folder of the space.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -62,16 +62,16 @@ class Catalogue:
         self.parts: list[KnownPart] = []
         self.merged = empty_entries()
         self.recent = empty_entries()
-        """Sorted entries of the logs that are not in the index file yet."""
+        """Sorted log entries that are not in the index file yet."""
         self.index_name = ""
         self.reload()
 
     def __len__(self) -> int:
-        """Entries, those counted twice that are being computed again."""
+        """Number of entries; recomputed ones that are not merged yet count twice."""
         return len(self.merged) + len(self.recent)
 
     def reload(self) -> None:
-        """See what other processes have added. What is read grows with the unmerged records only."""
+        """Load what other processes have added. It reads only the unmerged records of the logs."""
         self._load_merged()
         known = {part.files.name for part in self.parts}
         files = parts_in(self.folder / PARTS)
@@ -85,7 +85,7 @@ class Catalogue:
         self.recent = concatenate(recent).in_order()
 
     def _load_merged(self) -> None:
-        for _ in range(20):  # the file is replaced, and the old one deleted, by whoever merges
+        for _ in range(20):  # a merging process replaces the file and deletes the old one
             name, parts = self._read_json()
             if name and name == self.index_name:
                 self.parts = parts
@@ -119,7 +119,7 @@ class Catalogue:
             return "", []
 
     def find(self, high: Unsigned, low: Unsigned) -> tuple[Entries, Bools]:
-        """Entries of keys [N], and which of them are there; the others' columns mean nothing."""
+        """Entries of keys [N], and which of them exist; rows of missing ones are meaningless."""
         rows = self.merged.find(high, low)
         is_there = rows >= 0
         columns = [
@@ -151,14 +151,14 @@ class Catalogue:
         """Write the logs' new records into the index file.
 
         Args:
-            trusted: state of parts whose values are known to be whole, by name.
+            trusted: state of parts whose values are known to be intact, by name.
             dropped: (part, offset) of entries that are damaged.
 
         Raises:
             OSError: the disk is full or the folder cannot be written; the old index stays.
         """
         with FileLock(self.folder / INDEX_LOCK, shared=False, wait=True):
-            self.reload()  # others have merged meanwhile
+            self.reload()  # another process may have merged meanwhile
             numbers = {part.files.name: number for number, part in enumerate(self.parts)}
             gone = [(numbers[name], offset) for name, offset in dropped if name in numbers]
             name = self.index_name

@@ -1,4 +1,4 @@
-"""Holding parts against their checksums: those that somebody has touched."""
+"""Verify the checksums of parts that were modified since they were last verified."""
 
 import warnings
 
@@ -10,17 +10,17 @@ from roadwork_dist.features.store.part import damaged_entries
 def check_touched(
     catalogue: Catalogue, view_bytes: int
 ) -> tuple[dict[str, tuple[int, int]], list[tuple[str, int]]]:
-    """Read the parts that were touched since they were known to be whole; warns of damaged ones.
+    """Read the parts modified since they were last known to be intact; warn about damaged ones.
 
-    Parts that a living process writes to are left alone.
+    Parts that a running process writes to are skipped.
 
     Args:
-        catalogue: of the space.
+        catalogue: catalogue of the space.
         view_bytes: bytes of one view.
 
     Returns:
-        State (size, time of change) of each part that was read, by name, and (part, offset) of every
-        damaged entry.
+        State (size, mtime) of each part that was read, by name, and (part, offset) of every damaged
+        entry.
     """
     trusted: dict[str, tuple[int, int]] = {}
     dropped: list[tuple[str, int]] = []

@@ -1,4 +1,4 @@
-"""The features of one space on disk: read from mapped memory, appended by any number of processes.
+"""Features of one space on disk: memory-mapped reads, appends by any number of processes.
 
 V views of a photo · D width of the backbone · N entries; an entry is one copy of one photo.
 """
@@ -47,11 +47,11 @@ logger = logging.getLogger(__name__)
 
 FLUSH_BYTES = 32 << 20
 FLUSH_SECONDS = 10.0
-"""Values wait in memory for so much or so long at most before they are made durable."""
+"""Values are buffered in memory up to this size or time before they are made durable."""
 MERGE_ENTRIES = 250_000
-"""A process that has written so many entries merges them into the index before it goes on."""
+"""After this many entries a writing process merges them into the index."""
 IN_USE = "in-use.lock"
-"""Held by every process that reads or writes the space; its time of change is that of the last use."""
+"""Locked by every process that reads or writes the space; its mtime is the time of the last use."""
 CHECK_LOCK = "check.lock"
 
 
@@ -59,12 +59,12 @@ class FeatureStore:
     """The features of one space.
 
     Args:
-        root: folder that all spaces share, or the folder of one space.
-        space: what the features are of; written to ``manifest.json`` in the space's folder.
+        root: folder that contains all spaces, or the folder of one space.
+        space: identity of the features; written to ``manifest.json`` in the space's folder.
 
     Raises:
-        ConfigError: the folder cannot be written, or holds features of another kind; the message names
-            the fields that differ.
+        ConfigError: the folder cannot be written, or holds features of another space; then the message
+            names the fields that differ.
     """
 
     def __init__(self, root: Path | str, space: FeatureSpace) -> None:
@@ -72,18 +72,18 @@ class FeatureStore:
         root = Path(root)
         self.folder = root if (root / MANIFEST).is_file() else root / space.key
         try:
-            self._enter(root)
+            self._open_folder(root)
         except OSError as error:
             raise ConfigError(
                 f"the feature store {root} cannot be written ({error}): set features.dir to a folder with "
-                "room that you may write, or features.mode to online"
+                "free space and write access, or features.mode to online"
             ) from error
         self.catalogue = Catalogue(self.folder)
-        self._start()
+        self._reset_state()
 
-    def _enter(self, root: Path) -> None:
+    def _open_folder(self, root: Path) -> None:
         self._in_use: FileLock | None = None
-        while self._in_use is None:  # once, but where somebody prunes the space at this moment
+        while self._in_use is None:  # repeats only if the space is pruned meanwhile
             try:
                 check_manifest(self.folder, self.space)
             except FileNotFoundError:
@@ -95,7 +95,7 @@ class FeatureStore:
             except FileNotFoundError:
                 continue
             except OSError as error:
-                if error.errno in READ_ONLY:  # nobody can delete it either
+                if error.errno in READ_ONLY:  # read-only: it cannot be deleted, so no lock is needed
                     return
                 raise
             if (self.folder / MANIFEST).is_file():
@@ -103,7 +103,7 @@ class FeatureStore:
         with suppress(OSError):
             os.utime(self.folder / IN_USE)
 
-    def _start(self) -> None:
+    def _reset_state(self) -> None:
         self._maps: dict[int, mmap.mmap] = {}
         self._writer: PartWriter | None = None
         self._keys: list[tuple[int, int]] = []
@@ -126,7 +126,7 @@ class FeatureStore:
 
     @property
     def width(self) -> int | None:
-        """D; ``None`` in an empty store."""
+        """D; ``None`` if the store is empty."""
         if self._width is None:
             widths = (read_width(part) for part in parts_in(self.folder / PARTS))
             self._width = next((width for width in widths if width is not None), None)
@@ -134,35 +134,38 @@ class FeatureStore:
 
     @property
     def view_bytes(self) -> int:
-        """Bytes of one view; 0 in an empty store."""
+        """Bytes of one view; 0 if the store is empty."""
         return (self.width or 0) * self.space.torch_dtype.itemsize
 
     def _entry_keys(self, contents: Iterable[str], sample_ids: Iterable[str], copy: int | None) -> Any:
         if (copy is None) != (self.space.augment is None):
-            raise ValueError(f"copy is {copy} in a feature space with augment={self.space.augment}")
+            raise ValueError(
+                f"copy is {copy} in a feature space with augment={self.space.augment}, "
+                "expected None exactly if the space has no augmentation"
+            )
         return entry_keys(contents, sample_ids, copy)
 
     def present(self, contents: Sequence[str], sample_ids: Sequence[str], copy: int | None) -> Bools:
-        """Which entries are there [N], by the index alone: nothing else is read.
+        """Which entries exist [N], according to the index; values are not read.
 
         Args:
-            contents: hashes of the photos' bytes.
+            contents: content hashes of the photos.
             sample_ids: ids of the samples.
-            copy: augmented copy; ``None`` exactly where the space has no augmentation.
+            copy: augmented copy; ``None`` exactly if the space has no augmentation.
 
         Raises:
             ValueError: ``copy`` does not fit the space.
         """
-        self._settle()
+        self._flush_before_lookup()
         return self.catalogue.find(*self._entry_keys(contents, sample_ids, copy))[1]
 
     def has(self, content_hash: str, sample_id: str, copy: int | None) -> bool:
-        """Whether one entry is there."""
+        """Whether one entry exists."""
         return bool(self.present([content_hash], [sample_id], copy)[0])
 
     def views_of(self, contents: Sequence[str], sample_ids: Sequence[str], copy: int | None) -> Ints:
-        """Views of each entry [N]; 0 where it is not there."""
-        self._settle()
+        """Number of views of each entry [N]; 0 if it does not exist."""
+        self._flush_before_lookup()
         entries, is_there = self.catalogue.find(*self._entry_keys(contents, sample_ids, copy))
         return np.where(is_there, entries.views, 0).astype(np.int64)
 
@@ -170,60 +173,60 @@ class FeatureStore:
         """Read the features of a photo.
 
         Returns:
-            [V, D] in the stored type.
+            [V, D] in the stored dtype.
 
         Raises:
-            DataError: they are absent or damaged.
+            DataError: they are missing or damaged.
         """
         return self.read([content_hash], [sample_id], copy)[0]
 
     def read(
         self, contents: Sequence[str], sample_ids: Sequence[str], copy: int | None
     ) -> tuple[Tensor, Ints]:
-        """Read the features of many photos; every one is held against its checksum.
+        """Read the features of many photos and verify their checksums.
 
         Returns:
-            All views one behind the other, [sum of V, D] in the stored type, and V of each photo [N].
+            All views one after the other, [sum of V, D] in the stored dtype, and V of each photo [N].
 
         Raises:
-            DataError: an entry is absent or damaged; the message names its sample.
+            DataError: an entry is missing or damaged; the message names its sample.
         """
-        entries = self._located(contents, sample_ids, copy)
+        entries = self._find_entries(contents, sample_ids, copy)
         sizes = entries.views.astype(np.int64) * self.view_bytes
         ends = np.cumsum(sizes)
         raw = torch.empty(int(sizes.sum()), dtype=torch.uint8)
         target = raw.numpy()
-        order = np.lexsort((entries.offset, entries.part))  # along the disk
+        order = np.lexsort((entries.offset, entries.part))  # in the order of the files
         damaged = []
         for row in order.tolist():
             size = int(sizes[row])
-            content = self._mapped(int(entries.part[row]), int(entries.offset[row]), size)
+            content = self._mapped_bytes(int(entries.part[row]), int(entries.offset[row]), size)
             if content is None or zlib.crc32(content) != int(entries.crc[row]):
                 damaged.append(row)
             elif size:
                 target[ends[row] - size : ends[row]] = np.frombuffer(content, dtype=np.uint8)
         if damaged:
-            self._refuse(sample_ids, entries, damaged)
+            self._raise_damaged(sample_ids, entries, damaged)
         values = raw.view(self.space.torch_dtype)
         return values.reshape(-1, self.width or 1), entries.views.astype(np.int64)
 
-    def _located(self, contents: Sequence[str], sample_ids: Sequence[str], copy: int | None) -> Entries:
-        self._settle()
+    def _find_entries(self, contents: Sequence[str], sample_ids: Sequence[str], copy: int | None) -> Entries:
+        self._flush_before_lookup()
         keys = self._entry_keys(contents, sample_ids, copy)
         entries, is_there = self.catalogue.find(*keys)
-        if not is_there.all():  # another process may have computed it since
+        if not is_there.all():  # another process may have added it since
             self.reload()
             entries, is_there = self.catalogue.find(*keys)
         if not is_there.all():
             sample = sample_ids[int(np.flatnonzero(~is_there)[0])]
             raise DataError(
-                f"sample {sample!r}: its stored features ({self.folder}) are absent or damaged: start the "
+                f"sample {sample!r}: its stored features ({self.folder}) are missing or damaged: start the "
                 "same command again, it computes what is missing"
             )
         return entries
 
-    def _mapped(self, part: int, offset: int, size: int) -> memoryview | None:
-        """Bytes of an entry in mapped memory; ``None`` where the file ends before them."""
+    def _mapped_bytes(self, part: int, offset: int, size: int) -> memoryview | None:
+        """Bytes of an entry in the memory map; ``None`` if the file is missing or too short."""
         if not size:
             return memoryview(b"")
         mapped = self._maps.get(part)
@@ -232,17 +235,17 @@ class FeatureStore:
             try:
                 with path.open("rb") as file:
                     mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            except (OSError, ValueError):  # missing, or of length 0
+            except (OSError, ValueError):  # missing or empty
                 return None
-            self._maps[part] = mapped  # a part that was mapped before has grown
+            self._maps[part] = mapped  # also replaces the map of a part that has grown
         return memoryview(mapped)[offset : offset + size] if offset + size <= len(mapped) else None
 
-    def _refuse(self, sample_ids: Sequence[str], entries: Entries, damaged: list[int]) -> None:
-        """Forget damaged entries, so that the next start computes them again, and tell them."""
+    def _raise_damaged(self, sample_ids: Sequence[str], entries: Entries, damaged: list[int]) -> None:
+        """Drop damaged entries from the index, so that the next run computes them again, and raise."""
         places = [
             (self.catalogue.parts[int(entries.part[row])].files, int(entries.offset[row])) for row in damaged
         ]
-        with suppress(OSError):  # in a store that may only be read they stay known
+        with suppress(OSError):  # in a read-only store they stay in the index
             self._merge(dropped=[(files.name, offset) for files, offset in places])
         files, offset = places[0]
         more = f" (and those of {len(damaged) - 1} more)" if len(damaged) > 1 else ""
@@ -252,13 +255,13 @@ class FeatureStore:
         )
 
     def put(self, content_hash: str, sample_id: str, copy: int | None, features: Tensor) -> None:
-        """Add the features of a photo: [V, D] of any floating type and device.
+        """Add the features of a photo: [V, D] of any floating-point dtype and on any device.
 
-        They are durable after :meth:`flush` or :meth:`close`, or when enough has come together.
+        They are durable after :meth:`flush` or :meth:`close`, or once the buffer is full.
 
         Raises:
-            ValueError: ``features`` have another number of axes.
-            DataError: D is another one than that of the features that are there.
+            ValueError: ``features`` does not have two axes.
+            DataError: D differs from that of the stored features.
             ConfigError: the disk is full or the folder cannot be written.
         """
         if features.ndim != 2:
@@ -271,7 +274,7 @@ class FeatureStore:
             if features.shape[1] != self.width:
                 raise DataError(
                     f"sample {sample_id!r}: its features are of width {features.shape[1]}, expected "
-                    f"{self.width} as of the others in {self.folder}"
+                    f"{self.width} as for the others in {self.folder}: set features.dir to another folder"
                 )
             self._keys.append((int(high[0]), int(low[0])))
             self._values.append(stored.view(torch.uint8).numpy().tobytes())
@@ -281,7 +284,7 @@ class FeatureStore:
                 self.flush()
 
     def flush(self) -> None:
-        """Make everything that was put durable and known to other processes.
+        """Make all added features durable and visible to other processes.
 
         Raises:
             ConfigError: the disk is full or the folder cannot be written; what was flushed before stays.
@@ -302,31 +305,31 @@ class FeatureStore:
                     self._merge()
                     self._unmerged = 0
             except OSError as error:
-                raise self._not_written(error) from error
+                raise self._write_error(error) from error
 
     def _open_writer(self) -> PartWriter:
-        """Go on with a part that nobody writes to, or begin one."""
+        """Continue a part that no process writes to, or start a new one."""
         (self.folder / PARTS).mkdir(exist_ok=True)
         for known in self.catalogue.parts:
             part = known.files
             is_ours = known.is_trusted() and part.state()[0] < PART_BYTES and read_width(part) == self.width
-            # A log with a damaged record does not say where the part's values end, and what is written to
-            # one that was cut would count as merged already.
+            # A log with a damaged record does not show where the part's values end. Records appended to a
+            # truncated log would count as already merged.
             if is_ours and len(read_log(part, 0)) == part.records() >= known.merged:
                 with suppress(BlockingIOError, PermissionError):
                     return PartWriter(part, self.width or 0, self.view_bytes)
         return PartWriter(new_part(self.folder / PARTS), self.width or 0, self.view_bytes)
 
-    def _not_written(self, error: OSError) -> ConfigError:
+    def _write_error(self, error: OSError) -> ConfigError:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         what = "is full" if full else f"cannot be written ({error.strerror or error})"
         return ConfigError(
             f"the disk of the feature store {self.folder} {what}: make room, or set features.dir to another "
-            "folder, and start the same command again; what is stored already is not computed again"
+            "folder, and start the same command again; stored features are not computed again"
         )
 
     def close(self) -> None:
-        """Flush, merge what this process has written into the index, and let go of its part.
+        """Flush, merge the entries of this process into the index, and release its part.
 
         Raises:
             ConfigError: the disk is full or the folder cannot be written.
@@ -346,7 +349,7 @@ class FeatureStore:
         writer.close()
         try:
             self._merge({writer.part.name: state})
-        except OSError as error:  # the logs have it all: the next one merges
+        except OSError as error:  # nothing is lost: a later merge reads the logs
             logger.warning("the index of %s could not be written: %s", self.folder, error)
 
     def _merge(
@@ -355,23 +358,23 @@ class FeatureStore:
         dropped: Sequence[tuple[str, int]] = (),
     ) -> None:
         self.catalogue.merge(trusted, dropped)
-        self._maps.clear()  # parts may have other numbers now
+        self._maps.clear()  # part numbers may have changed
 
-    def _settle(self) -> None:
-        """Let questions see what was put before."""
+    def _flush_before_lookup(self) -> None:
+        """Flush buffered entries, so that lookups see them."""
         if self._keys:
             self.flush()
             self.reload()
 
     def reload(self) -> None:
-        """See what other processes have added."""
+        """Load what other processes have added."""
         with self._lock:
             self.catalogue.reload()
             self._maps.clear()
             self._width = None
 
     def note(self, backbone: str, source: str, photos: int) -> None:
-        """Write down, for people alone, what the backbone is called and whose photos' features are here."""
+        """Record the backbone's name and a data set's number of photos, as information for people only."""
         notes = read_notes(self.folder)
         sources = {**notes.get("sources", {}), source: photos}
         with suppress(OSError):
@@ -379,19 +382,19 @@ class FeatureStore:
             write_atomic(self.folder / NOTES, content.encode())
 
     def check(self) -> None:
-        """Read parts that somebody has touched since they were known to be whole; forget damaged entries.
+        """Verify parts modified since they were known to be intact; drop damaged entries from the index.
 
-        Parts that were closed in order and left alone are not read. Those that a living process writes
-        to are its own to know; what is read from them is checked then.
+        Parts that were closed properly and not modified since are skipped. So are parts that a running
+        process writes to; their entries are checked when they are read.
         """
         try:
-            with FileLock(self.folder / CHECK_LOCK, shared=False, wait=True):  # once, not once a process
+            with FileLock(self.folder / CHECK_LOCK, shared=False, wait=True):  # once, not per process
                 self.reload()
                 self._check_touched()
         except OSError as error:
             if error.errno not in READ_ONLY:
                 raise
-            # It may only be read: every entry is checked when it is read.
+            # The store is read-only; every entry is checked when it is read.
 
     def _check_touched(self) -> None:
         trusted, dropped = check_touched(self.catalogue, self.view_bytes)

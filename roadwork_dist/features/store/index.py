@@ -1,7 +1,7 @@
-"""Where an entry lies: a sorted index of fixed width, looked up by binary search in mapped memory.
+"""Sorted fixed-width index of the entries' locations, searched by binary search in a memory map.
 
-N entries, in columns (each contiguous, so that a search touches one column only and copies nothing):
-key (two halves of 128 bits), offset in its part, number of the part, views, CRC-32 of the values.
+N entries, in columns (each contiguous, so that a search touches only one column and copies nothing):
+key (128 bits in two halves), offset in its part, number of the part, views, CRC-32 of the values.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ Bools = NDArray[np.bool_]
 MAGIC = b"RWINDEX1"
 HEADER_BYTES = 64
 CHUNK = 1 << 20
-"""Entries that a merge holds in memory at a time."""
+"""Entries that a merge has in memory at a time."""
 
 _COLUMNS = {"high": "<u8", "low": "<u8", "offset": "<u8", "part": "<u4", "views": "<u4", "crc": "<u4"}
 ENTRY_BYTES = sum(np.dtype(kind).itemsize for kind in _COLUMNS.values())
@@ -41,27 +41,27 @@ class Entries:
         return len(self.high)
 
     def take(self, chosen: Ints | Bools | slice) -> "Entries":
-        """Some of the entries."""
+        """The selected entries."""
         return Entries(*(column[chosen] for column in self.columns()))
 
     def columns(self) -> list[Unsigned]:
-        """The columns, in the order of the file."""
+        """The columns, in file order."""
         return [getattr(self, item.name) for item in fields(self)]
 
     def in_order(self) -> "Entries":
-        """Sorted by key; of entries with one key the last alone."""
-        order = np.lexsort((self.low, self.high))  # stable: equal keys stay in order of age
+        """Sorted by key; of entries with equal keys only the last."""
+        order = np.lexsort((self.low, self.high))  # stable: equal keys stay ordered by age
         ordered = self.take(order)
         is_last = np.ones(len(ordered), dtype=bool)
         is_last[:-1] = (ordered.high[1:] != ordered.high[:-1]) | (ordered.low[1:] != ordered.low[:-1])
         return ordered if is_last.all() else ordered.take(is_last)
 
     def find(self, high: Unsigned, low: Unsigned) -> Ints:
-        """Rows of keys in sorted entries; -1 where there is none."""
+        """Rows of keys in sorted entries; -1 where a key is missing."""
         found = np.full(len(high), -1, dtype=np.int64)
         rows = np.searchsorted(self.high, high, side="right").astype(np.int64) - 1
         waiting = np.flatnonzero(rows >= 0)
-        while len(waiting):  # a second time only where two keys share their first 64 bits
+        while len(waiting):  # more than one pass only if two keys share their first 64 bits
             waiting = waiting[self.high[rows[waiting]] == high[waiting]]
             is_match = self.low[rows[waiting]] == low[waiting]
             found[waiting[is_match]] = rows[waiting[is_match]]
@@ -77,7 +77,7 @@ def empty_entries() -> Entries:
 
 
 def concatenate(entries: Sequence[Entries]) -> Entries:
-    """Entries one behind the other."""
+    """Entries one after the other."""
     if not entries:
         return empty_entries()
     columns = zip(*(each.columns() for each in entries), strict=True)
@@ -87,29 +87,29 @@ def concatenate(entries: Sequence[Entries]) -> Entries:
 def entry_keys(
     contents: Iterable[str], sample_ids: Iterable[str], copy: int | None
 ) -> tuple[Unsigned, Unsigned]:
-    """Keys of entries: BLAKE2b of what they belong to, as two halves [N].
+    """Keys of entries, a BLAKE2b hash in two halves [N].
 
-    Un-augmented features belong to the photo's content alone; augmented ones also to the sample's id
-    and the copy, which their draws depend on.
+    Features without augmentation depend on the photo's content alone. Augmented ones also depend on
+    the sample's id and the copy, which determine the draws.
     """
     if copy is None:
         texts = [str(content) for content in contents]
     else:
         pairs = zip(contents, sample_ids, strict=True)
         texts = [f"{content}\x1f{sample_id}\x1f{copy}" for content, sample_id in pairs]
-    # Surrogates stand for bytes of file names that are not UTF-8.
+    # Sample ids may contain surrogates, for bytes of file names that are not UTF-8.
     digests = (hashlib.blake2b(t.encode(errors="surrogatepass"), digest_size=16).digest() for t in texts)
     halves = np.frombuffer(b"".join(digests), dtype="<u8").reshape(-1, 2)
     return np.ascontiguousarray(halves[:, 0]), np.ascontiguousarray(halves[:, 1])
 
 
 def write_index(path: Path, old: Entries, new: Entries, dropped: Sequence[tuple[int, int]] = ()) -> int:
-    """Merge entries into a file; memory does not grow with ``old``.
+    """Merge entries into a new file; memory use does not grow with ``old``.
 
     Args:
         path: the new file; it is complete and durable when this returns.
-        old: sorted entries, mapped or not.
-        new: others in order of age; they replace old ones of the same key.
+        old: sorted entries, may be memory-mapped.
+        new: further entries, oldest first; they replace old ones with the same key.
         dropped: (part, offset) of entries to leave out.
 
     Returns:
@@ -137,7 +137,7 @@ def write_index(path: Path, old: Entries, new: Entries, dropped: Sequence[tuple[
 
 
 def read_index(path: Path) -> Entries | None:
-    """Map a file of :func:`write_index`; ``None`` where it is missing or not whole."""
+    """Memory-map a file of :func:`write_index`; ``None`` if it is missing or damaged."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -153,10 +153,10 @@ def read_index(path: Path) -> Entries | None:
         return empty_entries()
     try:
         memory = np.memmap(path, mode="r", dtype=np.uint8)
-    except FileNotFoundError:  # replaced at this moment by whoever merges
+    except FileNotFoundError:  # replaced meanwhile by a merging process
         return None
     columns = [
-        # A plain array on the map: np.memmap's own slices cost microseconds each.
+        # A plain array on the map: slices of np.memmap itself cost microseconds each.
         np.asarray(memory[base : base + count * np.dtype(kind).itemsize]).view(kind)
         for base, kind in zip(_column_offsets(capacity), _COLUMNS.values(), strict=True)
     ]
@@ -169,7 +169,7 @@ def _column_offsets(capacity: int) -> list[int]:
 
 
 def _merged(old: Entries, new: Entries) -> Iterable[Entries]:
-    """Sorted entries of both in chunks that no key spans."""
+    """Sorted entries of both, in chunks; equal keys never fall into different chunks."""
     start, taken = 0, 0
     while start < len(old):
         end = min(start + CHUNK, len(old))

@@ -1,4 +1,4 @@
-"""Locks that the kernel drops with their process, however it ends, and folders that may only be read."""
+"""File locks that the kernel releases when their process ends, and handling of read-only folders."""
 
 import errno
 import logging
@@ -14,47 +14,47 @@ from roadwork_dist.common.flock import Flock, give_back, is_at, take
 logger = logging.getLogger(__name__)
 
 READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
-"""What a folder that may only be read says to a writer."""
+"""Errors of writing to a read-only folder."""
 
-_told: set[Path] = set()
-_telling = threading.Lock()
+_warned: set[Path] = set()
+_warned_guard = threading.Lock()
 
 
 @contextmanager
 def unless_read_only(root: Path) -> Iterator[None]:
-    """Around a write of what can be computed again: a store that may only be read does without, and says so.
+    """Skip a cache write in a read-only store, with one warning per folder. Wrap only what can be recomputed.
 
     Raises:
-        OSError: it cannot be written for another reason; the disk is full, say.
+        OSError: the write failed for another reason, for example a full disk.
     """
     try:
         yield
     except OSError as error:
         if error.errno not in READ_ONLY:
             raise
-        with _telling:
-            if root not in _told:
+        with _warned_guard:
+            if root not in _warned:
                 logger.warning(
-                    "%s may only be read (%s): hashes of photos, masks and texts that it lacks are computed "
-                    "anew in every run. To keep them, give this user write access or set features.dir",
+                    "%s is read-only (%s): hashes of photos, masks and texts that it lacks are computed "
+                    "again in every run. To keep them, give this user write access or set features.dir",
                     *(root, error.strerror),
                 )
-            _told.add(root)
+            _warned.add(root)
 
 
 class FileLock:
     """A lock on a file, held until :meth:`release`.
 
-    A file system that knows no locks gives none: what is written stays right, since every process
-    writes files of its own, and only the merging of their indexes may then do its work twice.
+    On a file system without locks nothing is locked. Stored data stay correct, since every process
+    writes its own files; only the merging of their indexes may then be done twice.
 
     Args:
-        path: the file; made where it is not there.
-        shared: several may hold it, as long as nobody holds it alone.
-        wait: wait for it.
+        path: the file; created if missing.
+        shared: take a shared lock, which several processes may hold; otherwise an exclusive one.
+        wait: block until the lock is free.
 
     Raises:
-        BlockingIOError: somebody else holds it, and ``wait`` is False.
+        BlockingIOError: another process holds it, and ``wait`` is False.
         OSError: the file cannot be opened.
     """
 
@@ -70,20 +70,20 @@ class FileLock:
                 os.close(self._handle)
                 raise
             self.is_real = held is Flock.HELD
-            """False where the file system knows no locks."""
+            """False if the file system has no locks."""
             if is_at(self._handle, path):
                 return
-            os.close(self._handle)  # it was deleted while this one waited
+            os.close(self._handle)  # the file was deleted while waiting
 
     def size(self) -> int:
-        """Bytes of the file."""
+        """Size of the file in bytes."""
         return os.fstat(self._handle).st_size
 
     def write_at(self, offset: int, content: bytes) -> None:
         """Write and make durable.
 
         Raises:
-            OSError: the disk is full or broken.
+            OSError: the disk is full or failing.
         """
         view = memoryview(content)
         while len(view):
@@ -92,16 +92,16 @@ class FileLock:
         os.fsync(self._handle)
 
     def truncate(self, size: int) -> None:
-        """Cut the file."""
+        """Truncate the file to ``size`` bytes."""
         os.ftruncate(self._handle, size)
 
     def release(self) -> None:
-        """Give the lock back; twice is once."""
+        """Release the lock; calling it again has no effect."""
         if self._handle >= 0:
             handle, self._handle = self._handle, -1
             if self._owner == os.getpid():
                 give_back(handle)
-            else:  # a process forked meanwhile must not give back what is not its own
+            else:  # a forked child must not release the lock of its parent
                 os.close(handle)
 
     def __enter__(self) -> Self:
@@ -119,7 +119,7 @@ def _open(path: Path) -> int:
     try:
         return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
-        # A store that may only be read can be locked all the same.
+        # A file in a read-only store can still be locked.
         if error.errno in READ_ONLY and path.exists():
             return os.open(path, os.O_RDONLY)
         raise

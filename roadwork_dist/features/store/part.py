@@ -1,8 +1,8 @@
-"""Parts: big append-only files of values, each with a log of what lies where.
+"""Parts: large append-only files of values, each with a log of its entries.
 
-``<name>.values`` holds entries [V, D] one behind the other, raw. ``<name>.log`` holds one record of fixed
-width an entry, written only when the values it speaks of are durable. So whatever a kill leaves behind
-the last record's entry is a tail that nobody knows of, and a record that is not whole does not count.
+``<name>.values`` holds raw entries [V, D] one after the other. ``<name>.log`` holds one fixed-width record
+per entry, written only after the values of the entry are durable. After a kill, bytes after the last
+recorded entry are therefore ignored, and an incomplete record does not count.
 """
 
 import os
@@ -22,7 +22,7 @@ from roadwork_dist.features.store.index import Entries, empty_entries
 from roadwork_dist.features.store.locks import FileLock
 
 PART_BYTES = 16 << 30
-"""A part that has grown to this is not written to any more."""
+"""A part of this size or more is not appended to any more."""
 
 LOG_MAGIC = b"RWPARTS1"
 LOG_HEADER_BYTES = 64
@@ -49,11 +49,11 @@ class PartFiles:
 
     @property
     def log(self) -> Path:
-        """Records of the entries."""
+        """Log of the entries."""
         return self.folder / f"{self.name}.log"
 
     def state(self) -> tuple[int, int]:
-        """Size and time of change of the values; (0, 0) where there is no such file."""
+        """Size and mtime of the values file; (0, 0) if it does not exist."""
         try:
             stat = self.values.stat()
         except FileNotFoundError:
@@ -61,7 +61,7 @@ class PartFiles:
         return stat.st_size, stat.st_mtime_ns
 
     def records(self) -> int:
-        """Records that the log has room for, whole or not; 0 where there is no log."""
+        """Records in the log, valid or not, by its size; 0 if there is no log."""
         try:
             return max(0, self.log.stat().st_size - LOG_HEADER_BYTES) // RECORD.itemsize
         except FileNotFoundError:
@@ -74,7 +74,7 @@ def parts_in(folder: Path) -> list[PartFiles]:
 
 
 def read_width(part: PartFiles) -> int | None:
-    """D of a part's entries, in elements; ``None`` where the log's header is not whole."""
+    """D of a part's entries, in elements; ``None`` if the log's header is missing or damaged."""
     try:
         with part.log.open("rb") as file:
             header = file.read(LOG_HEADER_BYTES)
@@ -86,7 +86,7 @@ def read_width(part: PartFiles) -> int | None:
 
 
 def read_log(part: PartFiles, number: int, start: int = 0, stop: int | None = None) -> Entries:
-    """Records ``start`` to ``stop`` of a part, as entries of part ``number``; damaged ones are left out."""
+    """Records ``start`` to ``stop`` of a part as entries of part ``number``, without damaged ones."""
     if read_width(part) is None:
         return empty_entries()
     stop = part.records() if stop is None else stop
@@ -102,22 +102,22 @@ def read_log(part: PartFiles, number: int, start: int = 0, stop: int | None = No
 
 
 def _checks(records: NDArray[np.void]) -> NDArray[np.uint32]:
-    """CRC-32 of what each record says."""
+    """CRC-32 of the fields of each record."""
     content = records.tobytes()
     starts = range(0, len(content), RECORD.itemsize)
     return np.array([zlib.crc32(content[at : at + _CHECKED_BYTES]) for at in starts], dtype=np.uint32)
 
 
 class PartWriter:
-    """Appends entries to a part of its own, which no other process writes to.
+    """Appends entries to a part, with exclusive write access.
 
     Args:
-        part: the files; made where they are not there.
+        part: the files; created if missing.
         width: D of the entries.
-        entry_bytes: bytes of one view.
+        view_bytes: bytes of one view.
 
     Raises:
-        BlockingIOError: another process writes to this part.
+        BlockingIOError: another process is writing to this part.
         OSError: the folder cannot be written.
     """
 
@@ -141,19 +141,19 @@ class PartWriter:
         self.records = self.part.records()
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
         self._values = os.open(self.part.values, flags, 0o666)
-        self._cut()
+        self._truncate()
         sync_folder(self.part.folder)
 
-    def _cut(self) -> None:
-        """Drop what lies behind the last whole record, in both files."""
+    def _truncate(self) -> None:
+        """Truncate both files after the last complete record."""
         os.ftruncate(self._values, self.end)
         self._lock.truncate(LOG_HEADER_BYTES + self.records * RECORD.itemsize)
 
     def append(self, keys: list[tuple[int, int]], values: list[bytes]) -> None:
-        """Write entries, make them durable, then make them known.
+        """Write entries, make them durable, then record them in the log.
 
         Raises:
-            OSError: the disk is full or broken; none of these entries is known then.
+            OSError: the disk is full or failing; then none of these entries is recorded.
         """
         sizes = np.array([len(item) for item in values], dtype=np.int64)
         records = np.zeros(len(keys), dtype=RECORD)
@@ -166,18 +166,18 @@ class PartWriter:
             os.fsync(self._values)
             self._lock.write_at(LOG_HEADER_BYTES + self.records * RECORD.itemsize, records.tobytes())
         except BaseException:
-            with suppress(OSError):  # the first error is the one to be told
-                self._cut()
+            with suppress(OSError):  # the first error is the one to report
+                self._truncate()
             raise
         self.end, self.records = self.end + int(sizes.sum()), self.records + len(records)
 
     @property
     def is_full(self) -> bool:
-        """Whether the next entry belongs into another part."""
+        """Whether the next entry must go to another part."""
         return self.end >= PART_BYTES
 
     def close(self) -> None:
-        """Let others go on with this part."""
+        """Close the part, so that other processes may append to it."""
         if self._values >= 0:
             os.close(self._values)
             self._values = -1
@@ -194,12 +194,12 @@ def _write_all(handle: int, content: memoryview) -> None:
 
 
 def new_part(folder: Path) -> PartFiles:
-    """A part that nobody else has; names sort by age."""
+    """A part with a new unique name; names sort by age."""
     return PartFiles(folder, f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}")
 
 
 def damaged_entries(part: PartFiles, entries: Entries, view_bytes: int) -> Iterator[int]:
-    """Rows of entries of one part whose values are not what was written; read in the order of the file."""
+    """Rows of entries of one part whose values fail their checksum; reads the file in order."""
     order = np.argsort(entries.offset, kind="stable")
     try:
         file = part.values.open("rb")

@@ -1,6 +1,6 @@
-"""The features of a data set whole in memory: of a GPU, or of the machine.
+"""All features of a data set held in GPU or CPU memory.
 
-T views of all photos and copies, one behind the other · D width of the backbone · B photos of a batch
+T views of all photos and copies, one after the other · D width of the backbone · B photos of a batch
 """
 
 import os
@@ -16,20 +16,20 @@ from roadwork_dist.features.store.feature_store import FeatureStore
 from roadwork_dist.features.store.index import Ints
 
 SHARE = 4
-"""At most one part in so many of the memory that is free is taken."""
+"""At most 1/SHARE of the free memory is used."""
 _BLOCK = 2048
 """Photos read at a time."""
 
 
 def pad_views(values: Tensor, counts: Ints) -> tuple[Tensor, Tensor]:
-    """Photos of a batch beside each other.
+    """Pad the photos of a batch to the same number of views.
 
     Args:
-        values: all their views, [sum of V, D] on any device.
+        values: views of all photos, [sum of V, D] on any device.
         counts: V of each, [B].
 
     Returns:
-        [B, V, D] with zeros behind photos of fewer views, and [B, V] bool on the CPU: which are real.
+        [B, V, D], padded with zeros after the last view, and [B, V] bool on the CPU: which are real.
     """
     most = int(counts.max(initial=0))
     mask = torch.arange(most)[None, :] < torch.from_numpy(counts)[:, None]
@@ -41,7 +41,7 @@ def pad_views(values: Tensor, counts: Ints) -> tuple[Tensor, Tensor]:
 
 
 class ResidentFeatures:
-    """Features of the rows of a data set in memory.
+    """In-memory features of the rows of a data set.
 
     Args:
         values: [T, D].
@@ -54,11 +54,11 @@ class ResidentFeatures:
 
     @property
     def device(self) -> torch.device:
-        """Where they are."""
+        """Device of the features."""
         return self.values.device
 
     def read(self, rows: Sequence[int], copy: int | None) -> tuple[Tensor, Ints]:
-        """Views of rows one behind the other, [sum of V, D] on the device, and V of each [B]."""
+        """Views of rows one after the other, [sum of V, D] on the device, and V of each [B]."""
         chosen = np.asarray(rows, dtype=np.int64)
         starts, counts = (table[copy or 0, chosen] for table in (self.starts, self.counts))
         ends = np.cumsum(counts)
@@ -67,7 +67,7 @@ class ResidentFeatures:
         return self.values.index_select(0, index), counts
 
     def row(self, row: int, copy: int | None) -> Tensor:
-        """Views of one row, [V, D]; shares memory with all others."""
+        """Views of one row, [V, D], without copying: a view into ``values``."""
         start, count = (int(table[copy or 0, row]) for table in (self.starts, self.counts))
         return self.values[start : start + count]
 
@@ -82,17 +82,17 @@ def load_resident(
     """Read all features of a data set into the memory of a device.
 
     Args:
-        store: where they are.
-        hashes: content of each photo; ``None`` for one without features.
-        sample_ids: id of each.
-        copies: which copies.
-        device: where to.
+        store: store to read from.
+        hashes: content hash of each photo; ``None`` for one without features.
+        sample_ids: id of each photo.
+        copies: copies to read.
+        device: target device.
 
     Returns:
-        ``None`` where they would take more than a quarter of what is free there.
+        ``None`` if they would take more than a quarter of the device's free memory.
 
     Raises:
-        DataError: an entry is absent or damaged.
+        DataError: an entry is missing or damaged.
     """
     rows = np.array([row for row, content in enumerate(hashes) if content is not None], dtype=np.int64)
     contents, ids = [str(hashes[row]) for row in rows], [sample_ids[row] for row in rows]
@@ -115,7 +115,7 @@ def load_resident(
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that this process may still take on a device; processes of one machine share its memory."""
+    """Free bytes of a device for this process; processes of one machine share its CPU memory equally."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     if device.type != "cpu":
@@ -124,6 +124,6 @@ def free_memory(device: torch.device) -> int:
 
     free = int(psutil.virtual_memory().available)
     limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
-    with suppress(OSError, ValueError):  # a container's memory is less than the machine's
+    with suppress(OSError, ValueError):  # a container may have less memory than the machine
         free = min(free, int(limit.read_text()) - int(used.read_text()))
     return free // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

@@ -1,4 +1,4 @@
-"""What a stored feature is a feature of: the identity that names a space."""
+"""Identity of a feature space: everything that determines a stored feature, except the photo."""
 
 import hashlib
 import json
@@ -18,21 +18,21 @@ logger = logging.getLogger(__name__)
 STORED_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 MANIFEST = "manifest.json"
 NOTES = "notes.json"
-"""What people want to know of a space: names of its backbone and of data sets. Nothing depends on it."""
+"""Information for people: names of the backbone and of the data sets. Nothing depends on it."""
 
 
 @dataclass(frozen=True)
 class FeatureSpace:
-    """All that decides the value of a stored feature besides the photo itself.
+    """Everything that determines the value of a stored feature, except the photo.
 
-    The photo is known by the hash of its bytes, which each entry is found by, so there is no field of
-    the data here: photos may be added, moved and renamed.
+    Each entry is found by the hash of its photo's bytes, so no field here depends on the data set:
+    photos may be added, moved and renamed.
 
     Args:
         views: :meth:`ViewGeometry.identity`.
-        augment: :meth:`Augmenter.identity`, or ``None`` for views as they are.
-        backbone: identity of the backbone: architecture, hash of its weights, arithmetic.
-        dtype: stored type.
+        augment: :meth:`Augmenter.identity`, or ``None`` for views without augmentation.
+        backbone: identity of the backbone: architecture, hash of its weights, precision.
+        dtype: stored dtype.
     """
 
     views: dict[str, object]
@@ -51,7 +51,7 @@ class FeatureSpace:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """Stored type as torch's."""
+        """Stored dtype as a torch dtype."""
         return STORED_DTYPES[self.dtype]
 
     def differences(self, other: Mapping[str, Any]) -> list[str]:
@@ -74,11 +74,11 @@ def _short(value: Any) -> str:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The fields of the space that a folder holds.
+    """Fields of the space in a folder.
 
     Raises:
         FileNotFoundError: there is no manifest.
-        ConfigError: it is damaged.
+        ConfigError: the manifest is damaged.
     """
     path = folder / MANIFEST
     content = path.read_bytes()
@@ -86,16 +86,19 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         fields = json.loads(content)
     except ValueError as error:
         raise ConfigError(
-            f"{path} cannot be read ({error}), expected the identity of the features beside it: "
-            "restore it, or delete the folder, then its features are computed again"
+            f"{path} cannot be read ({error}), expected the identity of the features in its folder: "
+            "restore it, or delete the folder to have its features computed again"
         ) from error
     if not isinstance(fields, dict):
-        raise ConfigError(f"{path} holds {_short(fields)}, expected the identity of the features beside it")
+        raise ConfigError(
+            f"{path} holds {_short(fields)}, expected the identity of the features in its folder: "
+            "restore it, or delete the folder to have its features computed again"
+        )
     return fields
 
 
 def check_manifest(folder: Path, space: FeatureSpace) -> None:
-    """Compare a folder's manifest with the space that is to be read from it.
+    """Compare a folder's manifest with the expected space.
 
     Raises:
         FileNotFoundError: there is no manifest.
@@ -110,7 +113,7 @@ def check_manifest(folder: Path, space: FeatureSpace) -> None:
 
 
 def read_notes(folder: Path) -> dict[str, Any]:
-    """The notes of a space; empty where there are none that can be read."""
+    """The notes of a space; empty if they are missing or unreadable."""
     try:
         notes = json.loads((folder / NOTES).read_bytes())
     except (OSError, ValueError):
@@ -119,15 +122,15 @@ def read_notes(folder: Path) -> dict[str, Any]:
 
 
 def in_words(fields: Mapping[str, Any], notes: Mapping[str, Any]) -> str:
-    """A manifest's fields as one line for people."""
+    """A manifest's fields as one readable line."""
     identity, _, arithmetic = str(fields.get("backbone")).partition(" ")
     name = f"{notes['backbone']} ({identity[:8]})" if "backbone" in notes else identity[:16]
     views, augment = fields.get("views") or {}, fields.get("augment")
     shown = _listed(views)
-    drawn = "as they are"
+    drawn = "not augmented"
     if isinstance(augment, dict):
         drawn = f"augmented ({_listed(augment)})"
-    return f"{name} in {arithmetic or '?'}, kept in {fields.get('dtype')} · views ({shown}) {drawn}"
+    return f"{name} in {arithmetic or '?'}, stored as {fields.get('dtype')} · views ({shown}) {drawn}"
 
 
 def _listed(fields: Mapping[str, Any]) -> str:
@@ -136,16 +139,20 @@ def _listed(fields: Mapping[str, Any]) -> str:
 
 
 def tell_nearest(root: Path, folder: Path, space: FeatureSpace) -> None:
-    """Say which fields keep the features of the most similar space from being used."""
+    """Log which fields differ in the most similar existing space, and so prevent its reuse."""
     nearest: tuple[int, Path, list[str]] | None = None
     for manifest in sorted(root.glob(f"*/{MANIFEST}")):
         if manifest.parent == folder:
             continue
         with suppress(ConfigError, OSError):
             fields = read_manifest(manifest.parent)
-            # Views as they are and augmented ones are no versions of each other.
+            # Spaces with and without augmentation are not alternatives to each other.
             if (fields.get("augment") is None) == (space.augment is None):
                 differing = space.differences(fields)
                 nearest = min(nearest or (99, folder, []), (len(differing), manifest.parent, differing))
     if nearest is not None:
-        logger.info("features of a new kind; in the most similar folder, %s, %s", nearest[1], nearest[2])
+        logger.info(
+            "no stored features fit these settings; in the most similar folder, %s, %s",
+            nearest[1],
+            nearest[2],
+        )

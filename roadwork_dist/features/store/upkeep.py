@@ -1,4 +1,4 @@
-"""Looking after the spaces of a feature store: what there is, what is damaged, what can go."""
+"""Maintenance of a feature store: list its spaces, verify checksums, delete unused data."""
 
 import os
 import shutil
@@ -20,29 +20,29 @@ from roadwork_dist.features.store.space import MANIFEST, STORED_DTYPES, in_words
 
 DAY_S = 86400.0
 QUIET_S = 3600.0
-"""On a file system without locks, what has changed so lately counts as being used."""
+"""On a file system without locks, a space changed within this time counts as in use."""
 
 
 @dataclass(frozen=True)
 class SpaceSummary:
-    """What a space holds."""
+    """Summary of a space."""
 
     folder: Path
     entries: int
     size: int
-    """Bytes of all its files."""
+    """Total bytes of its files."""
     last_used: float
     """Seconds since the epoch."""
     in_use: bool
     words: str
-    """Its identity for people."""
+    """Its identity as a readable line."""
     sources: dict[str, int]
-    """Photos by name of the data set they came from."""
+    """Number of photos by name of their data set."""
 
 
 @dataclass(frozen=True)
 class DamagedEntry:
-    """An entry whose bytes are not what was written."""
+    """An entry that fails its checksum."""
 
     path: Path
     offset: int
@@ -55,7 +55,7 @@ class DamagedEntry:
 
 @dataclass(frozen=True)
 class Removal:
-    """Something that can go."""
+    """A file or folder that may be deleted."""
 
     path: Path
     size: int
@@ -66,19 +66,19 @@ def spaces_in(root: Path) -> list[Path]:
     """Folders of the spaces of a store.
 
     Raises:
-        ConfigError: the folder is no feature store.
+        ConfigError: the folder does not exist.
     """
     if (root / MANIFEST).is_file():
         return [root]
     if not root.is_dir():
         raise ConfigError(
-            f"{root} is no folder, expected a feature store: name the folder of features.dir with --dir"
+            f"{root} is not a folder, expected a feature store: name the folder of features.dir with --dir"
         )
     return sorted(path.parent for path in root.glob(f"*/{MANIFEST}"))
 
 
 def summary_of(folder: Path) -> SpaceSummary:
-    """What a space holds; nothing but its index is read, and it does not count as a use.
+    """Summary of a space. It reads only the index and the file sizes, and does not count as a use.
 
     Raises:
         ConfigError: its manifest is damaged.
@@ -102,14 +102,14 @@ def last_used(folder: Path) -> float:
 
 
 def in_use(folder: Path) -> bool:
-    """Whether a living process reads or writes the space."""
+    """Whether a running process reads or writes the space."""
     return is_locked(folder / IN_USE)
 
 
 def verify(folder: Path) -> Iterator[DamagedEntry]:
-    """Read every entry of a space and hold it against its checksum.
+    """Read every entry of a space and verify its checksum.
 
-    Damaged ones are forgotten, so that the next extraction computes them again.
+    Damaged entries are dropped from the index, so that the next extraction computes them again.
 
     Raises:
         ConfigError: the manifest is damaged.
@@ -122,7 +122,7 @@ def verify(folder: Path) -> Iterator[DamagedEntry]:
         state, is_closed = part.files.state(), not is_locked(part.files.log)
         entries = catalogue.entries_of(number)
         width = read_width(part.files)
-        if width is None:  # the log is lost; the others are of the same width
+        if width is None:  # the log is lost; all parts have the same width
             width = next((w for p in catalogue.parts if (w := read_width(p.files)) is not None), 0)
         for row in damaged_entries(part.files, entries, width * dtype.itemsize):
             offset, views = int(entries.offset[row]), int(entries.views[row])
@@ -131,20 +131,20 @@ def verify(folder: Path) -> Iterator[DamagedEntry]:
             yield DamagedEntry(part.files.values, offset, views, key)
         if is_closed:
             trusted[part.files.name] = state
-    with suppress(PermissionError):  # a store that may only be read can be verified all the same
+    with suppress(PermissionError):  # a read-only store can still be verified
         catalogue.merge(trusted, dropped)
 
 
 def plan_pruning(root: Path, *, older_than: float, names: Sequence[str] = ()) -> list[Removal]:
-    """What can go: spaces that nobody has used for a while, and what was left unfinished in the others.
+    """List what can be deleted: unused spaces, and unfinished files in the others.
 
     Args:
         root: the store.
         older_than: days since the last use.
-        names: folders of spaces that are to go whenever they were used; with these, nothing else does.
+        names: folder names of spaces to delete whatever their last use; then nothing else is deleted.
 
     Raises:
-        ConfigError: there is no space of a name.
+        ConfigError: there is no space with a given name.
     """
     spaces = {path.name: path for path in spaces_in(root)}
     for name in names:
@@ -163,21 +163,21 @@ def plan_pruning(root: Path, *, older_than: float, names: Sequence[str] = ()) ->
 
 
 def remove(removal: Removal) -> str | None:
-    """Delete; says why not where a living process uses the space."""
+    """Delete a file or folder, or return why it must stay: its space is in use."""
     folder = removal.path if (removal.path / MANIFEST).is_file() else _space_of(removal.path)
     try:
-        # Whoever opens the space now waits, and makes it anew.
+        # A process that opens the space now waits, then creates it again.
         with FileLock(folder / IN_USE, shared=False) as lock:
             if not lock.is_real and time.time() - _newest(folder) < QUIET_S:
-                return "has changed within the last hour, and this file system knows no locks"
+                return "has changed within the last hour, and this file system has no locks"
             if removal.path.is_dir():
-                # The manifest first: what is left after a kill does not count as a space.
+                # The manifest first: after a kill the remaining files do not count as a space.
                 (removal.path / MANIFEST).unlink(missing_ok=True)
                 shutil.rmtree(removal.path)
             else:
                 removal.path.unlink(missing_ok=True)
     except BlockingIOError:
-        return "is used by a living process"
+        return "is used by a running process"
     return None
 
 
@@ -186,7 +186,7 @@ def _space_of(path: Path) -> Path:
 
 
 def _leftovers(folder: Path) -> list[Path]:
-    """Files of a space that nothing speaks of: of processes that were killed, and of older layouts."""
+    """Unreferenced files of a space: left by killed processes or by older layouts."""
     index = folder / INDEX_JSON
     current = Catalogue(folder).index_name if index.exists() else ""
     found = [path for path in folder.glob("index-*") if path.name != current]
@@ -205,7 +205,7 @@ def _newest(folder: Path) -> float:
 
 
 def _states(path: Path) -> Iterator[os.stat_result]:
-    """Of a file, or of all in a folder, but for what living processes remove at this moment."""
+    """stat() of a file, or of everything in a folder; files that disappear meanwhile are skipped."""
     found = [Path(parent, name) for parent, *names in os.walk(path) for name in chain(*names)]
     for each in found if path.is_dir() else [path]:
         with suppress(FileNotFoundError):
