@@ -1,4 +1,4 @@
-# `make` lists what can be made.
+# `make` lists the targets.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -7,22 +7,23 @@ SHELL := /bin/bash
 PYTHON ?= python3
 ARGS ?=
 CORES := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
-# One core decodes photos (the demo's loader process). Threads that outnumber the free cores wait for
-# each other: twice the threads were five times slower here.
+# One core decodes photos (the demo's loader process). More threads than free cores wait for each other:
+# twice the threads were five times slower here.
 THREADS ?= $(shell echo $$(( $(CORES) > 1 ? $(CORES) - 1 : 1 )))
-# Test processes: each imports torch, so a big machine does not get one a core.
+# Test processes: each imports torch, so a big machine does not get one per core.
 JOBS ?= $(shell echo $$(( $(CORES) < 8 ? $(CORES) : 8 )))
 
-# glibc gives large buffers back at once and asks for their pages anew: that was 40 % of the time of features.
+# glibc returns large buffers to the system at once and then faults their pages in again: that was 40 % of the
+# time of computing features.
 MALLOC := MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=1073741824 MALLOC_TOP_PAD_=67108864
 
-# Hundreds of processes start here; without kept bytecode each of them compiles the libraries anew.
+# Tests start hundreds of processes; without cached bytecode each of them compiles the libraries again.
 unexport PYTHONDONTWRITEBYTECODE
 
 VENV := .venv
 BIN := $(VENV)/bin
 UV_INSTALL = $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt
-# Empty files that say when an install was last finished; a change of what is declared makes them old.
+# Stamp files of the last finished install; a change of the declared dependencies makes them out of date.
 PLAIN := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 DECLARED := setup.cfg pyproject.toml constraints.txt
@@ -34,7 +35,7 @@ demo: demo-data/synthetic.json ## train the demo on synthetic photos and write i
 	$(MALLOC) $(BIN)/accelerate launch --quiet --config_file accelerate_configs/single_gpu.yaml \
 		--num_cpu_threads_per_process $(THREADS) launch/pretrain.py $(ARGS)
 
-# The last file of a complete set; a set that was interrupted is completed.
+# The file that is written last; an interrupted set is completed.
 demo-data/synthetic.json: | $(PLAIN)
 	$(BIN)/roadwork-dist synth demo-data
 
@@ -44,11 +45,11 @@ demo-real: $(PLAIN) ## train on real photographs (needs Debian's tuxpaint-stamps
 		echo "Install them (161 MB, GPL-2): sudo apt-get install tuxpaint-stamps-default" >&2; exit 1; }
 	$(BIN)/roadwork-dist demo-real $(ARGS)
 
-test: $(DEV) ## run the tests; ARGS="tests/photos -k view" picks some
+test: $(DEV) ## run the tests; ARGS="tests/photos -k view" runs some
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal $(ARGS)
 
-# Not among the development extras: transformers imports torchao wherever it is installed, which costs every
-# test that loads one of its networks two seconds.
+# Not among the development extras: transformers imports torchao if it is installed, which adds two seconds to
+# every test that loads one of its networks.
 test-fp8: $(DEV) ## install torchao and run the tests of fp8 training
 	$(UV_INSTALL) --editable '.[dev,fp8]'
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests/trainer/engine/test_fp8.py
@@ -69,21 +70,21 @@ types: $(DEV) ## mypy --strict
 docs: $(DEV) ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-check: lint types docs ## all that CI checks besides tests
+check: lint types docs ## all checks of CI except tests
 	@if command -v shellcheck >/dev/null; then shellcheck -x .ci/run launch/*.slurm launch/lib.sh && echo "shellcheck: fine"; else \
-		echo "shellcheck is not installed, so no script was checked: sudo apt-get install shellcheck"; fi
+		echo "shellcheck is not installed, so scripts were not checked: sudo apt-get install shellcheck"; fi
 
-install: $(PLAIN) ## make .venv and install the package
-install-dev: $(DEV) ## make .venv and install the package with what development needs
+install: $(PLAIN) ## create .venv and install the package
+install-dev: $(DEV) ## create .venv and install the package with its development extras
 
-# uv installs about ten times faster than pip; pip brings uv, in the version that constraints.txt pins.
+# uv installs about ten times faster than pip; pip installs uv, in the version pinned by constraints.txt.
 $(BIN)/uv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-		echo "Python 3.11 or newer is needed, and '$(PYTHON)' is not: say which one to use," >&2; \
+		echo "Python 3.11 or newer is needed, and '$(PYTHON)' is older: choose another one," >&2; \
 		echo "for example: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV) || { \
 		echo "'$(PYTHON) -m venv' failed. On Debian: sudo apt-get install python3-venv" >&2; exit 1; }
-	@echo "installing into $(VENV): a first install fetches about 3 GB (torch with CUDA) and takes minutes"
+	@echo "installing into $(VENV): a first install downloads about 3 GB (torch with CUDA) and takes minutes"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
 
 $(PLAIN): $(DECLARED) | $(BIN)/uv
@@ -94,9 +95,9 @@ $(DEV): $(DECLARED) | $(BIN)/uv
 	$(UV_INSTALL) --editable '.[dev]'
 	@touch $@ $(PLAIN)
 
-constraints: | $(BIN)/uv ## resolve constraints.txt anew, to the newest releases
+constraints: | $(BIN)/uv ## resolve constraints.txt again, to the newest releases
 	$(BIN)/uv pip compile setup.cfg --all-extras --universal --python-version 3.11 --upgrade --quiet \
 		--custom-compile-command 'make constraints' --output-file constraints.txt
 
-clean: ## delete what builds and tests leave; keeps .venv, data and runs
+clean: ## delete files of builds and tests; keeps .venv, data and runs
 	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,9 +1,8 @@
-"""Forward pass of a vision backbone: views a second, and the share of the chip's bf16 peak.
+"""Forward pass of a vision backbone: views per second, and the share of the chip's bf16 peak.
 
-The network has its real architecture and RANDOM weights, the views are random: neither changes the time of
-a dense network. What is timed is what training does with a photo once its views are on the device: uint8
-to normalised bf16, the network, one vector a view. The CLS token alone is used, but every token is
-computed, as the network does it.
+The network has its real architecture and RANDOM weights, and the views are random: neither changes the time
+of a dense network. Timed is what training does once a photo's views are on the device: uint8 to normalised
+bf16, the network, one vector per view. Only the CLS token is used, but every token is computed.
 
 Operations are counted on the meta device by torch's own counter (a multiplication and an addition are
 two), for matrix products, convolutions and attention; the share is that count over the time and the
@@ -36,7 +35,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Result:
-    """One batch size; ``seconds`` is empty where the batch did not fit into memory."""
+    """Result of one batch size; ``seconds`` is empty if the batch did not fit into memory."""
 
     batch: int
     seconds: list[float]
@@ -49,7 +48,7 @@ class Result:
 
 
 def operations_per_view(name: str, size: int) -> int:
-    """Counted floating-point operations of one view [1, 3, S, S], without allocating the network."""
+    """Floating-point operations of one view [1, 3, S, S], counted without allocating the network."""
     network = build_random(name, device=torch.device("meta"), dtype=torch.bfloat16, attention="sdpa")
     return network.forward_operations(size)
 
@@ -102,7 +101,7 @@ def measure(backbone: Backbone, batch: int, size: int, repeats: int, warmup: int
 
 
 def table(results: list[Result], operations: int, peak: float | None) -> str:
-    """Markdown: one row a batch size; without a known peak the share is left out."""
+    """Markdown: one row per batch size; without a known peak the share is omitted."""
     head = ["views a batch", "ms a batch", "fastest to slowest", "views/s", "photos/s", "TFLOP/s"]
     head += ["share of bf16 peak"] if peak else []
     head += ["peak GiB"]
@@ -127,7 +126,7 @@ def table(results: list[Result], operations: int, peak: float | None) -> str:
 
 
 def hardware(device: torch.device) -> str:
-    """What the figures were measured on."""
+    """Description of the device."""
     if device.type != "cuda":
         return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     gpu = torch.cuda.get_device_properties(device)
@@ -152,7 +151,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace, command: str) -> str:
-    """Measure, and say so in Markdown."""
+    """Measure, and return the results as Markdown."""
     device = torch.device(options.device)
     backbone = build_random(
         options.backbone, device=device, dtype=DTYPES[options.dtype], attention=options.attention
@@ -184,12 +183,12 @@ def run(options: argparse.Namespace, command: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run from the command line; 2 = this machine or the options will not do."""
+    """Run from the command line; returns 2 if the machine or the options do not fit."""
     given = sys.argv[1:] if arguments is None else arguments
     options = parse(given)
     if options.device == "cuda" and not torch.cuda.is_available():
         print(
-            "benchmarks/backbone.py needs a GPU and this machine has none: run it on one, or try it with "
+            "benchmarks/backbone.py needs a GPU and this machine has none: use a machine with a GPU, or "
             "--device cpu --backbone dinov3_vits16 --size 224 --batches 1",
             file=sys.stderr,
         )

@@ -1,10 +1,10 @@
-"""Kills training runs at random moments, again and again, and compares their ends with an undisturbed run.
+"""Repeatedly kills training runs at random moments and compares their results with an undisturbed run.
 
-A small model with everything that makes going on hard (dropout, augmentation in a loader process,
+A small model with everything that makes resuming hard (dropout, augmentation in a loader process,
 accumulation, an average, validation) trains in real processes. At a random moment of each start one
 rank, all ranks, or their launcher is killed with SIGKILL, or one rank or all are asked to stop (SIGTERM,
-SIGUSR1); then the run is started again. When a run ends, its metrics and weights must equal those of the
-undisturbed run to the bit, and the next run begins.
+SIGUSR1); then the run is started again. When a run ends, its metrics and weights must be bit-identical to
+those of the undisturbed run, and the next run begins.
 
     python benchmarks/chaos.py --engine single,ddp --kills 30
 """
@@ -44,16 +44,16 @@ ENGINES: dict[str, dict[str, str]] = {
         for stage in (1, 2, 3)
     },
 }
-"""What the environment of a rank says of its engine, as ``accelerate launch`` writes it."""
+"""Environment variables that select the engine, as set by ``accelerate launch``."""
 ATTACKS = ("kill one rank", "kill all ranks", "kill the launcher", "SIGTERM to all", "SIGUSR1 to one rank")
 LINGER_S = 60.0
-"""Processes that are still there so long behind an attack have outlived it."""
+"""Seconds after an attack; processes that still run then have outlived it."""
 COMPARED = ("train", "skip", "val")
 TIMINGS = ("samples_per_s", "data_wait", "memory_mb")
 
 
 def train(run_dir: Path, steps: int, pause: float) -> None:
-    """One rank of a run; its end writes ``end.json`` with a digest of weights and average."""
+    """One rank of a run; at the end rank 0 writes ``end.json`` with a digest of weights and average."""
     import torch
     from torch import Tensor, nn
 
@@ -69,7 +69,7 @@ def train(run_dir: Path, steps: int, pause: float) -> None:
     torch.set_num_threads(1)
 
     class Noisy:
-        """Random rows, noise from torch's global generator, at most so many a second."""
+        """Random rows with noise from torch's global generator; reading is slowed down."""
 
         def __init__(self, rows: int) -> None:
             generator = torch.Generator().manual_seed(1)
@@ -122,7 +122,7 @@ class Start:
     output: Path
 
     def ranks(self) -> list[psutil.Process]:
-        """Those that train, as far as they have been started."""
+        """The training processes that have been started so far."""
         try:
             found = self.launcher.children() if self.launcher.is_running() else []
         except psutil.NoSuchProcess:
@@ -139,7 +139,7 @@ class Start:
 
 @dataclass
 class Tally:
-    """What happened under one engine."""
+    """Counts for one engine."""
 
     attacks: Counter[str] = field(default_factory=Counter)
     starts: int = 0
@@ -172,7 +172,7 @@ class Chaos:
         launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
         launch += ["--main_process_port", str(_free_port()), "--num_cpu_threads_per_process", "1"]
         output = self.folder / f"{self.engine}-start-{self.tally.starts}.log"
-        # What torchrun waits for ranks that do not end at once; with one dead they wait in a collective.
+        # How long torchrun waits for ranks that do not end: with one dead, others wait in a collective.
         environment = os.environ | ENGINES[self.engine] | {"PET_SHUTDOWN_TIMEOUT": "5"}
         environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path[1:]])
         with output.open("wb") as file:
@@ -202,10 +202,10 @@ class Chaos:
         return self.tally
 
     def finish(self, run_dir: Path) -> None:
-        """Start a run and let it end.
+        """Start a run and wait for its end.
 
         Raises:
-            SystemExit: it fails.
+            SystemExit: the run fails.
         """
         start = self.start(run_dir)
         if (code := start.launcher.wait()) != 0:
@@ -213,12 +213,12 @@ class Chaos:
             raise SystemExit(f"an undisturbed start failed (exit code {code}):\n{text}")
 
     def attack(self, run_dir: Path) -> None:
-        """Start a run and attack it at a random moment, early ones included."""
+        """Start a run and attack it at a random moment, including start-up."""
         is_fresh, started = not run_dir.exists(), time.monotonic()
         start = self.start(run_dir)
         try:
             start.launcher.wait(self.random.uniform(0.2, 1.0) * self.whole)
-            if is_fresh:  # the machine has less to do than when this was first measured
+            if is_fresh:  # the machine is less busy than when this was first measured
                 self.whole = min(self.whole, time.monotonic() - started)
         except psutil.TimeoutExpired:
             name = self.random.choice(ATTACKS)
@@ -233,7 +233,7 @@ class Chaos:
             self.wait_for_the_end(everybody)
 
     def wait_for_the_end(self, everybody: list[psutil.Process]) -> None:
-        """See how long processes outlive an attack; those that do not end are ended."""
+        """Measure how long processes outlive an attack; kill those that do not end."""
         started = time.monotonic()
         _, alive = psutil.wait_procs(everybody, timeout=LINGER_S)
         self.tally.lingered = max(self.tally.lingered, time.monotonic() - started)
@@ -243,18 +243,18 @@ class Chaos:
 
 
 def outcome(run_dir: Path) -> dict[str, Any]:
-    """What must be equal: each line of metrics without its times, and the digest of the weights."""
-    told = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    """What is compared: each line of metrics without its times, and the digest of the weights."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     figures = [
         {name: value for name, value in line.items() if name not in TIMINGS}
-        for line in told
+        for line in lines
         if line["kind"] in COMPARED
     ]
     return {"metrics": figures, "weights": json.loads((run_dir / "end.json").read_text())["sha256"]}
 
 
 def difference(expected: dict[str, Any], got: dict[str, Any]) -> str:
-    """The first line of metrics that differs, or that the weights do."""
+    """Describe the first difference: a line of metrics, or the weights."""
     lines = zip(expected["metrics"], got["metrics"], strict=False)
     for one, other in lines:
         if one != other:
@@ -293,7 +293,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--kills", type=int, default=30, help="attacks per engine")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--steps", type=int, default=80, help="optimizer steps of a run")
-    parser.add_argument("--pause", type=float, default=0.1, help="seconds that reading a step takes at least")
+    parser.add_argument("--pause", type=float, default=0.1, help="minimum seconds of reading a step")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--train", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
@@ -303,8 +303,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Attack every engine and print the table.
 
     Returns:
-        0; 1 if a run ended otherwise than the undisturbed one, or a process outlived its attack; as a rank,
-        75 if it was asked to stop.
+        0; 1 if a run differs from the undisturbed one, or a process outlived its attack; as a rank, 75 if
+        it was asked to stop.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     options = parse(words)

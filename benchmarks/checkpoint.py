@@ -1,11 +1,11 @@
-"""What saving costs a run, against ``accelerator.save_state``, and how long resuming takes.
+"""Cost of saving, against ``accelerator.save_state``, and duration of resuming.
 
-Saving: a model of linear layers is trained with AdamW and a moving average, on this process or on those of a
-launcher, and saved every so many steps: by this package, waiting and in the background, and by Accelerate,
+Saving: a model of linear layers is trained with AdamW and a moving average, in this process or in those of a
+launcher, and saved every few steps: by this package, synchronously and in the background, and by Accelerate,
 which stores the same tensors (model, moments, average) without checksums and without syncing them to disk.
-*Blocked* is how long training stood still. The three take turns; figures are medians over all saves.
+*Blocked* is how long training was blocked. The three take turns; figures are medians over all saves.
 
-Resuming: seconds from ``fit()`` to the end of the first step, behind batch 10 and behind batch 100,000 of an
+Resuming: seconds from ``fit()`` to the end of the first step, after batch 10 and after batch 100,000 of an
 epoch, and the rows that were read for it.
 
     python benchmarks/checkpoint.py
@@ -51,9 +51,9 @@ from roadwork_dist.trainer.events.callback import Callback
 from roadwork_dist.trainer.trainer import Trainer
 
 WIDTH, BATCH, FEATURES, RESUMED_BATCH = 1024, 8, 64, 4
-"""Of the linear layers; rows of a step while saving; inputs; rows of a step while resuming."""
+"""Width of the linear layers; rows per step while saving; inputs; rows per step while resuming."""
 PLACES = (10, 100_000)
-"""Batches of an epoch behind which a run is resumed."""
+"""Batches of an epoch after which a run is resumed."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Resume:
 
 
 def network(millions: float) -> nn.Module:
-    """Linear layers of so many million parameters."""
+    """Linear layers with ``millions`` million parameters."""
     torch.manual_seed(0)
     layers = max(1, round(millions * 1e6 / (WIDTH * WIDTH + WIDTH)))
     hidden = [part for _ in range(layers) for part in (nn.Linear(WIDTH, WIDTH), nn.GELU())]
@@ -107,19 +107,19 @@ def settings(folder: Path, batch: int, checkpoint: CheckpointConfig) -> TrainCon
 def save_with_trainer(
     folder: Path, millions: float, every: int, saves: int, in_background: bool
 ) -> list[Save]:
-    """Saves of this package, as it tells of them itself."""
+    """Saves of this package, as reported in its metrics."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     data = rows(BATCH * processes * (every * saves + 1))
     checkpoint = CheckpointConfig(every_steps=every, keep=1, asynchronous=in_background)
     Trainer(network(millions), settings(folder, BATCH, checkpoint), data).fit()
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    told = [line for line in lines if line["kind"] == "checkpoint"]
-    # The last one comes with the end of the epoch and is never in the background.
-    return [Save(each["seconds_blocked"], each["seconds_total"], each["bytes"]) for each in told[:-1]]
+    saves_made = [line for line in lines if line["kind"] == "checkpoint"]
+    # The last save is at the end of the epoch and always synchronous.
+    return [Save(each["seconds_blocked"], each["seconds_total"], each["bytes"]) for each in saves_made[:-1]]
 
 
 class Average(nn.Module):
-    """What Accelerate is given to store as the moving average."""
+    """The moving average that Accelerate stores."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ class Average(nn.Module):
 
 
 def save_with_accelerate(folder: Path, millions: float, every: int, saves: int) -> list[Save]:
-    """Saves of ``accelerator.save_state`` in a loop of its own."""
+    """Saves of ``accelerator.save_state`` in a plain loop."""
     accelerator = build_accelerator(device="cpu")
     model = network(millions)
     average = Average(model)
@@ -154,14 +154,14 @@ def save_with_accelerate(folder: Path, millions: float, every: int, saves: int) 
 
 @contextmanager
 def shared_folder() -> Iterator[Path]:
-    """A folder for all ranks, gone afterwards."""
+    """A temporary folder shared by all ranks."""
     with tempfile.TemporaryDirectory() as own:
         yield Path(broadcast_object(own))
-        build_accelerator(device="cpu").wait_for_everyone()  # nobody deletes it before all are done
+        build_accelerator(device="cpu").wait_for_everyone()  # no rank deletes it before all are done
 
 
 def measure_saves(millions: float, every: int, saves: int, turns: int) -> dict[str, list[Save]]:
-    """Saves of the three, taking turns."""
+    """Saves of the three methods, in turns."""
     found: dict[str, list[Save]] = {"roadwork_dist": [], "roadwork_dist, asynchronous": [], "save_state": []}
     for turn in range(-1, turns):  # turn -1 imports and warms up
         for name, known in found.items():
@@ -176,7 +176,7 @@ def measure_saves(millions: float, every: int, saves: int, turns: int) -> dict[s
 
 
 class CountedRows(TensorDataset):
-    """Counts what is read."""
+    """Counts the rows that are read."""
 
     read = 0
 
@@ -186,13 +186,13 @@ class CountedRows(TensorDataset):
 
 
 class GoTo(Callback):
-    """Is at once where a run is after so many batches, and asks to stop there."""
+    """Sets the position in the epoch to ``place`` at once, and requests a stop there."""
 
     def __init__(self, place: int) -> None:
         self.place = place
 
     def on_step_end(self, run: Any, result: Any) -> None:
-        """Ask in the first step, be there in the second, which is saved."""
+        """Request the stop in the first step; set the position in the second, which is saved."""
         run.interrupt_requested = True
         if result.interrupted:
             run.state.step = run.state.step_in_epoch = self.place
@@ -204,13 +204,13 @@ class FirstStep(Callback):
     at = 0.0
 
     def on_step_end(self, run: Any, result: Any) -> None:
-        """Look at the clock."""
+        """Take the time."""
         self.at = self.at or time.perf_counter()
         run.interrupt_requested = True
 
 
 def fit_until_asked(folder: Path, data: TensorDataset, callback: Callback) -> float:
-    """Train until the callback asks to stop; when ``fit`` began."""
+    """Train until the callback requests a stop; returns the time at which ``fit`` began."""
     trainer = Trainer(
         network(0), settings(folder, RESUMED_BATCH, CheckpointConfig()), data, callbacks=[callback]
     )
@@ -221,7 +221,7 @@ def fit_until_asked(folder: Path, data: TensorDataset, callback: Callback) -> fl
 
 
 def measure_resumes(turns: int) -> dict[int, list[Resume]]:
-    """Resumes at each place, taking turns."""
+    """Resumes at each place, in turns."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     data = CountedRows(*rows(RESUMED_BATCH * processes * (max(PLACES) + 100)).tensors)
     found: dict[int, list[Resume]] = {place: [] for place in PLACES}
@@ -237,7 +237,7 @@ def measure_resumes(turns: int) -> dict[int, list[Resume]]:
 
 
 def saves_table(found: dict[str, list[Save]]) -> str:
-    """Markdown: medians of every way to save."""
+    """Markdown: medians of every method to save."""
     lines = ["| save | seconds blocked | seconds total | MB | saves |", "|---|--:|--:|--:|--:|"]
     for name, saves in found.items():
         blocked, total, size = (
@@ -250,7 +250,7 @@ def saves_table(found: dict[str, list[Save]]) -> str:
 def resumes_table(found: dict[int, list[Resume]]) -> str:
     """Markdown: medians at every place."""
     lines = [
-        "| resumed behind batch | seconds to the first step | rows read | resumes |",
+        "| resumed after batch | seconds to the first step | rows read | resumes |",
         "|--:|--:|--:|--:|",
     ]
     for place, resumes in found.items():
@@ -268,7 +268,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--millions", type=float, default=25, help="of parameters (default 25)")
     parser.add_argument("--every", type=int, default=8, help="steps from save to save (default 8)")
     parser.add_argument("--saves", type=int, default=4, help="saves of a turn (default 4)")
-    parser.add_argument("--turns", type=int, default=3, help="of each way to save (default 3)")
+    parser.add_argument("--turns", type=int, default=3, help="of each method to save (default 3)")
     parser.add_argument("--resumes", type=int, default=5, help="of each place (default 5)")
     arguments = parser.parse_args(words)
     warnings.simplefilter("ignore")

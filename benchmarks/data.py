@@ -1,12 +1,12 @@
-"""From photos on a disk or a server to the head: every part of the way against what else one would pick.
+"""From photos on a disk or a server to the head: every stage against common alternatives.
 
-- views: one photo to twelve views, against plain Pillow and torchvision; loaders of one and two processes
-- shards: photos out of shards, against files, webdataset's own pipeline and Hugging Face datasets
-- remote: photos of a server, against webdataset's pipeline; what resuming in mid-epoch reads
-- store: training from kept features, against memory and against computing them in each epoch
+- views: one photo to twelve views, against plain Pillow and torchvision; loaders with one and two processes
+- shards: photos from shards, against files, webdataset's own pipeline and Hugging Face datasets
+- remote: photos from a server, against webdataset's pipeline; what resuming in mid-epoch reads
+- store: training from stored features, against memory and against computing them in each epoch
 
-Each part runs in a process of its own, one behind the other, and prints ratios. What each can be asked for
-tells `python benchmarks/data_views.py --help`, and so on.
+Each part runs in its own process, one after another, and prints ratios. For the options of a part see
+`python benchmarks/data_views.py --help`, and so on.
 
     python benchmarks/data.py
     python benchmarks/data.py views store
@@ -24,7 +24,7 @@ def main(words: list[str] | None = None) -> int:
     """Run the parts.
 
     Returns:
-        0, or the exit code of the first part that failed; the others are run all the same.
+        0, or the exit code of the first part that failed; the others are still run.
     """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -1,9 +1,9 @@
-"""Photos from a server, read by the order of shards, against webdataset's own pipeline over the same URLs.
+"""Photos from a server in shard order, against webdataset's own pipeline over the same URLs.
 
-A server in a process of its own gives shards of synthetic photos, a set time after each request and so many
-bytes/s to each connection. Ways give the bytes of photos: ours reads with one loader process, and two
-connections ahead of it; webdataset has a connection in each loader process. Whoever takes the photos does
-nothing, or waits as long for each as a step would take. Ways take turns; ours begins each with no cache.
+A server in its own process sends shards of synthetic photos, with a fixed latency per request and a fixed
+rate per connection. Both methods return the bytes of photos: ours with one loader process that prefetches
+over two connections; webdataset with one connection in each loader process. The consumer does nothing, or
+waits for the duration of a step per photo. Methods take turns; ours starts each turn with an empty cache.
 
     python benchmarks/data_remote.py
 """
@@ -45,7 +45,7 @@ PIECE = 1 << 16
 
 @dataclass(frozen=True)
 class Link:
-    """What stands between the server and its readers."""
+    """Simulated network between the server and its readers."""
 
     latency: float
     """Seconds before each answer."""
@@ -61,7 +61,7 @@ class _Slow(SimpleHTTPRequestHandler):
     """Bytes of tars so far; shared with the process that measures."""
 
     def log_message(self, format: str, *args: object) -> None:
-        """Nothing."""
+        """Log nothing."""
 
     def do_GET(self) -> None:
         time.sleep(self.link.latency)
@@ -79,7 +79,7 @@ class _Slow(SimpleHTTPRequestHandler):
         for place in range(0, len(body), PIECE):
             try:
                 self.wfile.write(body[place : place + PIECE])
-            except OSError:  # the reader has what it wanted
+            except OSError:  # the reader has closed the connection
                 return
             if path.suffix == ".tar":
                 with self.sent.get_lock():
@@ -99,7 +99,7 @@ def _run_server(folder: Path, link: Link, sent: Any, port: Any) -> None:
 
 @contextmanager
 def served(folder: Path, link: Link) -> Iterator[tuple[str, Any]]:
-    """URL of a folder on a server of its own process, and the counter of the bytes that it sent."""
+    """URL of a folder on a server in its own process, and the counter of the bytes that it sent."""
     context = multiprocessing.get_context("fork")
     sent, port = context.Value("q", 0), context.Value("i", 0)
     process = context.Process(target=_run_server, args=(folder, link, sent, port), daemon=True)
@@ -131,7 +131,7 @@ def write_set(folder: Path, photos: int, side: int, per_shard: int) -> Path:
 
 
 class Bytes:
-    """Rows of a manifest as the encoded photos, with read-ahead."""
+    """Rows of a manifest as encoded photos, with prefetching."""
 
     pure = True
 
@@ -145,12 +145,12 @@ class Bytes:
         return self.images[row].read()
 
     def read_ahead(self, batches: Iterable[list[int]]) -> Iterable[list[int]]:
-        """As of ``RoadworkDataset``."""
+        """As in ``RoadworkDataset``."""
         return read_ahead_of(self.images, batches)
 
 
 def own_batches(url: str, cache: Path, start: int = 0) -> Iterable[list[bytes]]:
-    """Batches of an epoch from a step on, in the order of shards, with one loader process."""
+    """Batches of an epoch from step ``start`` on, in shard order, with one loader process."""
     data = DataConfig(remote=RemoteConfig(cache_dir=str(cache)))
     manifest = load_manifest(url, data, name="train")
     rows = Bytes(manifest)
@@ -160,7 +160,7 @@ def own_batches(url: str, cache: Path, start: int = 0) -> Iterable[list[bytes]]:
 
 
 def webdataset_batches(url: str, shards: int, connections: int) -> Iterable[list[bytes]]:
-    """The same photos through webdataset: shuffled shards, a buffer of photos, a connection a process."""
+    """The same photos through webdataset: shuffled shards, a shuffle buffer, one connection per process."""
     import webdataset as wds
 
     urls = f"{url}/shard-{{000000..{shards - 1:06d}}}.tar"
@@ -170,7 +170,7 @@ def webdataset_batches(url: str, shards: int, connections: int) -> Iterable[list
 
 
 def take(batches: Iterable[list[Any]], pause: float, most: int | None = None) -> int:
-    """Go through batches, as long for each photo as a step takes; how many photos there were."""
+    """Consume batches, waiting ``pause`` seconds per photo; returns the number of photos."""
     photos = 0
     for number, batch in enumerate(batches):
         photos += len(batch)
@@ -215,7 +215,7 @@ def speed_table(folder: Path, url: str, photos: int, pauses: list[float], turns:
 
 
 def resume_table(folder: Path, url: str, sent: Any, photos: int) -> str:
-    """What is fetched and waited for until the first batch of the second half of an epoch."""
+    """Time and downloaded share until the first batch of the second half of an epoch."""
     shards, step = len(list(folder.glob("shards/*.tar"))), photos // BATCH // 2
     total = sum(path.stat().st_size for path in folder.glob("shards/*.tar"))
     lines = [

@@ -1,12 +1,12 @@
-"""What looking at k crops instead of all costs and gives: a curve for a trained run with a selector.
+"""Quality and cost of k selected crops instead of all, for a trained run with a selector.
 
-Quality: MCC and AUROC with 95 % bootstrap intervals for k crops beside the global view, chosen by the
+Quality: MCC and AUROC with 95 % bootstrap intervals for k crops in addition to the global view, chosen by the
 distilled selector, at random (mean of several draws), centre first, and by the model's own gates (which
-need all views, so they are a limit and not a method). Every threshold is the best one on the run's
-validation photos for that choice and that k; on validation photos themselves a figure therefore flatters.
+need all views, so they are an upper bound, not a method). Every threshold is the best one on the run's
+validation photos for that method and that k, so figures on the validation photos themselves are optimistic.
 
 Cost: views through the backbone, and CPU time of a photo from views in memory to probability and from its
-file to probability, in turns, in one process of one thread.
+file to probability, in turns, in one process with one thread.
 
     roadwork-dist select-views RUN
     python benchmarks/data_select.py RUN [--data SOURCE] [--svg FOLDER]
@@ -47,7 +47,7 @@ from roadwork_dist.sources import load_manifest
 from roadwork_dist.trainer.engine.accelerator import build_accelerator
 
 CROPS = (2, 4, 6, 8, 11)
-"""The k of the curve; 0, the global view alone, stands before them."""
+"""The k of the curve, after 0, the global view alone."""
 
 FIGURES = ("mcc", "auroc")
 
@@ -64,13 +64,13 @@ class Split:
 
     name: str
     batch: dict[str, Tensor]
-    regions: Tensor  # [N, K, C] what the global view shows inside the crops' frames
+    regions: Tensor  # [N, K, C] mean of the global view's feature map inside each crop's frame
     gates: Tensor  # [N, K] of the crops, from the full model
     labels: Tensor  # [N]
 
 
 def load_splits(run: Path, predictor: Predictor, source: str | None) -> list[Split]:
-    """Validation and target photos of a run, and those of another source; features come from its store."""
+    """Validation and target photos of a run, and photos of another source; features from the run's store."""
     config = replace(load_experiment(run / "config.yaml"), workers=0)
     manifests = load_manifests(config)
     photos: dict[str, Manifest] = {"val": manifests.val}
@@ -95,7 +95,7 @@ def _split(name: str, manifest: Manifest, config: ExperimentConfig, predictor: P
 
 
 def probabilities(predictor: Predictor, split: Split, scores: Tensor, crops: int) -> Tensor:
-    """[N] probability of roadwork with so many crops."""
+    """[N] probability of roadwork with ``crops`` crops."""
     with torch.no_grad():
         output = predictor.forward(select_views(split.batch, scores, crops))
     return output.logits.double().softmax(dim=1)[:, 1]
@@ -119,7 +119,7 @@ def centre_first(size: tuple[int, int], predictor: Predictor) -> Tensor:
 
 
 def choosers(predictor: Predictor, selector: ViewSelector, draws: int) -> dict[str, list[Chooser]]:
-    """By name: what scores the crops of a split; several for what is drawn."""
+    """By name: functions that score the crops of a split; several for random ones."""
     centre = centre_first((4032, 3024), predictor)
 
     def at_random(seed: int) -> Chooser:
@@ -144,7 +144,7 @@ Curve = dict[str, dict[str, dict[int, Answer]]]
 def curve(
     predictor: Predictor, selector: ViewSelector, splits: list[Split], draws: int, resamples: int
 ) -> Curve:
-    """Every figure of every choice; means over draws where there are several."""
+    """Every figure of every method; means over draws if there are several."""
     val = splits[0]
     result: Curve = {split.name: {} for split in splits}
     for name, ways in choosers(predictor, selector, draws).items():
@@ -235,11 +235,11 @@ STYLE = """
  .dot { fill: var(--colour); } .whisker { stroke: var(--colour); stroke-width: 1; stroke-opacity: 0.45; }
  .c1 { --colour: #1b6aa8; } .c2 { --colour: #c8500f; } .c3 { --colour: #0b7d61; } .c4 { --colour: #8e4585; }
 """
-"""The report styles its charts itself; a picture that stands alone brings what it needs."""
+"""The report has its own styles for charts; a standalone file needs them included."""
 
 
 def draw(curve_of_split: dict[str, dict[int, Answer]], figure: str, title: str) -> str:
-    """The curve as an SVG file of its own."""
+    """The curve as a standalone SVG file."""
     lines = [
         Line(
             name,

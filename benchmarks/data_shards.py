@@ -1,8 +1,8 @@
-"""Photos out of shards against photos out of files, out of webdataset's own pipeline and out of datasets.
+"""Photos read from shards, against files, webdataset's own pipeline and Hugging Face datasets.
 
-Every way reads the same synthetic photos of 4032 x 3024 px (street scenes with the noise of a sensor, about
-4 MB, q90, 4:2:0) in one process on one thread; ways take turns. Files are in the page cache. webdataset
-reads one after the other, as it is made to; all others at random.
+Every method reads the same synthetic photos of 4032 x 3024 px (street scenes with sensor noise, about
+4 MB, q90, 4:2:0) in one process on one thread; methods take turns. Files are in the page cache. webdataset
+reads sequentially, as designed; all others read at random.
 
     python benchmarks/data_shards.py
 """
@@ -46,7 +46,7 @@ SHARD_BYTES = 50_000_000
 
 @dataclass(frozen=True)
 class Stored:
-    """The same photos, stored in every way."""
+    """The same photos in every storage format."""
 
     loose: Manifest
     shards: Manifest
@@ -57,7 +57,7 @@ class Stored:
 
 
 def photo_bytes(number: int, size: tuple[int, int]) -> bytes:
-    """A synthetic street scene with the noise of a sensor, as a camera would store it."""
+    """A synthetic street scene with sensor noise, as a camera would store it."""
     scene = render(photo_facts(7, "train", number), 7, (size[0] // 2, size[1] // 2)).photo.resize(size)
     noise = np.random.default_rng(number).normal(0, 7, (size[1], size[0], 1)).astype(np.float32)
     pixels = (np.asarray(scene) + noise).clip(0, 255).astype(np.uint8)
@@ -67,7 +67,7 @@ def photo_bytes(number: int, size: tuple[int, int]) -> bytes:
 
 
 def store(folder: Path, count: int, size: tuple[int, int]) -> Stored:
-    """Write the photos as files, shards, compact shards and a data set of Hugging Face's."""
+    """Write the photos as files, shards, compact shards and a Hugging Face data set."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -91,7 +91,7 @@ def store(folder: Path, count: int, size: tuple[int, int]) -> Stored:
 
 
 def naive_views(data: bytes) -> list[np.ndarray[Any, Any]]:
-    """What one would write first: decode all of it, and resize every crop with Pillow's Lanczos filter."""
+    """The simplest implementation: full decode, and every crop resized with Pillow's Lanczos filter."""
     photo = Image.open(BytesIO(data)).convert("RGB")
     boxes = photo_boxes(GEOMETRY, *photo.size)
     side = (GEOMETRY.size, GEOMETRY.size)
@@ -100,7 +100,7 @@ def naive_views(data: bytes) -> list[np.ndarray[Any, Any]]:
 
 
 def from_webdataset(tars: list[str], use: Callable[[bytes], object]) -> None:
-    """The library's own pipeline: sequential, keys and metadata decoded."""
+    """The pipeline of webdataset itself: sequential, keys and metadata decoded."""
     import webdataset
 
     for sample in webdataset.WebDataset(tars, shardshuffle=False).decode():
@@ -113,7 +113,7 @@ def in_order(sources: Iterable[Any], use: Callable[[Any], object]) -> None:
 
 
 def without_checksum(source: ImageSource) -> bytes:
-    """The read alone: shows what checking every photo costs."""
+    """The read alone; the difference is the cost of the checksum."""
     assert isinstance(source, ShardImage)
     return open_files.read(source.location, source.offset, source.length)
 
@@ -157,18 +157,18 @@ def table(times: Times, photos: int, to: str) -> str:
 
 
 def bytes_table(stored: Stored, turns: int, repeats: int = 4) -> str:
-    """How fast bytes are read."""
+    """Speed of reading bytes."""
     times = alternate(ways_to_bytes(stored, repeats), turns)
     return table(times, repeats * len(stored.loose), "loose files")
 
 
 def views_table(stored: Stored, turns: int) -> str:
-    """How fast views are had."""
+    """Speed of reading views."""
     return table(alternate(ways_to_views(stored), turns), len(stored.loose), "loose files, plain Pillow")
 
 
 def profile_table(stored: Stored, turns: int, repeats: int = 8) -> str:
-    """Where the time of a compact photo goes, from its tar to its views."""
+    """Time of a compact photo by step, from its tar to its views."""
     source = stored.compact[0].image
     data = source.read()
     photo = decode_for_views(data, GEOMETRY, name=source.name)
@@ -205,7 +205,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--photos", type=int, default=6, help="different photos (default 6)")
-    parser.add_argument("--turns", type=int, default=5, help="turns of every way (default 5)")
+    parser.add_argument("--turns", type=int, default=5, help="turns of every method (default 5)")
     parser.add_argument("--width", type=int, default=4032, help="of a photo in px (default 4032)")
     options = parser.parse_args()
     torch.set_num_threads(1)

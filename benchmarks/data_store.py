@@ -1,14 +1,14 @@
-"""Kept features: opening and reading a large store, filling one, and training from it.
+"""Feature store: opening and reading a large store, filling one, and training from it.
 
-- large: a store of a million photos (small D, so that it fits on this disk): seconds to open it, photos a
-  second read at random and along shuffled blocks, memory; against one file a photo, which is what one would
-  write oneself
+- large: a store of a million photos (small D, so that it fits on the disk): time to open it, photos per
+  second read at random and along shuffled blocks, memory; against one file per photo, the simplest
+  alternative
 - extract: photos through the backbone into the store, against the backbone alone on views in memory
 - head: training steps of the head from the store (in memory, mapped, row by row), against batches in memory
 - demo: an epoch of the demo from the store, against computing the features in the epoch
 
-Ways take turns; what counts are ratios. Everything runs on one thread, but for the loader's process of
-`extract`.
+Methods take turns, so ratios are comparable. Everything runs on one thread, except for the loader process
+of `extract`.
 
     python benchmarks/data_store.py
     python benchmarks/data_store.py large --photos 10000000
@@ -53,21 +53,21 @@ from roadwork_dist.trainer.feed.loader import load_batches
 
 PARTS = ("large", "extract", "head", "demo")
 VIEWS, BATCH, BLOCK = 12, 32, 1024
-"""Of a photo; photos of a batch; neighbouring photos that are read one behind the other."""
+"""Views per photo; photos per batch; contiguous photos that are read in a row."""
 FILES = 2048
-"""Photos whose features lie in a file each, for comparison."""
+"""Photos with one feature file each, for comparison."""
 
 Step = Callable[[Any], object]
 
 
 def memory(kind: str) -> int:
-    """Bytes of this process in memory: ``RssAnon`` is its own, ``RssFile`` what the system can take back."""
+    """Resident bytes of this process: ``RssAnon`` is private, ``RssFile`` can be reclaimed by the system."""
     line = next(s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith(kind))
     return int(line.split()[1]) * 1024
 
 
 def table(rows: list[list[str]]) -> str:
-    """Markdown; the first row is the head."""
+    """Markdown table; the first row is the header."""
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([lines[0], "|---" + "|--:" * (len(rows[0]) - 1) + "|", *lines[1:]])
 
@@ -76,12 +76,12 @@ def table(rows: list[list[str]]) -> str:
 
 
 def space(dtype: Any = "bf16") -> FeatureSpace:
-    """Of features that nobody computed."""
+    """The space of random features."""
     return FeatureSpace({"size": 512}, None, "random numbers", dtype)
 
 
 def fill(root: Path, photos: int, width: int) -> float:
-    """Write random features; photos a second."""
+    """Write random features; returns photos per second."""
     values = torch.randn(1024, VIEWS, width).bfloat16()
     started = time.perf_counter()
     with FeatureStore(root, space()) as store:
@@ -91,7 +91,7 @@ def fill(root: Path, photos: int, width: int) -> float:
 
 
 def read_batches(store: FeatureStore, rows: np.ndarray[Any, Any]) -> float:
-    """Photos a second in batches."""
+    """Read in batches; returns photos per second."""
     started = time.perf_counter()
     for batch in np.split(rows, len(rows) // BATCH):
         store.read([str(row) for row in batch], [""] * len(batch), None)
@@ -99,7 +99,7 @@ def read_batches(store: FeatureStore, rows: np.ndarray[Any, Any]) -> float:
 
 
 def large_table(photos: int, width: int, reads: int) -> str:
-    """Opening and reading a large store, and a small one."""
+    """Time to open and read a large store and a small one."""
     rows = [["photos", "size", "written a second", "opened in ms", "own memory", "read a second, at random",
              "in shuffled blocks", "own memory"]]  # fmt: skip
     for count in (1000, photos):
@@ -125,7 +125,7 @@ def large_table(photos: int, width: int, reads: int) -> str:
 
 
 def files_table(width: int, turns: int) -> str:
-    """Reading batches of real size, against one file a photo."""
+    """Reading batches of real size, against one file per photo."""
     photos = FILES
     with tempfile.TemporaryDirectory() as folder:
         values = torch.randn(photos, VIEWS, width).bfloat16()
@@ -167,7 +167,7 @@ def photos_in_memory(count: int, size: tuple[int, int] = (1280, 960)) -> list[Sa
 
 
 def extract_table(count: int, turns: int, batch_views: int = 48) -> str:
-    """Photos a second into the store, against the backbone alone."""
+    """Photos per second into the store, against the backbone alone."""
     backbone = load_backbone(
         BackboneConfig(name="efficientnet_lite0", dtype="fp32"), device=torch.device("cpu")
     )
@@ -203,7 +203,7 @@ def extract_table(count: int, turns: int, batch_views: int = 48) -> str:
 
 
 def ratio_table(times: Times, first: str, count: int, unit: str) -> str:
-    """Rates, and each way's rate as a share of the first one's, turn by turn."""
+    """Rates, and each method's rate as a share of the first one's, turn by turn."""
     rows = [["way", unit, "IQR", f"of {first}", "IQR"]]
     for name, values in times.items():
         rate = median_and_spread([count / seconds for seconds in values], digits=2)
@@ -216,7 +216,7 @@ def ratio_table(times: Times, first: str, count: int, unit: str) -> str:
 
 
 def stored_rows(root: Path, photos: int, width: int) -> RoadworkDataset:
-    """Random features and metadata of the usual mixture."""
+    """Rows with random features and partly missing metadata."""
     rng = np.random.default_rng(0)
     weathers = ("sunny", "rainy", None)
     samples = tuple(
@@ -240,7 +240,7 @@ def stored_rows(root: Path, photos: int, width: int) -> RoadworkDataset:
 
 
 def training_step(model: nn.Module, config: ExperimentConfig, *, mask_head: bool) -> Step:
-    """Forward, loss, backward and AdamW; without what a Trainer adds."""
+    """Forward, loss, backward and AdamW, without the rest of a Trainer."""
     task = build_task(config, mask_head=mask_head)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 
@@ -254,7 +254,7 @@ def training_step(model: nn.Module, config: ExperimentConfig, *, mask_head: bool
 
 
 class Named:
-    """As much of a backbone as a head alone asks for."""
+    """The attributes of a backbone that building a head needs."""
 
     name, identity = "random", "random"
 
@@ -262,7 +262,7 @@ class Named:
         self.width = width
 
     def view_size(self, size: object) -> int:
-        """Whatever."""
+        """Constant."""
         return 512
 
 
@@ -314,7 +314,7 @@ def head_table(steps: int, turns: int, width: int = 1280, settings: Sequence[str
 
 
 def demo_table(photos: int, turns: int) -> str:
-    """An epoch of the demo from the store and online, and what of it is not the head."""
+    """An epoch of the demo from the store and online, and the part of it before the head."""
     with tempfile.TemporaryDirectory() as folder:
         data = write_synthetic(Path(folder), n_train=photos, n_val=4, n_target=4, n_large=0, workers=1)
         words = [f"--data.train={data.train}", f"--data.val={data.val}", f"--data.target={data.target}"]
@@ -341,7 +341,7 @@ def demo_table(photos: int, turns: int) -> str:
 def demo_epochs(
     config: ExperimentConfig, backbone: Backbone, accelerator: Any, mode: str
 ) -> dict[str, Callable[[], object]]:
-    """An epoch, and the same without the head."""
+    """An epoch, and its features alone, without the head."""
     manifest = load_manifests(config).train
     dataset = DatasetBuilder(config, backbone, accelerator, masks=True).build(manifest, augment=True)
     assert dataset.views == photo_views(config, backbone, augment=True)
@@ -373,7 +373,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--width", type=int, default=16, help="D of the large store (default: 16)")
     parser.add_argument("--count", type=int, default=32, help="photos of extract and demo (default: 32)")
     parser.add_argument("--steps", type=int, default=8, help="steps of the head a turn (default: 8)")
-    parser.add_argument("--turns", type=int, default=5, help="turns of every way (default: 5)")
+    parser.add_argument("--turns", type=int, default=5, help="turns of every method (default: 5)")
     options = parser.parse_args(words)
     if unknown := sorted(set(options.parts) - set(PARTS)):
         parser.error(f"no such part: {', '.join(unknown)}; choose of {', '.join(PARTS)}")

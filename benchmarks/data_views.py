@@ -1,8 +1,8 @@
-"""One photo to twelve views: against plain Pillow, torchvision, and the decoding alone.
+"""One photo to twelve views: against plain Pillow, torchvision, and decoding alone.
 
-The photos are synthetic street scenes of 4032 x 3024 px with the noise of a sensor (about 4 MB, q90, 4:2:0),
-or those that are given. Everything runs on one thread; ways take turns, so what counts are ratios. Worst
-view: the lowest PSNR of the twelve views of any photo against Pillow's Lanczos crops of the same JPEG.
+The photos are synthetic street scenes of 4032 x 3024 px with sensor noise (about 4 MB, q90, 4:2:0), or
+those given. Everything runs on one thread; methods take turns, so ratios are comparable. Worst view: the
+lowest PSNR of the twelve views of any photo against Pillow's Lanczos crops of the same JPEG.
 
     python benchmarks/data_views.py
     python benchmarks/data_views.py --photos street/*.jpg --turns 9
@@ -45,7 +45,7 @@ Way = Callable[[bytes], object]
 
 
 def reduced(data: bytes, divisor: int) -> object:
-    """The decode alone, by simplejpeg."""
+    """Decode only, by simplejpeg."""
     height, width = simplejpeg.decode_jpeg_header(data)[:2]
     return simplejpeg.decode_jpeg(
         data, "RGB", min_height=-(-height // divisor), min_width=-(-width // divisor)
@@ -53,7 +53,7 @@ def reduced(data: bytes, divisor: int) -> object:
 
 
 def with_torchvision(data: bytes) -> Tensor:
-    """What one would write next: torchvision's decoder, and a resized crop for every view."""
+    """A common alternative: torchvision's decoder, and a resized crop for every view."""
     from torchvision.io import decode_jpeg
     from torchvision.transforms.v2 import InterpolationMode
     from torchvision.transforms.v2 import functional as tv
@@ -73,7 +73,7 @@ def compact(data: bytes) -> bytes:
 
 
 def turned(data: bytes) -> bytes:
-    """The same photo as a telephone stores it that was held upright: EXIF says how to turn it."""
+    """The same photo as stored by a phone held upright: EXIF contains the rotation."""
     exif = Image.Exif()
     exif[0x0112] = 6
     file = BytesIO()
@@ -82,7 +82,7 @@ def turned(data: bytes) -> bytes:
 
 
 def on_gpu(photos: list[bytes]) -> list[Tensor]:
-    """Hardware decode of all photos together and the same views, on the GPU; waits for it."""
+    """Hardware decode of all photos together and the same views, on the GPU; synchronises."""
     from roadwork_dist.photos.nvjpeg import views_on_gpu
 
     views = views_on_gpu(photos, FAST, device=torch.device("cuda"))
@@ -91,7 +91,7 @@ def on_gpu(photos: list[bytes]) -> list[Tensor]:
 
 
 def ways() -> dict[str, tuple[Way, Callable[[bytes], bytes]]]:
-    """Name -> what is timed, and what the photo is first, outside the timing."""
+    """Name -> the timed function, and the untimed preparation of the photo."""
     fast, exact = (partial(views_of_photo, geometry=geometry) for geometry in (FAST, EXACT))
 
     def same(data: bytes) -> bytes:
@@ -113,7 +113,7 @@ def ways() -> dict[str, tuple[Way, Callable[[bytes], bytes]]]:
 
 
 def times_of(photos: list[bytes], turns: int) -> Times:
-    """Seconds for all photos, by way."""
+    """Seconds for all photos, by method."""
     candidates: dict[str, Callable[[], object]] = {}
     for name, (way, prepare) in ways().items():
         prepared = [prepare(data) for data in photos]
@@ -124,7 +124,7 @@ def times_of(photos: list[bytes], turns: int) -> Times:
 
 
 def speed_table(times: Times, photos: int) -> str:
-    """Markdown: milliseconds a photo, times the half-scale decode, and speed against plain Pillow."""
+    """Markdown: milliseconds per photo, ratio to the half-scale decode, and speed against plain Pillow."""
     lines = [
         f"| way | ms a photo | IQR | time, {HALF} = 1 | IQR | speed, plain Pillow = 1 | IQR |",
         "|---|--:|--:|--:|--:|--:|--:|",
@@ -138,12 +138,12 @@ def speed_table(times: Times, photos: int) -> str:
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
-    """In dB, of 8 bits."""
+    """PSNR in dB of 8-bit values."""
     return float(10 * torch.log10(255**2 / (a.float() - b.float()).square().mean()))
 
 
 def quality_table(photos: list[bytes]) -> str:
-    """Markdown: PSNR of each way's views against plain Pillow's."""
+    """Markdown: PSNR of each method's views against plain Pillow's."""
     lines = ["| way | global | tiles | squares | worst view |", "|---|--:|--:|--:|--:|"]
     wanted = [torch.from_numpy(np.stack(naive_views(data))).permute(0, 3, 1, 2) for data in photos]
     for name, (way, prepare) in ways().items():
@@ -159,7 +159,7 @@ def quality_table(photos: list[bytes]) -> str:
 
 
 def loader_table(photos: list[bytes], turns: int, batches: int = 24, size: int = 4) -> str:
-    """Markdown: photos a second out of a loader of one process and of two, between first and last batch."""
+    """Markdown: photos per second of a loader with one process and with two, between first and last batch."""
     with tempfile.TemporaryDirectory() as folder:
         samples = []
         for number in range(size):
@@ -189,7 +189,7 @@ def loader_table(photos: list[bytes], turns: int, batches: int = 24, size: int =
 
 
 def views_table_from_memory(data: bytes, turns: int) -> str:
-    """One line: what cutting the views costs once the photo is decoded."""
+    """One line: time of cutting the views of a decoded photo."""
     stored = decode_for_views(data, FAST, name="photo")
     cut = partial(make_views, stored.pixels, FAST, stored.photo_size, stored.orientation)
     times = alternate({"cut": cut}, turns)["cut"]
@@ -203,7 +203,7 @@ def main() -> None:
     )
     parser.add_argument("--photos", type=Path, nargs="+", help="JPEGs (default: synthetic ones)")
     parser.add_argument("--count", type=int, default=3, help="synthetic photos (default 3)")
-    parser.add_argument("--turns", type=int, default=7, help="turns of every way (default 7)")
+    parser.add_argument("--turns", type=int, default=7, help="turns of every method (default 7)")
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # torchvision's decoders are deprecated

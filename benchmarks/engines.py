@@ -1,9 +1,9 @@
 """Time that the Trainer adds to a step of each engine's own loop, with two processes on CPUs.
 
-The bare loops use the engines as their documentation says and nothing else: torch's DistributedDataParallel,
-torch's ``fully_shard``, ``deepspeed.initialize``. Both train the same network on the same rows with AdamW and
-clipping at 1.0; the Trainer also writes a line of JSON a step and keeps a moving average. They take turns in
-the same two processes. A step of rank 0 is timed, which waits for the other rank in every step.
+The bare loops use the engines as documented and nothing else: torch's DistributedDataParallel, torch's
+``fully_shard``, ``deepspeed.initialize``. Both loops train the same network on the same rows with AdamW and
+clipping at 1.0; the Trainer also writes a line of JSON per step and keeps a moving average. They take turns
+in the same two processes. Steps are timed on rank 0, which waits for the other rank in every step.
 
     python benchmarks/engines.py
 """
@@ -39,7 +39,7 @@ Step = Callable[[Tensor, Tensor], None]
 
 
 def network() -> nn.Module:
-    """64 → 256, two blocks of 256 → 256 that FSDP2 shards apart, 256 → 10."""
+    """64 → 256, two blocks of 256 → 256 that FSDP2 shards separately, 256 → 10."""
     torch.manual_seed(0)
     blocks = [nn.Sequential(nn.Linear(256, 256), nn.ReLU()) for _ in range(2)]
     return nn.Sequential(nn.Linear(64, 256), nn.ReLU(), *blocks, nn.Linear(256, 10))
@@ -64,7 +64,7 @@ def bare_ddp(engine: str) -> Step:
 
 
 def bare_fsdp2(engine: str) -> Step:
-    """``fully_shard`` of each block and of the rest."""
+    """``fully_shard`` on each block and on the whole model."""
     from torch.distributed import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -109,13 +109,13 @@ def bare(engine: str, data: TensorDataset, clock: Clock) -> None:
 
 
 def trainer(data: TensorDataset, clock: Clock, folder: Path) -> None:
-    """This package under the engine of the environment."""
+    """This package under the engine given by the environment."""
     doubled = TensorDataset(*(torch.cat([rows, rows]) for rows in data.tensors))  # two processes share it
     roadwork_dist(doubled, clock, folder, network)
 
 
 def as_a_rank(engine: str, steps: int, turns: int) -> None:
-    """Let both loops take turns; rank 0 prints their milliseconds a step as JSON."""
+    """Run both loops in turns; rank 0 prints their milliseconds per step as JSON."""
     from roadwork_dist.trainer.engine.accelerator import build_accelerator
     from roadwork_dist.trainer.engine.collectives import broadcast_object
 
@@ -141,10 +141,10 @@ def as_a_rank(engine: str, steps: int, turns: int) -> None:
 
 
 def measure(engine: str, steps: int, turns: int) -> dict[str, list[float]]:
-    """Start two processes of an engine and read what rank 0 found.
+    """Start two processes of an engine and return the times of rank 0.
 
     Raises:
-        SystemExit: they fail.
+        SystemExit: the processes fail.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     command += [__file__, "--as-rank", engine, "--steps", str(steps), "--turns", str(turns)]
@@ -156,7 +156,7 @@ def measure(engine: str, steps: int, turns: int) -> dict[str, list[float]]:
 
 
 def row(engine: str, times: dict[str, list[float]]) -> str:
-    """A line of the table."""
+    """A row of the table."""
     pairs = list(zip(times["Trainer"], times["bare"], strict=True))
     cells = [
         median_and_spread(times["bare"]),

@@ -1,4 +1,4 @@
-"""What the benchmarks share: turns that alternate, medians with their spread, and the hardware."""
+"""Shared by the benchmarks: alternating turns, medians with their spread, and the hardware."""
 
 import os
 import platform
@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 Times = dict[str, list[float]]
-"""Seconds of every candidate, one figure a turn."""
+"""Seconds of every candidate, one value per turn."""
 
 
 def alternate(
@@ -19,10 +19,10 @@ def alternate(
     turns: int,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Times:
-    """Time every candidate once a turn, so that a busy machine slows all of them.
+    """Time every candidate once per turn, so that a busy machine slows all of them.
 
-    The order moves on from turn to turn; a turn before the first imports and warms up. Where others use the
-    machine and all work is on the CPU, ``time.process_time`` is the fairer clock.
+    The order rotates from turn to turn; an untimed first turn imports and warms up. If other processes use
+    the machine and all work is on the CPU, ``time.process_time`` is the fairer clock.
     """
     names = list(candidates)
     times: Times = {name: [] for name in names}
@@ -37,7 +37,7 @@ def alternate(
 
 
 def ratios(times: Times, of: str, to: str) -> list[float]:
-    """How many times as long ``of`` took as ``to``, turn by turn."""
+    """Time of ``of`` over time of ``to``, turn by turn."""
     return [own / other for own, other in zip(times[of], times[to], strict=True)]
 
 
@@ -48,7 +48,7 @@ def median_and_spread(values: list[float], sign: str = "", digits: int = 3) -> s
 
 
 def hardware() -> str:
-    """Processor, cores and how busy they are."""
+    """Processor, cores and load."""
     info = Path("/proc/cpuinfo")
     names = [s for s in info.read_text().splitlines() if s.startswith("model name")] if info.exists() else []
     model = names[0].split(": ")[-1] if names else platform.processor()
@@ -56,7 +56,7 @@ def hardware() -> str:
 
 
 def heading(*packages: str) -> str:
-    """Date, command, hardware and versions: what stands above every table."""
+    """Date, command, hardware and versions: the heading of every table."""
     command = " ".join(["python", *sys.argv])
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", *packages))
     return f"{date.today()} · {command}\n{hardware()}\n{versions}\n"

@@ -2,8 +2,8 @@
 
 Every loop trains the same tiny network on the same data with the same recipe (AdamW, clipping at 1.0, a
 DataLoader in the training process) for the same number of steps. The network is so small that the loop
-is a good part of what the clock sees. Loops take turns, so that a busy machine slows all of them. Figures
-are medians over the turns; added time is taken against the bare loop of the same turn, and once more
+is a large part of the time. Loops take turns, so that a busy machine slows all of them. Figures
+are medians over the turns; added time is relative to the bare loop of the same turn, and also computed
 between the fastest turns of each, which other processes disturbed least.
 
     python benchmarks/overhead.py
@@ -35,7 +35,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 BATCH, LR, WARMUP_STEPS = 32, 1e-3, 50
-"""Rows of a step, learning rate, and steps that every run takes before its clock starts."""
+"""Rows per step, learning rate, and untimed steps at the start of every run."""
 
 
 def network() -> nn.Module:
@@ -45,7 +45,7 @@ def network() -> nn.Module:
 
 
 def synthetic_rows(steps: int) -> TensorDataset:
-    """Random inputs and labels, enough for so many steps."""
+    """Random inputs and labels, enough for ``steps`` steps."""
     generator = torch.Generator().manual_seed(0)
     rows = steps * BATCH
     return TensorDataset(
@@ -54,7 +54,7 @@ def synthetic_rows(steps: int) -> TensorDataset:
 
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW that decays matrices only, as the two Trainers that build their own optimizer do."""
+    """AdamW that decays matrices only, like the two Trainers that build their own optimizer."""
     groups = [
         {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.01},
         {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
@@ -63,7 +63,7 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
 
 
 class Clock:
-    """Told of every step's end; knows the time of a step after the warm-up."""
+    """Measures the mean time of a step after the warm-up; ``tick`` is called after every step."""
 
     def __init__(self, steps: int) -> None:
         self._left, self._steps = WARMUP_STEPS, steps
@@ -113,7 +113,7 @@ def bare_accelerate(data: TensorDataset, clock: Clock, folder: Path) -> None:
 def roadwork_dist(
     data: TensorDataset, clock: Clock, folder: Path, model: Callable[[], nn.Module] = network
 ) -> None:
-    """This package, with a line of JSON a step and the moving average."""
+    """This package, with a line of JSON per step and the moving average."""
     from roadwork_dist.trainer.config import OptimConfig, ScheduleConfig, TrackingConfig, TrainConfig
     from roadwork_dist.trainer.events.callback import Callback
     from roadwork_dist.trainer.trainer import Trainer
@@ -135,7 +135,7 @@ def roadwork_dist(
 
 
 def transformers_trainer(data: TensorDataset, clock: Clock, folder: Path) -> None:
-    """Transformers' Trainer as it comes, without logging."""
+    """Transformers' Trainer with default settings, without logging."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     class Ticks(TrainerCallback):  # type: ignore[misc]
@@ -173,7 +173,7 @@ def transformers_trainer(data: TensorDataset, clock: Clock, folder: Path) -> Non
 
 
 def lightning(data: TensorDataset, clock: Clock, folder: Path) -> None:
-    """Lightning's Trainer without logger, bar and checkpoints."""
+    """Lightning's Trainer without logger, progress bar and checkpoints."""
     from lightning import LightningModule, Trainer
 
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -218,11 +218,11 @@ LOOPS: dict[str, Loop] = {
 
 
 Times = dict[str, list[float]]
-"""Milliseconds a step of every loop, one figure a turn."""
+"""Milliseconds per step of every loop, one value per turn."""
 
 
 def measure(loops: dict[str, Loop], steps: int, turns: int) -> Times:
-    """Run every loop in every turn; the order moves on from turn to turn."""
+    """Run every loop in every turn; the order rotates from turn to turn."""
     data = synthetic_rows(steps + WARMUP_STEPS)
     times: Times = {name: [] for name in loops}
     names = list(loops)
@@ -238,7 +238,7 @@ def measure(loops: dict[str, Loop], steps: int, turns: int) -> Times:
 
 
 def table(times: Times) -> str:
-    """Markdown: time a step and added time of every loop, with interquartile ranges (IQR)."""
+    """Markdown: time per step and added time of every loop, with interquartile ranges (IQR)."""
     first = times["bare PyTorch"]
     lines = [
         "| loop | ms a step | IQR | added ms | IQR | added ms, fastest turns | times bare |",
@@ -263,7 +263,9 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=150, help="timed steps of a run (default 150)")
     parser.add_argument("--turns", type=int, default=40, help="runs of every loop (default 40)")
-    parser.add_argument("--loops", nargs="*", help="words of the names of loops to run besides the bare one")
+    parser.add_argument(
+        "--loops", nargs="*", help="parts of the names of loops to run in addition to the bare one"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")

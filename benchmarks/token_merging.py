@@ -1,8 +1,8 @@
-"""What token merging saves and changes: time (of the CPU, where there is no GPU), operations, likeness.
+"""Effect of token merging: time (CPU time without a GPU), operations, and similarity of the features.
 
-Weights are random unless ``--backbone`` is a local folder or an id of the hub whose weights are at hand. With
-random weights times and operations are those of the real network, but likeness says little: what tokens look
-alike, and what the network makes of it, is learned.
+Weights are random unless ``--backbone`` is a local folder or a hub id whose weights are available. With
+random weights times and operations are those of the real network, but the similarity says little, because
+which tokens are similar, and how the network uses them, is learned.
 
     python benchmarks/token_merging.py [--backbone dinov3_vits16] [--size 512] [--shares 0.25 0.5 0.75]
 """
@@ -26,7 +26,7 @@ from roadwork_dist.detector.backbone import BACKBONES, Backbone, build_random, l
 
 
 def load(name: str, share: float, device: torch.device) -> Backbone:
-    """A backbone that merges so many tokens; the same weights for every share."""
+    """A backbone that merges this share of tokens; the same weights for every share."""
     if name in BACKBONES:
         torch.manual_seed(0)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -35,7 +35,7 @@ def load(name: str, share: float, device: torch.device) -> Backbone:
 
 
 def photo_views(count: int, size: int) -> Tensor:
-    """Squares cut from the two photographs that scikit-learn brings, [N, 3, S, S] uint8."""
+    """Squares cut from the two sample photographs of scikit-learn, [N, 3, S, S] uint8."""
     from sklearn.datasets import load_sample_images
 
     views = []
@@ -48,7 +48,7 @@ def photo_views(count: int, size: int) -> Tensor:
 
 
 def table(backbones: dict[float, Backbone], views: Tensor, turns: int) -> str:
-    """Milliseconds, operations and likeness by share, as Markdown."""
+    """Milliseconds, operations and similarity by share, as Markdown."""
     size = views.shape[-1]
 
     def run(share: float) -> Callable[[], object]:

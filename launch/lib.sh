@@ -1,21 +1,21 @@
 # shellcheck shell=bash
-# What the batch scripts share: they source it and call `train`. docs/how-to/slurm.md tells how to use it.
+# Shared by the batch scripts: they source it and call `train`. Usage: docs/how-to/slurm.md
 #
 # Settings, all optional, from the environment of sbatch:
-#   ROADWORK_DIST_HOME                folder that holds launch/ (default: the one sbatch was called in)
+#   ROADWORK_DIST_HOME                folder that contains launch/ (default: the one sbatch was called in)
 #   ACCELERATE_CONFIG                 accelerate's config: a file, or a name in accelerate_configs/
-#   ROADWORK_DIST_PROCESSES_PER_NODE  default: one a GPU, or 1 where the job has no GPUs
-#   ROADWORK_DIST_HEAD                address of the first node (default: what SLURM says)
+#   ROADWORK_DIST_PROCESSES_PER_NODE  default: one per GPU, or 1 if the job has no GPUs
+#   ROADWORK_DIST_HEAD                address of the first node (default: the one SLURM reports)
 #   ROADWORK_DIST_LOGS                folder of the nodes' logs (default: logs)
 #   ROADWORK_DIST_GRACE               seconds to wait for the checkpoint when asked to stop (default: 90)
 #   ROADWORK_DIST_ENTRY               Python script to train with (default: launch/pretrain.py)
 
-# The script that sources this has looked for it there.
+# Checked by the script that sources this file.
 home=${home:?set by the script that sources lib.sh}
 EXIT_USAGE=2
 EXIT_INTERRUPTED=75 # sysexits.h: try again later
-# A node whose peer has failed gets so many seconds to fail by itself (a rank that waits for the dead one
-# in NCCL does not), and so have the other ranks of the node that failed.
+# Seconds that other nodes, and the other ranks of the failed node, get to fail by themselves. (A rank that
+# waits for a dead one in NCCL does not.)
 FAILURE_GRACE=10
 
 say() { printf '%(%F %T)T %s\n' -1 "$*"; }
@@ -25,16 +25,16 @@ die() { # message, exit code
     exit "${2:-$EXIT_USAGE}"
 }
 
-# train SETTINGS...: train on all nodes of this job, and end as the training ended.
+# train SETTINGS...: train on all nodes of this job, and exit with the result of the training.
 train() {
     job=$SLURM_JOB_ID
-    # `scancel` and `scontrol` take the bare number of an array's last task for the whole array.
+    # For an array's last task the bare job number means the whole array to `scancel` and `scontrol`.
     [[ -z ${SLURM_ARRAY_TASK_ID:-} ]] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
     start=${SLURM_RESTART_COUNT:-0}
     logs=$(mkdir -p "${ROADWORK_DIST_LOGS:-logs}" && cd "${ROADWORK_DIST_LOGS:-logs}" && pwd)/$SLURM_JOB_NAME-$job
-    signs=$logs/.start-$start # where the nodes leave word for this shell
+    signs=$logs/.start-$start # files by which the nodes signal this shell
     mkdir -p "$signs"
-    rm -rf "${signs:?}"/* # a job number that was used before
+    rm -rf "${signs:?}"/* # left over if the job number was used before
     find_python
     read_topology
     choose_engine
@@ -49,7 +49,7 @@ train() {
     finish
 }
 
-# output_dir DEFAULT SETTINGS...: the folder that the settings name.
+# output_dir DEFAULT SETTINGS...: print the output folder given by the settings.
 output_dir() {
     local folder=$1
     shift
@@ -63,8 +63,8 @@ output_dir() {
     printf '%s' "$folder"
 }
 
-# Sets `settings` to those of this task of an array. {task} in them becomes the task's number; where none
-# says {task}, the number becomes the seed and each task gets a folder below output_dir.
+# Sets `settings` to those of this array task. {task} in them is replaced by the task's number. If none contains
+# {task}, the number becomes the seed and each task gets a folder below output_dir.
 settings_of_array_task() {
     settings=("${@//\{task\}/$SLURM_ARRAY_TASK_ID}")
     [[ "${settings[*]}" == "$*" ]] || return 0
@@ -78,7 +78,7 @@ find_python() {
 that roadwork-dist is installed in before sbatch, or run 'make install' in $home"
 }
 
-# Nodes, processes, where they meet.
+# Nodes, processes, and the address of the rendezvous.
 read_topology() {
     nodes=$SLURM_JOB_NUM_NODES
     gpus=${SLURM_GPUS_ON_NODE:-0}
@@ -93,22 +93,22 @@ sbatch --cpus-per-gpu=8, --cpus-per-task=$((8 * per_node)) or --exclusive"
 
     local first
     first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-    # The name need not resolve on the other nodes; the address that SLURM itself uses does.
+    # The name may not resolve on other nodes; the address that SLURM itself uses is reachable.
     head=${ROADWORK_DIST_HEAD:-$(scontrol show node "$first" | grep -oP 'NodeAddr=\K\S+' || true)}
     head=${head:-$first}
-    # Jobs and array tasks that share a node have different numbers. Below the kernel's own ports (32768).
-    # This shell runs on the first node, so it sees whether somebody else listens there.
+    # Jobs and array tasks on the same node have different numbers. Ports are below the ephemeral range (32768).
+    # This shell runs on the first node, so it can check whether a port is in use.
     port=$((10000 + SLURM_JOB_ID % 20000))
     while (: </dev/tcp/127.0.0.1/"$port") 2>/dev/null; do port=$((port + 1)); done
 }
 
-# Accelerate's config; without one, one process a GPU (or CPU process), data parallel.
+# Accelerate's config; by default data parallel with one process per GPU (or CPU process).
 choose_engine() {
     engine=${ACCELERATE_CONFIG:-}
     if [[ -z $engine ]]; then
-        # A file of our own: otherwise accelerate would read the one in the user's home.
+        # Written explicitly, because accelerate would otherwise read the one in the user's home.
         engine=$logs/accelerate.yaml
-        local kind=MULTI_GPU # also on CPUs: what makes accelerate start several processes at all
+        local kind=MULTI_GPU # also on CPUs: other types start a single process there
         ((processes > 1)) || kind="'NO'"
         printf '%s\n' "compute_environment: LOCAL_MACHINE" "distributed_type: $kind" "mixed_precision: 'no'" \
             "use_cpu: false" >"$engine"
@@ -142,16 +142,16 @@ start_tasks() {
     )
     export ROADWORK_DIST_SIGNS=$signs
     export PYTHONUNBUFFERED=1
-    # shellcheck disable=SC2016  # torchrun fills it in
+    # shellcheck disable=SC2016  # expanded by torchrun
     export TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE='[rank ${rank}] '
     # SLURM signals every process of a task. torchrun (inside accelerate) would end its ranks on TERM
-    # and die of USR1, so it has to sleep through both: the ranks get them too, and save. What
-    # PET_SHUTDOWN_TIMEOUT limits then is only how long ranks outlive one that failed.
+    # and would be killed by USR1, so it must ignore both; the ranks get them directly, and save. Then
+    # PET_SHUTDOWN_TIMEOUT limits only how long ranks outlive one that failed.
     export PET_SIGNALS_TO_HANDLE=SIGINT,SIGHUP,SIGQUIT PET_SHUTDOWN_TIMEOUT=$FAILURE_GRACE
-    # One task a node would otherwise be bound to one core, with all its ranks and loader processes.
+    # Otherwise the one task per node, with all its ranks and loader processes, is bound to a single core.
     local unbound=()
     if scontrol show config | grep -qE '^TaskPlugin .*(affinity|cgroup)'; then unbound=(--cpu-bind=none); fi
-    # In single quotes: $SLURM_NODEID is known in the task only. Here it is 0 for every node.
+    # In single quotes, because $SLURM_NODEID is set per task. In this shell it is always 0.
     # shellcheck disable=SC2016
     srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=1 "${unbound[@]}" \
         --open-mode=append --output="$logs/start-$start-task-%t-%N.log" bash -c '
@@ -161,7 +161,7 @@ start_tasks() {
             while code=0; wait $! || code=$?; kill -0 $! 2>/dev/null; do :; done
             ((code == 0)) || echo "$SLURMD_NODENAME" >"$ROADWORK_DIST_SIGNS/failed-$SLURM_NODEID"
             if ((code != 0)) && [[ -e $ROADWORK_DIST_SIGNS/asked ]]; then
-                echo "Asked to stop: ranks that end with 75 have saved. To torchrun that is a failure (above)."
+                echo "Asked to stop: ranks with exit code 75 have saved. torchrun reports that as a failure (above)."
             fi
             exit "$code"
         ' task "${options[@]}" "${entry[@]}" "$@" &
@@ -172,8 +172,8 @@ on_request() { # why
     [[ -z $asked ]] || return 0
     asked=$SECONDS
     say "$1"
-    say "asking all ranks to save at the next step boundary and to stop; $((${ROADWORK_DIST_GRACE:-90})) s for that"
-    # Steps only, not this shell.
+    say "asking all ranks to save after the current step and to stop within $((${ROADWORK_DIST_GRACE:-90})) s"
+    # Signals the job steps, not this shell.
     scancel --signal=USR1 "$job" || say "WARNING: scancel --signal=USR1 $job failed"
 }
 
@@ -187,59 +187,59 @@ wait_for_tasks() {
             scancel --signal=KILL "$job" || true
             failed=$SECONDS
         elif [[ -n $asked ]] && ((SECONDS - asked > ${ROADWORK_DIST_GRACE:-90})); then
-            say "WARNING: the ranks have not stopped within ${ROADWORK_DIST_GRACE:-90} s: going on from the \
-checkpoint before"
+            say "WARNING: the ranks have not stopped within ${ROADWORK_DIST_GRACE:-90} s: resuming from the \
+previous checkpoint"
             scancel --signal=KILL "$job" || true
             asked=$SECONDS
         fi
     done
     code=0
     wait "$tasks" || code=$?
-    # A signal that went past this shell: scancel --signal=USR1 JOB, or preemption without a user signal.
+    # Signals that do not reach this shell: scancel --signal=USR1 JOB, or preemption without a user signal.
     if [[ -z $asked && -e $signs/asked ]]; then asked=$SECONDS; fi
     if scontrol show job "$job" | grep -qP 'PreemptTime=(?!None)'; then asked=${asked:-$SECONDS}; fi
 }
 
 finish() {
     if ((code == 0)); then
-        rm -rf "$signs" # with torchrun's own copies of what the ranks said
+        rm -rf "$signs" # with torchrun's copies of the ranks' output
         say "done"
         exit 0
     elif [[ -n $cancelled ]]; then
-        say "ended by SLURM; submit again to go on from the newest checkpoint"
+        say "ended by SLURM; submit again to resume from the newest checkpoint"
         exit "$EXIT_INTERRUPTED"
     elif [[ -n $asked ]]; then
         local saved
-        saved=$(told | grep 'state saved' | head -n 1 || true)
-        say "all ranks have stopped (srun calls that an error): ${saved:-WARNING: none said that it saved, see \
+        saved=$(rank_output | grep 'state saved' | head -n 1 || true)
+        say "all ranks have stopped (srun reports that as an error): ${saved:-WARNING: none reported a save, see \
 $logs/start-$start-task-*.log}"
         trap '' TERM
-        say "requeueing: starts again when SLURM has room, minutes at the earliest, from the newest checkpoint"
-        if scontrol requeue "$job"; then sleep 60; fi # SLURM ends this shell
-        say "NOT requeued (--no-requeue?): submit again to go on from the newest checkpoint"
+        say "requeueing: resumes from the newest checkpoint when SLURM restarts the job, after minutes at the earliest"
+        if scontrol requeue "$job"; then sleep 60; fi # until SLURM ends this shell
+        say "NOT requeued (--no-requeue?): submit again to resume from the newest checkpoint"
         exit "$EXIT_INTERRUPTED"
     fi
     tell_failure
     exit "$code"
 }
 
-# Which nodes ended by themselves, and each rank's last error; those that only lost a peer stand last.
+# Report the nodes that failed, and each rank's last error; ranks that only lost a peer come last.
 tell_failure() {
     say "FAILED with exit code $code"
     local sign
     for sign in "$signs"/failed-*; do
-        [[ -e $sign ]] || continue # all were killed: out of memory, scancel
+        [[ -e $sign ]] || continue # no match: all were killed (out of memory, scancel)
         local log=("$logs/start-$start-task-${sign##*-}"-*.log)
-        # What torchrun says of the first rank that ended on that node.
+        # torchrun's report on the first rank that failed on that node.
         say "failed on $(<"$sign"): $(awk '/Root Cause/ { n = 1 } n && /rank +:|exitcode +:/ { $1 = $1; print }' \
             "${log[@]}" | paste -sd ' '), see ${log[*]}"
     done
     local errors peers='LostPeerError|gloo|NCCL|TCPStore|DistNetworkError|onnection (closed|reset|refused)'
-    # torch repeats the rank in front of an exception of its own process.
-    errors=$(told | sed -E 's/^(\[rank [0-9]+\]) \[rank[0-9]+\]: /\1 /' |
+    # torch repeats the rank in front of exceptions.
+    errors=$(rank_output | sed -E 's/^(\[rank [0-9]+\]) \[rank[0-9]+\]: /\1 /' |
         grep -E '^\[rank [0-9]+\] ([A-Za-z_.]*(Error|Exception)\b|error:|terminate called)' |
         awk '{ last[$2] = $0 } END { for (rank in last) print last[rank] }' | sort -V || true)
     { grep -vE "$peers" <<<"$errors" || true; grep -E "$peers" <<<"$errors" || true; } | head -n 16
 }
 
-told() { cat "$logs/start-$start-task"-*.log 2>/dev/null; }
+rank_output() { cat "$logs/start-$start-task"-*.log 2>/dev/null; }
