@@ -1,1 +1,1 @@
-"""Thin commands: they read arguments, call a recipe and say what came out."""
+"""Thin commands: they parse arguments, call a recipe and print the result."""

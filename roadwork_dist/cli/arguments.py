@@ -1,4 +1,4 @@
-"""A parser of arguments whose mistakes are told in one line, with the nearest option."""
+"""Argument parser that reports errors in one line and suggests the nearest option."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -11,16 +11,16 @@ from roadwork_dist.common.errors import ConfigError
 
 
 class Parser(argparse.ArgumentParser):
-    """``argparse`` that raises instead of printing its usage; options are not abbreviated."""
+    """``argparse`` that raises instead of printing its usage; options cannot be abbreviated."""
 
     def __init__(self, prog: str, description: str) -> None:
         super().__init__(prog=prog, description=description, allow_abbrev=False)
 
     def add_run(self, threshold: str) -> None:
-        """The arguments of a command that looks at a run: its folder, and the decision threshold.
+        """Add the arguments of a command that reads a run: its folder, and the decision threshold.
 
         Args:
-            threshold: what the threshold is without the option.
+            threshold: description of the default threshold, for the help.
         """
         self.add_argument("run", metavar="RUN", type=Path, help="run folder, or its best/")
         self.add_argument(
@@ -30,23 +30,23 @@ class Parser(argparse.ArgumentParser):
         )
 
     def add_select(self) -> None:
-        """The option of a command that predicts: how many crops go through the backbone."""
+        """Add the option of a command that predicts: how many crops go through the backbone."""
         self.add_argument(
             "--views.select",
             "--select",
             dest="select",
             metavar="CROPS",
             type=whole_number(1),
-            help="crops that go through the backbone beside the global view, chosen by what `roadwork-dist "
-            "distil` has written; 11 = all (default: views.select of the run)",
+            help="crops that go through the backbone in addition to the global view, chosen by the selector "
+            "of `roadwork-dist select-views`; 11 = all (default: views.select of the run)",
         )
 
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
         """Parse.
 
         Raises:
-            ConfigError: an option is unknown (told before anything that it left missing), a value is
-                wrong, or a required argument is absent.
+            ConfigError: an option is unknown (reported before missing arguments), a value is wrong, or
+                a required argument is missing.
             SystemExit: after ``--help``.
         """
         known = list(self._option_string_actions)
@@ -58,7 +58,7 @@ class Parser(argparse.ArgumentParser):
         return self.parse_args(arguments)
 
     def error(self, message: str) -> NoReturn:
-        """Tell what is wrong.
+        """Raise with the message and a pointer to the help.
 
         Raises:
             ConfigError: always.
@@ -67,22 +67,22 @@ class Parser(argparse.ArgumentParser):
 
 
 def probability(text: str) -> float:
-    """A number in [0, 1], for ``type=`` of an argument.
+    """Parse a number in [0, 1], for ``type=`` of an argument.
 
     Raises:
-        argparse.ArgumentTypeError: it is none.
+        argparse.ArgumentTypeError: it is not such a number.
     """
     try:
         value = float(text)
     except ValueError:
         value = -1.0
     if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 to 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
     return value
 
 
 def whole_number(at_least: int) -> Callable[[str], int]:
-    """Whole numbers from ``at_least``, for ``type=`` of an argument."""
+    """Parser of integers >= ``at_least``, for ``type=`` of an argument."""
 
     def read(text: str) -> int:
         try:
@@ -90,7 +90,7 @@ def whole_number(at_least: int) -> Callable[[str], int]:
         except ValueError:
             value = at_least - 1
         if value < at_least:
-            raise argparse.ArgumentTypeError(f"{text!r} is no whole number >= {at_least}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not an integer >= {at_least}")
         return value
 
     return read

@@ -1,4 +1,4 @@
-"""``roadwork-dist checkpoint``: what a run has saved, whether it is whole, and what to make of it."""
+"""``roadwork-dist checkpoint``: lists, verifies, consolidates and prunes the checkpoints of a run."""
 
 import shutil
 from collections.abc import Callable, Sequence
@@ -17,20 +17,20 @@ EXIT_DAMAGED = 1
 
 USAGE = """usage: roadwork-dist checkpoint list|verify|consolidate|prune RUN ...
 
-  list         what there is: step, epoch, figure, size, processes, engine, age, and whether it is complete
+  list         show step, epoch, figure, size, processes, engine, age, and whether it is complete
   verify       read every file and compare it with the manifest; exit code 1 if one is damaged
   consolidate  write the weights as one safetensors file
   prune        delete all but the newest and the best
 
-RUN is a run folder; all but prune take the folder of a checkpoint (step-…) as well.
-roadwork-dist checkpoint COMMAND --help tells more."""
+RUN is a run folder; all commands except prune also accept a checkpoint folder (step-…).
+roadwork-dist checkpoint COMMAND --help shows details."""
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Do one of the four; 0, or 1 if ``verify`` finds a damaged checkpoint.
+    """Run a subcommand; returns 0, or 1 if ``verify`` finds a damaged checkpoint.
 
     Raises:
-        ConfigError: there is no such command.
+        ConfigError: the subcommand is unknown.
     """
     words = list(arguments)
     if not words or words[0] in ("-h", "--help"):
@@ -57,11 +57,13 @@ def _parser(command: str, description: str, what: str) -> Parser:
     return parser
 
 
-_EITHER = "run folder, or folder of a checkpoint"
+_EITHER = "run folder or checkpoint folder"
 
 
 def _list(arguments: Sequence[str]) -> int:
-    parser = _parser("list", "List checkpoints. Sizes are compared with the manifest, contents not.", _EITHER)
+    parser = _parser(
+        "list", "List checkpoints. File sizes are compared with the manifest, contents are not.", _EITHER
+    )
     options = parser.parse(arguments)
     from roadwork_dist.trainer.checkpoint.inspection import checkpoints_at, summary
 
@@ -115,15 +117,17 @@ def _verify(arguments: Sequence[str]) -> int:
 def _consolidate(arguments: Sequence[str]) -> int:
     parser = _parser(
         "consolidate",
-        "Write the trained weights of a checkpoint as model.safetensors, whole and by the model's own names, "
-        "whatever number of processes and engine saved them. Of a roadwork run the folder can be loaded like "
-        "its best/.",
+        "Write the trained weights of a checkpoint as one model.safetensors under the model's own names, "
+        "whatever engine and number of processes saved them. For a roadwork run, the folder can be loaded "
+        "like its best/.",
         _EITHER,
     )
-    parser.add_argument("output", metavar="FOLDER", type=Path, help="where model.safetensors goes")
-    parser.add_argument("--average", action="store_true", help="the moving average of the weights")
+    parser.add_argument("output", metavar="FOLDER", type=Path, help="folder for model.safetensors")
     parser.add_argument(
-        "--step", type=whole_number(0), help="which checkpoint (default: the newest whole one)"
+        "--average", action="store_true", help="write the moving average of the weights instead"
+    )
+    parser.add_argument(
+        "--step", type=whole_number(0), help="step of the checkpoint (default: the newest complete one)"
     )
     options = parser.parse(arguments)
     from roadwork_dist.trainer.checkpoint.consolidate import consolidate
@@ -137,12 +141,14 @@ def _consolidate(arguments: Sequence[str]) -> int:
 def _prune(arguments: Sequence[str]) -> int:
     parser = _parser(
         "prune",
-        "Delete the checkpoints of a run but for the newest whole ones and the best one. Damaged ones are "
-        "left where they are.",
+        "Delete the checkpoints of a run except the newest complete ones and the best one. Damaged ones are "
+        "not deleted.",
         "run folder",
     )
-    parser.add_argument("--keep", type=whole_number(1), default=1, help="newest ones that stay (default: 1)")
-    parser.add_argument("--dry_run", action="store_true", help="only tell what would be deleted")
+    parser.add_argument(
+        "--keep", type=whole_number(1), default=1, help="number of newest ones to keep (default: 1)"
+    )
+    parser.add_argument("--dry_run", action="store_true", help="only show what would be deleted")
     options = parser.parse(arguments)
     from roadwork_dist.trainer.checkpoint.inspection import plan_pruning
 
@@ -150,7 +156,7 @@ def _prune(arguments: Sequence[str]) -> int:
     for path in plan.kept:
         print(f"{path.name}: kept")
     for path in plan.damaged:
-        print(f"{path.name}: damaged, left for you to look at")
+        print(f"{path.name}: damaged, not deleted: inspect it")
     for path in plan.gone:
         if not options.dry_run:
             shutil.rmtree(path)

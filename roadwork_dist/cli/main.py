@@ -1,6 +1,6 @@
-"""``roadwork-dist``: finds the command, tells errors in one line.
+"""``roadwork-dist``: dispatches to the command and reports errors in one line.
 
-Commands are imported when they run, so that ``--help`` costs nothing.
+Commands are imported only when they run, so that ``--help`` is fast.
 """
 
 import os
@@ -17,24 +17,24 @@ COMMANDS = {
     "synth": "render a synthetic data set of street scenes",
     "data": "check the photos and tables of a data set: `data check`",
     "shard": "write photos as WebDataset shards with an index",
-    "features": "compute the backbone's features beforehand; list, verify or prune what is kept",
-    "pretrain": "train, evaluate and report; started again it goes on where it was",
+    "features": "compute the backbone's features in advance; list, verify or prune stored ones",
+    "pretrain": "train, evaluate and report; a restart resumes the run",
     "evaluate": "evaluate a trained run on its own or another data set",
-    "predict": "probabilities of roadwork for photos and folders",
-    "select-views": "teach a run which crops are worth the backbone (views.select)",
-    "report": "write a run's report anew",
-    "checkpoint": "list, verify, consolidate or prune what a run has saved",
-    "doctor": "what this machine has, what is missing and how to get it",
+    "predict": "predict the probability of roadwork for photos and folders",
+    "select-views": "train a scorer that selects crops for the backbone (views.select)",
+    "report": "write the report of a run again",
+    "checkpoint": "list, verify, consolidate or prune the checkpoints of a run",
+    "doctor": "show what this machine has, what is missing and how to get it",
     "demo-real": "train on real photographs and print out-of-fold MCC",
 }
 
 RENAMED = {"distil": "select-views"}
-"""Words of earlier versions, which still work."""
+"""Former command names, which still work."""
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 EXIT_ASKED_TO_STOP = 75
-"""EX_TEMPFAIL of sysexits.h, "try again later": state is saved, started again the run goes on."""
+"""EX_TEMPFAIL of sysexits.h, "try again later": state is saved and a restart resumes the run."""
 
 
 def usage() -> str:
@@ -43,7 +43,7 @@ def usage() -> str:
     return (
         f"roadwork-dist {__version__}: train detectors of roadwork in street photos\n\n"
         f"usage: roadwork-dist [--debug] COMMAND ...\n\n{commands}\n\n"
-        "roadwork-dist COMMAND --help tells more. --debug shows tracebacks."
+        "roadwork-dist COMMAND --help shows details. --debug shows tracebacks."
     )
 
 
@@ -51,9 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        0, 1 if a verified checkpoint or feature is damaged, 2 after an error that the user can mend, 3 if
-        some photos could not be predicted, 75 if a run was asked to stop (SIGTERM, SIGUSR1) and has saved
-        its state, 130 after Ctrl-C.
+        Exit code: 0, 1 if a verified checkpoint or feature is damaged, 2 after an error that the user can
+        fix, 3 if some photos could not be predicted, 75 if a run was asked to stop (SIGTERM, SIGUSR1) and
+        has saved its state, 130 after Ctrl-C.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(words[0], words[1:])
     except InterruptedRunError as error:
-        _leave_in_peace()
+        _ignore_stop_signals()
         print(str(error), file=sys.stderr)
         return EXIT_ASKED_TO_STOP
     except RoadworkError as error:
@@ -75,13 +75,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return EXIT_USER_ERROR
-    except BrokenPipeError:  # `| head` has seen enough
+    except BrokenPipeError:  # the reader, such as `| head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:  # a full disk, a folder without permission: the user's to mend as well
+    except OSError as error:  # a full disk, missing permission: the user can fix these too
         if debug:
             raise
-        print(f"error: {error}; make room or mend permissions, then start again", file=sys.stderr)
+        print(f"error: {error}; make room or fix permissions, then start again", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         if debug:
@@ -90,15 +90,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
 
 
-def _leave_in_peace() -> None:
-    """Ignore further requests to stop: launchers repeat them, and one would take the exit code away."""
+def _ignore_stop_signals() -> None:
+    """Ignore further requests to stop: launchers repeat them, and another would replace the exit code."""
     for name in ("SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def _one_line(error: RoadworkError) -> str:
-    """The message; torch wraps that of a loader's process in the traceback of that process."""
+    """The message. From a data loader process, torch wraps it in the traceback of that process."""
     text = str(error).strip()
     if "Original Traceback" in text:
         text = text.splitlines()[-1].partition(": ")[2]
@@ -107,7 +107,7 @@ def _one_line(error: RoadworkError) -> str:
 
 def _run(command: str, arguments: list[str]) -> int:
     if command in RENAMED:
-        print(f"{command} is now called {RENAMED[command]}; the old word still works", file=sys.stderr)
+        print(f"{command} is now called {RENAMED[command]}; the old name still works", file=sys.stderr)
         command = RENAMED[command]
     if command not in COMMANDS:
         close = nearest(command, list(COMMANDS), n=1)[0]

@@ -1,4 +1,4 @@
-"""``roadwork-dist predict``: probabilities of roadwork for photos and folders."""
+"""``roadwork-dist predict``: predicts the probability of roadwork for photos and folders."""
 
 import os
 import sys
@@ -14,17 +14,17 @@ if TYPE_CHECKING:
     from roadwork_dist.photos.manifest import Sample
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-"""What counts as a photo in a folder."""
+"""File name endings of photos in a folder."""
 
 EXIT_SOME_UNREADABLE = 3
 """Some photos could not be read; the others are predicted."""
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Predict; 0, or 3 if some photos could not be read."""
+    """Predict; returns 0, or 3 if some photos could not be read."""
     options = _parser().parse(arguments)
     photos = find_photos(options.paths)
-    # After what can be told without waiting for torch.
+    # Imported here, so that argument errors do not wait for torch.
     from roadwork_dist.cli.logs import set_up_logging
     from roadwork_dist.inference.output import PredictionFile
     from roadwork_dist.inference.predictor import Predictor, Unreadable
@@ -37,8 +37,8 @@ def run(arguments: Sequence[str]) -> int:
         predictor.threshold = options.threshold
     unreadable: list[Unreadable] = []
     predicted = positives = 0
-    with output, progress_bar("predicting") as tell:
-        tell(0, len(photos))
+    with output, progress_bar("predicting") as show_progress:
+        show_progress(0, len(photos))
         for prediction in predictor.predict(
             _samples(photos),
             batch_size=options.batch_size,
@@ -48,8 +48,8 @@ def run(arguments: Sequence[str]) -> int:
             output.add(prediction)
             predicted += 1
             positives += prediction.prediction
-            tell(predicted + len(unreadable), len(photos))
-        tell(predicted + len(unreadable), len(photos))
+            show_progress(predicted + len(unreadable), len(photos))
+        show_progress(predicted + len(unreadable), len(photos))
     print(
         f"{options.output}: {predicted:,} photos, {positives:,} with roadwork "
         f"(probability above {predictor.threshold:.3f})"
@@ -63,7 +63,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def find_photos(paths: Sequence[Path]) -> list[Path]:
-    """Files as they are given, and the photos of folders, recursively and by name; each once.
+    """Given files as they are, and the photos in given folders, recursively and sorted by name; each once.
 
     Raises:
         DataError: a path does not exist, or there is no photo at all.
@@ -84,13 +84,13 @@ def _photos_below(folder: Path) -> Iterator[Path]:
     for parent, folders, files in os.walk(folder):
         folders.sort()
         for name in sorted(files):
-            # "._x.jpg" and the like are what file managers leave beside photos
+            # skips hidden files such as "._x.jpg", which some file managers create next to photos
             if name.lower().endswith(SUFFIXES) and not name.startswith("."):
                 yield Path(parent, name)
 
 
 def _samples(photos: Sequence[Path]) -> "Iterator[Sample]":
-    """Photos with their path as id; bytes of a name that are not UTF-8 show as a replacement mark."""
+    """Photos with their path as id; bytes that are not UTF-8 become replacement characters."""
     from roadwork_dist.photos.images import FileImage
     from roadwork_dist.photos.manifest import Sample
 
@@ -101,7 +101,7 @@ def _samples(photos: Sequence[Path]) -> "Iterator[Sample]":
 def _parser() -> Parser:
     parser = Parser(
         "roadwork-dist predict",
-        "Write the probability of roadwork of every photo. Photos that cannot be read are left out and\n"
+        "Write the probability of roadwork for every photo. Photos that cannot be read are skipped and\n"
         "listed at the end; the exit code is then 3.",
     )
     parser.formatter_class = RawDescriptionHelpFormatter
@@ -112,15 +112,17 @@ def _parser() -> Parser:
         metavar="FILE",
         type=Path,
         required=True,
-        help="file to write; .parquet, .csv or .jsonl (JSON lines) chooses the format",
+        help="output file; its suffix .parquet, .csv or .jsonl (JSON lines) sets the format",
     )
     parser.add_argument(
-        "--threshold", type=probability, help="what is called roadwork (default: the one the run chose)"
+        "--threshold",
+        type=probability,
+        help="probability above which a photo is called roadwork (default: the one that the run chose)",
     )
     parser.add_select()
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     parser.add_argument(
-        "--batch_size", type=whole_number(1), default=8, help="photos at a time (default: %(default)s)"
+        "--batch_size", type=whole_number(1), default=8, help="photos per batch (default: %(default)s)"
     )
     spare = max(0, min(8, len(os.sched_getaffinity(0)) - 1))
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""``roadwork-dist pretrain`` and ``launch/pretrain.py``."""
+"""``roadwork-dist pretrain`` and ``launch/pretrain.py``: trains, evaluates and reports an experiment."""
 
 from collections.abc import Sequence
 
@@ -7,10 +7,10 @@ from roadwork_dist.config.io import parse_experiment
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Train, evaluate and report one experiment; with no arguments the ``demo`` preset."""
+    """Train, evaluate and report one experiment; without arguments the ``demo`` preset."""
     config = parse_experiment(arguments)
     set_up_logging()
-    # After parsing: --help and mistakes are told without waiting for torch.
+    # Imported after parsing, so that --help and argument errors do not wait for torch.
     from roadwork_dist.recipes.pretrain import run_experiment
 
     run_experiment(config)

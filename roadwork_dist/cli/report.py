@@ -1,4 +1,4 @@
-"""``roadwork-dist report``: a run's report anew."""
+"""``roadwork-dist report``: writes the report of a run again."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,12 +12,12 @@ if TYPE_CHECKING:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Write ``report.html`` from what the run folder holds, with pictures where the photos are at hand."""
+    """Write ``report.html`` from the run folder, with pictures if the photos are available."""
     parser = Parser(
         "roadwork-dist report",
-        "Write report.html of a run folder anew, from its predictions and figures. The worst errors are "
-        "shown with their views where the photos still lie where the run found them (paths of its "
-        "config.yaml start from the present folder).",
+        "Write report.html of a run folder again, from its predictions and figures. The worst errors are "
+        "shown with their views if the photos are still where the run read them. Relative paths in its "
+        "config.yaml start from the current folder.",
     )
     parser.add_run("the best one on val")
     options = parser.parse(arguments)
@@ -31,7 +31,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _pictures(folder: Path) -> "PicturesOfRun | None":
-    """Pictures cut as the saved model sees them; None where the run has saved none."""
+    """Pictures cut into views as for the saved model; None if the run has saved no model."""
     from roadwork_dist.config.experiment import ViewsConfig
     from roadwork_dist.detector.pretrained import CONFIG_FILE, read_config
     from roadwork_dist.recipes.pictures import PicturesOfRun

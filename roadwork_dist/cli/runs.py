@@ -1,4 +1,4 @@
-"""Run folders as a user names them."""
+"""Finding a run folder and its settings from a path on the command line."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,15 +12,15 @@ CONFIG_FILE = "config.yaml"
 
 
 def run_folder(path: Path) -> Path:
-    """The run folder that is meant by a path to it or to its ``best/``.
+    """The run folder for a path to it or to its ``best/``.
 
     Raises:
-        DataError: it is no run folder.
+        DataError: it is not a run folder.
     """
     for folder in (path, path.parent) if path.name == "best" else (path,):
         if (folder / CONFIG_FILE).is_file():
             return folder
-    what = f"holds no {CONFIG_FILE}" if path.is_dir() else "is no folder"
+    what = f"holds no {CONFIG_FILE}" if path.is_dir() else "is not a folder"
     raise DataError(f"{path} {what}: expected a run folder, as --output_dir of a training run")
 
 
@@ -28,7 +28,7 @@ def run_config(folder: Path) -> "ExperimentConfig":
     """The resolved settings of a run.
 
     Raises:
-        ConfigError: they are not those of an experiment with photos.
+        ConfigError: they are not settings of an experiment with photos.
     """
     from roadwork_dist.config.io import load_experiment
 

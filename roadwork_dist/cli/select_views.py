@@ -1,4 +1,4 @@
-"""``roadwork-dist select-views``: teach a run which crops are worth the backbone."""
+"""``roadwork-dist select-views``: trains a scorer that selects crops for the backbone."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,13 +8,13 @@ from roadwork_dist.cli.runs import run_folder
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Write ``selector.safetensors`` beside the run's best weights and print how well it knows the gates."""
+    """Write ``selector.safetensors`` next to the best weights and print how well it predicts the gates."""
     parser = Parser(
         "roadwork-dist select-views",
-        "Train a small scorer that tells from the global view of a photo which crops are worth looking at, "
-        "from the gates that the run's model has on its training photos. `predict` and `evaluate` then take "
-        "--views.select CROPS, and only so many crops go through the backbone. Paths of the run's "
-        "config.yaml start from the present folder.",
+        "Train a small scorer that predicts from the global view of a photo which crops matter. It learns "
+        "from the gates of the run's model on its training photos. `predict` and `evaluate` then accept "
+        "--views.select CROPS, and only that many crops go through the backbone. Relative paths in the run's "
+        "config.yaml start from the current folder.",
     )
     parser.add_argument("run", metavar="RUN", type=Path, help="run folder, or its best/")
     options = parser.parse(arguments)
@@ -26,10 +26,10 @@ def run(arguments: Sequence[str]) -> int:
     distilled = train_view_selector(folder)
     figures = distilled.figures
     print(
-        f"learned from {figures.photos:,} training photos; {figures.held_out:,} others said when to stop:\n"
-        f"  divergence from what the gates say: {figures.divergence:.4f} nats, of one fixed order of crops: "
+        f"trained on {figures.photos:,} photos, with early stopping on {figures.held_out:,} held-out ones:\n"
+        f"  divergence from the gates: {figures.divergence:.4f} nats; for one fixed order of crops: "
         f"{figures.divergence_of_order:.4f}\n"
-        "  share of the gates' contrast that a choice of crops holds:\n"
+        "  share of the gates' contrast covered by the chosen crops:\n"
         "  crops   chosen   fixed order   best possible"
     )
     for count, (chosen, order, best) in figures.captured.items():

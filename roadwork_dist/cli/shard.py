@@ -1,4 +1,4 @@
-"""``roadwork-dist shard``: photos as WebDataset tars with an index beside them."""
+"""``roadwork-dist shard``: writes photos as WebDataset tars with an index."""
 
 import argparse
 import os
@@ -15,20 +15,20 @@ if TYPE_CHECKING:
     from roadwork_dist.storage.shards.write import Written
 
 SETTINGS = ("--config", "--device", "--data.", "--views.", "--backbone.")
-"""Settings of ``pretrain`` that matter here: exact names, and groups."""
+"""Settings of ``pretrain`` that this command accepts: exact names, and groups that end in a dot."""
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _MOST_SHOWN = 10
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Write the set, or what of it is missing."""
+    """Write the set, or the missing part of it."""
     words, settings = split_settings(arguments)
     options = _parser().parse(words)
     from roadwork_dist.config.io import parse_experiment
 
     config = parse_experiment(settings, prog="roadwork-dist shard")
-    # After parsing: mistakes are told without waiting for torch.
+    # Imported after parsing, so that argument errors do not wait for torch.
     from roadwork_dist.recipes.progress import progress_bar
     from roadwork_dist.recipes.shards import Compaction
     from roadwork_dist.sources import is_synthetic, load_manifest
@@ -48,9 +48,9 @@ def run(arguments: Sequence[str]) -> int:
         max_share=config.data.max_unreadable_share,
         synthetic=is_synthetic(options.source, config.data),
     )
-    with progress_bar(f"writing shards of {manifest.name}") as tell:
-        done = write_shards(manifest, options.out, form, workers=options.workers, on_progress=tell)
-    _tell(done, options.out)
+    with progress_bar(f"writing shards of {manifest.name}") as on_progress:
+        done = write_shards(manifest, options.out, form, workers=options.workers, on_progress=on_progress)
+    _print_summary(done, options.out)
     if compaction is not None:
         print(f"photos are {done.source_bytes / max(1, done.photo_bytes):.1f}x smaller than before")
         for line in compaction.loss(manifest, options.out):
@@ -59,7 +59,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def split_settings(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The words of this command, and those that are settings of an experiment."""
+    """Split into the arguments of this command, and those that are settings of an experiment."""
     own: list[str] = []
     settings: list[str] = []
     words = iter(arguments)
@@ -78,16 +78,16 @@ def byte_size(text: str) -> int:
     """Bytes of a size such as ``1GB``, ``500 MB`` or ``2GiB``, for ``type=`` of an argument.
 
     Raises:
-        argparse.ArgumentTypeError: it is none.
+        argparse.ArgumentTypeError: it is not a size.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", text.strip().upper())
     if found is None or (found[3] and not found[2]):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 1GB, 500MB or 2GiB")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 1GB, 500MB or 2GiB")
     power = list(_UNITS).index(found[2])
     return int(float(found[1]) * (1024**power if found[3] else _UNITS[found[2]]))
 
 
-def _tell(done: "Written", out: Path) -> None:
+def _print_summary(done: "Written", out: Path) -> None:
     shards = done.shards
     total = sum(shard.bytes for shard in shards.shards)
     were = f"{done.written} written, {done.kept} were there" if done.kept else f"{done.written} written"
@@ -108,12 +108,12 @@ def _tell(done: "Written", out: Path) -> None:
 def _parser() -> Parser:
     parser = Parser(
         "roadwork-dist shard",
-        "Write photos as WebDataset tars with an index beside them. Started again it goes on where it was; "
-        "what is written does not depend on the number of processes. The settings --data.*, --views.*, "
-        "--backbone.*, --config and --device of pretrain are taken as well.",
+        "Write photos as WebDataset tars with an index. A restart resumes the work; the output does not "
+        "depend on the number of processes. The settings --data.*, --views.*, --backbone.*, --config and "
+        "--device of pretrain are also accepted.",
     )
-    parser.add_argument("source", metavar="SOURCE", help="what --data.train takes: a table, a folder, hf:…")
-    parser.add_argument("out", metavar="OUT", type=Path, help="folder to write, empty or of the same set")
+    parser.add_argument("source", metavar="SOURCE", help="as for --data.train: a table, a folder, hf:…")
+    parser.add_argument("out", metavar="OUT", type=Path, help="output folder, empty or with the same set")
     parser.add_argument(
         "--size", type=byte_size, default="1GB", help="largest shard, such as 500MB (default: %(default)s)"
     )
@@ -124,12 +124,12 @@ def _parser() -> Parser:
         default=processes,
         help="processes (default here: %(default)s)",
     )
-    parser.add_argument("--name", default="shard", help="first part of the names of tars (%(default)s)")
+    parser.add_argument("--name", default="shard", help="prefix of the tar names (default: %(default)s)")
     parser.add_argument(
         "--shuffle",
         metavar="SEED",
         type=whole_number(0),
-        help="shuffle the photos, which helps reading shard by shard (default: the order of the source)",
+        help="shuffle the photos, which suits reading shard by shard (default: the order of the source)",
     )
     parser.add_argument(
         "--no_decode",
@@ -139,16 +139,20 @@ def _parser() -> Parser:
     parser.add_argument(
         "--compact",
         action="store_true",
-        help="store what views are cut from (long side views.scale times views.size) instead of the photos",
+        help="store the resized images that views are cut from (long side views.scale times views.size) "
+        "instead of the photos",
     )
     parser.add_argument(
-        "--quality", type=whole_number(1), default=95, help="of compact JPEGs, 4:4:4 (default: %(default)s)"
+        "--quality",
+        type=whole_number(1),
+        default=95,
+        help="quality of compact JPEGs, 4:4:4 (default: %(default)s)",
     )
     parser.add_argument(
         "--sample",
         metavar="PHOTOS",
         type=whole_number(0),
         default=16,
-        help="photos by which --compact measures what features lose; 0 = skip (default: %(default)s)",
+        help="photos on which --compact measures the change of features; 0 = skip (default: %(default)s)",
     )
     return parser

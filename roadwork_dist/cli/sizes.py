@@ -1,8 +1,8 @@
-"""Sizes and spans of time, for people."""
+"""Human-readable sizes and durations."""
 
 
 def size(number: float) -> str:
-    """Bytes, such as ``1.2 GB``."""
+    """Format bytes, for example ``1.2 GB``."""
     for unit in ("B", "kB", "MB", "GB"):
         if number < 1000:
             return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
@@ -11,7 +11,7 @@ def size(number: float) -> str:
 
 
 def age(seconds: float) -> str:
-    """A time span, such as ``3 h``."""
+    """Format a duration, for example ``3 h``."""
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= length:
             return f"{seconds / length:.0f} {unit}"

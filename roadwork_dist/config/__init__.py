@@ -1,1 +1,1 @@
-"""The detector's settings, their files and presets, and the batch that its parts exchange."""
+"""Settings of the detector, their files and presets, and the batch type that its parts exchange."""

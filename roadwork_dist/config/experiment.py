@@ -22,23 +22,23 @@ class ColumnsConfig:
     description: str | None = "description"
     mask: str | None = "mask"
     group: str | None = "group"
-    """Photos of one group (a drive, a thing) never stand on both sides of a split."""
+    """Photos of one group (such as a drive or an object) are never on both sides of a split."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RemoteConfig:
-    """Photos on a server (``https://``, ``s3://``, ``gs://``, …): how they come to this machine."""
+    """How photos on a server (``https://``, ``s3://``, ``gs://``, …) are downloaded."""
 
     cache_dir: str = "~/.cache/roadwork_dist/shards"
-    """Folder for shards on a disk of this machine; runs and processes share it."""
+    """Local folder that caches shards; shared by runs and processes."""
     cache_gb: float = 50.0
-    """GiB that shards may take there; those not read for longest make way."""
+    """Maximum GiB of cached shards; the least recently read are deleted first."""
     read_ahead: int = 2
-    """Shards per process fetched before reading gets to them; 0 = none."""
+    """Shards prefetched per process; 0 = none."""
     attempts: int = 8
-    """Tries in a row without progress after which a server is given up."""
+    """Consecutive attempts without progress before a download fails."""
     timeout: float = 30.0
-    """Seconds to wait for a connection and for the next bytes."""
+    """Timeout in seconds for connecting and for receiving the next bytes."""
 
     def __post_init__(self) -> None:
         check(self.cache_gb > 0, "data.remote.cache_gb", self.cache_gb, "a number > 0")
@@ -49,12 +49,12 @@ class RemoteConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which photos to train, validate and aim at.
+    """Photos for training, validation and the target.
 
     A source is a path or a hub id: a CSV or Parquet table, a folder that holds
     ``metadata.csv`` or ``metadata.parquet``, a folder of shards or its URL, a Hugging Face data set
-    saved to disk, a hub id as ``hf:owner/name:split`` (``hf:owner/name:split?streaming`` leaves its photos on
-    the hub), or CMU ROADWork's COCO JSON.
+    saved to disk, a hub id as ``hf:owner/name:split`` (``hf:owner/name:split?streaming`` streams its photos
+    from the hub), or CMU ROADWork's COCO JSON.
     """
 
     train: str = "demo-data/train.csv"
@@ -62,24 +62,24 @@ class DataConfig:
     val: str | None = "demo-data/val.csv"
     """Source of the validation photos; null = split off from ``train``."""
     target: str | None = "demo-data/target.csv"
-    """Source whose coordinates GPS-weighted sampling aims at; its labels are not read for that."""
+    """Source whose coordinates GPS-weighted sampling uses; its labels are not used for that."""
     val_share: float = 0.15
-    """Share of ``train`` split off, stratified and grouped by place, where ``val`` is null."""
+    """Share of ``train`` split off, stratified and grouped by place, if ``val`` is null."""
     folds: int = 5
-    """Folds of a cross-validation over ``train``, stratified and grouped like that split."""
+    """Folds of a cross-validation over ``train``, stratified and grouped as for ``val_share``."""
     image_root: str | None = None
     """Folder that relative image paths start from; null = the folder of the table."""
     max_unreadable_share: float = 0.01
     """Share of unreadable photos above which the run stops before training."""
     max_pixels: int = 200_000_000
-    """Photos with more pixels are refused (decompression bombs)."""
+    """Photos with more pixels are rejected (decompression bombs)."""
     order: Literal["auto", "shuffled", "shards"] = "auto"
-    """``shuffled`` draws every photo from the whole set; ``shards`` keeps each process to few shards at a \
-time; auto = shards where the training photos are on a server."""
+    """``shuffled`` draws every photo from the whole set; ``shards`` reads few shards per process at a time; \
+auto = shards if the training photos are on a server."""
     shuffle_shards: int = 4
-    """Shards whose photos a process mixes at a time, in the order ``shards``."""
+    """Shards whose photos a process shuffles together, with order ``shards``."""
     remote: RemoteConfig = field(default_factory=RemoteConfig)
-    """Photos on a server."""
+    """Download of photos from a server."""
     text_encoder: str = "all-minilm-l6-v2"
     """Frozen sentence encoder: the packaged MiniLM, a sentence-transformers id, or a folder."""
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
@@ -102,22 +102,22 @@ class ViewsConfig:
     """How one photo becomes up to 12 square views."""
 
     size: int | Literal["auto"] = "auto"
-    """Side S of a view in px; auto = what the backbone takes (largest multiple of the patch <= 518)."""
+    """Side S of a view in px; auto = the backbone's size (largest multiple of the patch <= 518)."""
     policy: Literal["auto", "all", "global"] = "auto"
-    """``auto`` = all views, but the global view only for photos whose short side is < 1.5 S."""
+    """``auto`` = all views, but only the global view for photos whose short side is < 1.5 S."""
     grid: int = 3
     """Tiles per axis."""
     scale: float = 2.5
     """Long side of the shared image in units of S."""
     quality: Literal["fast", "exact"] = "fast"
-    """``fast`` = large JPEGs are decoded at 1/2, 1/4 or 1/8 of their size; ``exact`` = every pixel is, \
-for half as much time again. Features of the two are kept apart."""
+    """``fast`` = large JPEGs are decoded at 1/2, 1/4 or 1/8 of their size; ``exact`` = at full size, which \
+takes half as much time again. Their features are stored separately."""
     decoder: Literal["cpu", "nvjpeg"] = "cpu"
-    """``nvjpeg`` = an NVIDIA GPU decodes JPEGs, every pixel of them; needs ``workers: 0``. Features of the \
-two are kept apart."""
+    """``nvjpeg`` = an NVIDIA GPU decodes JPEGs at full size; needs ``workers: 0``. Their features are \
+stored separately."""
     select: int | None = None
-    """Crops that go through the backbone beside the global view when photos are predicted, chosen by what \
-`roadwork-dist select-views` has taught after training. null = all. Training always sees all views."""
+    """Crops that go through the backbone in addition to the global view at prediction, chosen by the \
+selector from `roadwork-dist select-views`. null = all. Training always uses all views."""
 
     def __post_init__(self) -> None:
         if self.size != "auto":
@@ -130,24 +130,24 @@ two are kept apart."""
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """Augmentation of training views; every view draws its own."""
+    """Augmentation of training views, drawn independently for each view."""
 
     enabled: bool = True
-    """Augment at all."""
+    """Augment training views."""
     strength: float = 1.0
-    """Scales every probability (capped at 1)."""
+    """Factor on every probability (capped at 1)."""
     policy: Literal["roadwork", "trivial"] = "roadwork"
     """``roadwork`` = the fifteen operations of the recipe; ``trivial`` = TrivialAugment (wide)."""
     copies: int = 4
-    """Augmented copies kept in the feature store; epoch e uses copy e mod copies, also online. 0 = \
-fresh draws every epoch, which keeps no features."""
+    """Augmented copies in the feature store; epoch e uses copy e mod copies, also online. 0 = new draws \
+every epoch, which excludes stored features."""
     mix: Literal["off", "mixup", "cutmix"] = "off"
-    """Mix training photos in pairs, labels too; fresh draws every epoch. Online mixes pixels; cached \
-blends features (``mixup``) or exchanges views (``cutmix``), which is something else: losses differ."""
+    """Mix training photos and their labels in pairs; new draws every epoch. ``online`` features mix pixels; \
+``cached`` ones blend features (``mixup``) or exchange views (``cutmix``), so losses differ."""
     mix_alpha: float | Literal["auto"] = "auto"
-    """Parameter of the Beta distribution of the shares; auto = 0.2 for MixUp, 1.0 for CutMix."""
+    """Parameter of the Beta distribution of mixing shares; auto = 0.2 for MixUp, 1.0 for CutMix."""
     mix_share: float = 1.0
-    """Chance that a photo is mixed."""
+    """Probability that a photo is mixed."""
 
     def __post_init__(self) -> None:
         check(self.strength >= 0, "augment.strength", self.strength, "a number >= 0")
@@ -162,15 +162,15 @@ class GpsConfig:
     """Sampling that favours training photos near the target set."""
 
     enabled: bool = True
-    """Weight samples by distance; without a target source or coordinates: uniform."""
+    """Weight samples by distance; uniform without a target source or coordinates."""
     clusters: int = 5
     """K-means centres of the target coordinates."""
     near_weight: float = 5.0
-    """Weight below 50 km; the others are 2.5, 1.0, 0.3 (200, 500 km, beyond) and 1.0 without GPS."""
+    """Weight below 50 km; the others are 2.5 (< 200 km), 1.0 (< 500 km), 0.3 (beyond), 1.0 (no GPS)."""
     min_share_100km: float = 0.7
-    """Least share of draws within 100 km of a centre."""
+    """Minimum share of draws within 100 km of a centre."""
     on_shortfall: Literal["stop", "continue"] = "stop"
-    """What to do when raised weights do not reach the share either."""
+    """What to do if even raised weights do not reach the minimum share."""
 
     def __post_init__(self) -> None:
         check(self.clusters >= 1, "gps.clusters", self.clusters, "an integer >= 1")
@@ -183,21 +183,21 @@ class BackboneConfig:
     """The vision foundation model that turns a view into a vector."""
 
     name: str = "auto"
-    """Name of the table, any timm or transformers id, or a local folder; auto = \
+    """Name in the backbone table, a timm or transformers id, or a local folder; auto = \
 dinov3_vith16plus on a GPU, efficientnet_lite0 on a CPU."""
     trainable: Literal["none", "last_n", "all"] = "none"
-    """Which part learns; anything but none keeps no features."""
+    """Which part is trained; features are stored only with none."""
     last_n: int = 2
-    """Blocks that learn with ``last_n``."""
+    """Number of last blocks trained with ``trainable: last_n``."""
     dtype: Literal["fp32", "bf16"] = "bf16"
-    """Arithmetic of the frozen backbone; on a CPU without bf16 units fp32 is faster."""
+    """Dtype of the frozen backbone; fp32 is faster on a CPU without bf16 units."""
     attention: Literal["auto", "sdpa", "flash"] = "auto"
-    """Attention of transformers backbones: flash where installed, else SDPA."""
+    """Attention kernel of transformers backbones; auto = flash if installed, else SDPA."""
     gradient_checkpointing: bool = False
-    """Recompute activations of an unfrozen backbone in the backward pass."""
+    """Recompute activations of a trainable backbone in the backward pass."""
     token_merging: float = 0.0
-    """Share of the patch tokens that are merged into similar ones by the last block (DINOv2 and DINOv3 \
-of transformers); faster, and other features. 0 = off."""
+    """Share of patch tokens merged into similar ones up to the last block (DINOv2 and DINOv3 of \
+transformers); faster, but changes the features. 0 = off."""
 
     def __post_init__(self) -> None:
         check(self.last_n >= 1, "backbone.last_n", self.last_n, "an integer >= 1")
@@ -205,26 +205,26 @@ of transformers); faster, and other features. 0 = off."""
         check(0 <= merging <= 0.9, "backbone.token_merging", merging, "a share from 0 to 0.9")
         if merging and self.attention == "flash":
             raise ConfigError(
-                "backbone.attention is 'flash' with backbone.token_merging on, which weighs tokens by what "
-                "they stand for, and FlashAttention cannot: set backbone.attention to auto or sdpa"
+                "backbone.attention is 'flash' with backbone.token_merging on, which needs an attention bias "
+                "that FlashAttention does not support: set backbone.attention to auto or sdpa"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeaturesConfig:
-    """Keeping what the frozen backbone computes."""
+    """Storage of the frozen backbone's features."""
 
     mode: Literal["auto", "cached", "online"] = "auto"
-    """``cached`` computes each view once and keeps it on disk; ``online`` keeps nothing; auto = cached \
-where the backbone is frozen and epochs repeat their views (``augment.copies`` above 0), else online."""
+    """``cached`` computes the features of each view once and stores them; ``online`` stores nothing; auto = \
+cached if the backbone is frozen and epochs repeat their views (``augment.copies`` above 0), else online."""
     dir: str = "runs/features"
     """Folder of the feature store; shared by runs."""
     dtype: Literal["bf16", "fp32"] = "bf16"
-    """Stored dtype."""
+    """Dtype of stored features."""
     batch_views: int = 48
     """Views per forward pass of the backbone while features are computed."""
     on_device: Literal["auto", "never"] = "auto"
-    """``auto`` = stored features that fit into a quarter of the device's free memory are put there whole."""
+    """``auto`` = copy all stored features to the device if they fit into a quarter of its free memory."""
 
     def __post_init__(self) -> None:
         check(self.batch_views >= 1, "features.batch_views", self.batch_views, "an integer >= 1")
@@ -245,7 +245,7 @@ class ModelConfig:
     heads: int = 8
     """Attention heads; head width = width / heads."""
     kv_heads: int | None = None
-    """Grouped key/value heads; null = as many as ``heads``."""
+    """Key/value heads (grouped-query attention); null = as many as ``heads``."""
     gate: bool = True
     """Sigmoid gate on the attention output."""
     experts: int = 0
@@ -257,11 +257,11 @@ class ModelConfig:
     metadata: bool = True
     """Use GPS, weather, daytime, scene and text."""
     metadata_dropout: float = 0.3
-    """Chance in training that a present field is dropped to null."""
+    """Probability in training that a present field is replaced by null."""
     dropout: float = 0.1
     """Dropout of fusion and classifier."""
     mask_head: Literal["auto", "on", "off"] = "auto"
-    """``auto`` = on where the training data has masks."""
+    """``auto`` = on if the training data has masks."""
 
     def __post_init__(self) -> None:
         check(self.width >= 64 and self.width % 64 == 0, "model.width", self.width, "a multiple of 64")
@@ -281,7 +281,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """Parts of the loss and their weights."""
+    """Terms of the loss and their weights."""
 
     weights: dict[str, float] | Literal["auto"] = "auto"
     """Weight of focal, consistency, weather, dice; auto = 0.40/0.25/0.15/0.20 with masks, \
@@ -310,9 +310,9 @@ class EvalConfig:
     """Evaluation and the report."""
 
     bootstrap: int = 2000
-    """Bootstrap resamples of every interval."""
+    """Bootstrap resamples per interval."""
     worst: int = 10
-    """Worst errors shown with their views."""
+    """Number of worst errors shown with their views."""
     report: bool = True
     """Write ``report.html`` at the end of training."""
 
@@ -323,7 +323,7 @@ class EvalConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ExperimentConfig(TrainConfig):
-    """A whole experiment: photos on disk to a trained, evaluated, reported detector."""
+    """A whole experiment, from photos to a trained and evaluated detector and its report."""
 
     data: DataConfig = field(default_factory=DataConfig)
     views: ViewsConfig = field(default_factory=ViewsConfig)
@@ -340,7 +340,7 @@ class ExperimentConfig(TrainConfig):
         if self.backbone.trainable != "none" and self.features.mode == "cached":
             raise ConfigError(
                 f"features.mode is 'cached' but backbone.trainable is {self.backbone.trainable!r}: "
-                "features of a backbone that learns go stale; set features.mode to online or auto"
+                "features of a backbone in training go stale; set features.mode to online or auto"
             )
         if self.augment.enabled and self.augment.copies == 0 and self.features.mode == "cached":
             raise ConfigError(
@@ -350,8 +350,8 @@ class ExperimentConfig(TrainConfig):
 
     @property
     def keeps_features(self) -> bool:
-        """Whether the backbone's features are kept in the store: what ``features.mode`` comes to."""
+        """Whether the backbone's features are stored, that is, the resolved ``features.mode``."""
         if self.features.mode != "auto":
             return self.features.mode == "cached"
-        draws_anew = self.augment.enabled and self.augment.copies == 0
-        return self.backbone.trainable == "none" and not draws_anew
+        draws_every_epoch = self.augment.enabled and self.augment.copies == 0
+        return self.backbone.trainable == "none" and not draws_every_epoch

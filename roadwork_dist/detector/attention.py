@@ -17,18 +17,18 @@ from roadwork_dist.detector.layers import (
 
 
 class ViewAttention(nn.Module):
-    """Multi-head attention between views with normed queries and keys and an output gate.
+    """Multi-head attention between views with normalised queries and keys and an output gate.
 
-    The gate is elementwise and head-specific: a sigmoid of a linear map of the layer's (normed)
-    input multiplies the attention output before the output projection (arXiv 2505.06708, the
-    variant G1 it finds best). Queries and keys pass an RMSNorm over the head (arXiv 2302.05442).
+    The gate is elementwise and head-specific: a sigmoid of a linear map of the layer's (normalised)
+    input multiplies the attention output before the output projection (arXiv 2505.06708, its best
+    variant, G1). Queries and keys pass an RMSNorm over the head width (arXiv 2302.05442).
 
     Args:
         width: H.
         heads: N, a divisor of H.
         kv_heads: G, a divisor of N; each serves N/G query heads (arXiv 2305.13245).
-        gate: multiply by the sigmoid gate.
-        scale: factor on the first spread of ``out_proj``.
+        gate: whether to multiply by the sigmoid gate.
+        scale: factor on the initial standard deviation of ``out_proj``.
     """
 
     def __init__(self, width: int, heads: int, kv_heads: int, *, gate: bool, scale: float = 1.0) -> None:
@@ -43,7 +43,7 @@ class ViewAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw fresh weights; gates start around one half."""
+        """Reinitialise the weights; gates start around one half."""
         init_linear(self.qkv_proj)
         init_linear(self.out_proj, scale=self.scale)
         if self.gate_proj is not None:
@@ -52,15 +52,15 @@ class ViewAttention(nn.Module):
         self.k_norm.reset_parameters()
 
     def forward(self, x: Tensor, mask: Tensor, value_weight: Tensor | None = None) -> Tensor:
-        """Let every view read the real ones.
+        """Attend from every view to the real views.
 
         Args:
-            x: normed views [B, V, H].
-            mask: [B, V] bool, False = padding, which nobody reads.
-            value_weight: [B, V], weight of each view's value; null = 1.
+            x: normalised views [B, V, H].
+            mask: [B, V] bool, False = padding, which is not attended to.
+            value_weight: [B, V], weight of each view's value; None = 1.
 
         Returns:
-            [B, V, H]; what stands at padding is finite and means nothing.
+            [B, V, H]; finite but meaningless at padding.
         """
         rows, views, width = x.shape
         heads = self.qkv_proj(x).view(rows, views, -1, self.head_width).transpose(1, 2)  # [B, N+2G, V, C]
@@ -92,7 +92,7 @@ class GatedAttentionBlock(nn.Module):
         gate: gate the attention output.
         hidden: hidden width of the FFN (of each expert).
         experts: experts of the FFN; 0 = plain SwiGLU.
-        layers: blocks of the stack, for the first spread of what ends a residual branch.
+        layers: blocks in the stack; scales the initial weights of layers that end a residual branch.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class GatedAttentionBlock(nn.Module):
             self.ffn = SwiGLU(width, hidden, scale=scale)
 
     def reset_parameters(self) -> None:
-        """Draw fresh weights."""
+        """Reinitialise the weights."""
         self.attention_norm.reset_parameters()
         self.attention.reset_parameters()
         self.ffn_norm.reset_parameters()

@@ -1,4 +1,4 @@
-"""The roadwork detector: the trainable head, and the head with a backbone before it.
+"""The roadwork detector: the trainable head, and the whole model of backbone and head.
 
 B batch · V views · V' views kept by pruning · D width of the backbone · H width of the head ·
 K classes · M mask classes · N real views of a batch
@@ -34,17 +34,18 @@ class RoadworkHead(nn.Module):
     """Everything that is trained: features of a photo's views and its metadata → predictions.
 
     Pruning → input projection → pyramid → gated attention blocks → norm → view fusion → joint
-    fusion with the metadata → classifier. The per-view head reads the normed views before fusion;
-    the weather and mask heads read the fused views before the metadata joins, for they are there
-    to teach the visual path (and weather must not be copied from the metadata).
+    fusion with the metadata → classifier. The per-view head reads the normalised views before
+    fusion. The weather and mask heads read the fused views before the metadata is added: they
+    supervise the visual path, and weather must not be copied from the metadata.
 
-    Every parameter has a gradient after every backward pass in which all outputs take part,
-    whatever the batch holds, so data parallel training needs no search for unused parameters.
+    If all outputs contribute to the loss, every parameter has a gradient after every backward pass,
+    whatever the batch contains. Data parallel training therefore need not search for unused
+    parameters.
 
     Args:
         d_backbone: D.
         config: settings of the head.
-        mask_head: build the mask head (``config.mask_head`` with ``auto`` resolved).
+        mask_head: whether to build the mask head (``config.mask_head`` with ``auto`` resolved).
     """
 
     def __init__(self, d_backbone: int, config: ModelConfig, *, mask_head: bool) -> None:
@@ -77,7 +78,7 @@ class RoadworkHead(nn.Module):
         init_linear(self.input_proj)
 
     def reset_parameters(self) -> None:
-        """Draw fresh weights for every part."""
+        """Reinitialise the weights of every part."""
         init_linear(self.input_proj)
         for part in (*self.children(), *self.blocks):
             if not isinstance(part, nn.ModuleList | nn.Linear):
@@ -88,10 +89,10 @@ class RoadworkHead(nn.Module):
 
         Args:
             features: of the views [B, V, D], V from 1 to 12.
-            view_mask: [B, V] bool, False = padding; at least one view a row. What stands at
-                padding does not matter.
-            batch: gives the metadata, see :meth:`MetadataEncoder.forward`, and ``views_of_photo`` where views
-                were left out before; pruning counts by it.
+            view_mask: [B, V] bool, False = padding; at least one view per row. Values at padding
+                are ignored.
+            batch: metadata, see :meth:`MetadataEncoder.forward`, and ``views_of_photo`` where view
+                selection left views out; pruning takes its share of that number.
 
         Raises:
             DataError: the features are not [B, V, D] of this head's D, or the mask is not [B, V].
@@ -106,7 +107,7 @@ class RoadworkHead(nn.Module):
         metadata = None if self.metadata is None else self.metadata(batch)
         fused = self.joint_fusion(pooled, metadata)
         view_gates = torch.zeros_like(view_mask, dtype=torch.float32)
-        # Added, not set: padding points at view 0 with a gate of 0.
+        # Add, do not assign: padding points at view 0 with a gate of 0.
         view_gates = view_gates.scatter_add(1, kept, gates.float())
         return ModelOutput(
             logits=self.classifier(fused).float(),
@@ -121,7 +122,7 @@ class RoadworkHead(nn.Module):
         )
 
     def _views(self, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Features [B, V', D] → normed views [B, V', H] and load-balancing loss [B], mean over blocks."""
+        """Features [B, V', D] → normalised views [B, V', H] and load-balancing loss [B], mean over blocks."""
         x = promote(self.input_proj(features))
         if self.pyramid is not None:
             x = self.pyramid(x)
@@ -135,29 +136,28 @@ class RoadworkHead(nn.Module):
         if features.ndim != 3 or features.shape[-1] != self.d_backbone:
             raise DataError(
                 f"features have shape {tuple(features.shape)}, expected [batch, views, {self.d_backbone}]: "
-                "they come from another backbone than the model was built for"
+                "they are not from the backbone that the model was built for: compute them with that one"
             )
         if view_mask.shape != features.shape[:2]:
             raise DataError(
                 f"view_mask has shape {tuple(view_mask.shape)}, expected {tuple(features.shape[:2])}, "
-                "the rows and views of the features"
+                "the rows and views of the features: give the mask of these features"
             )
 
 
 class RoadworkModel(nn.Module):
-    """The head, and before it a backbone where views and not features come in.
+    """The head, preceded by a backbone if batches contain views instead of features.
 
-    A backbone of which no parameter learns is frozen: it stays in eval mode whatever mode the
-    model is put in (its dropout, batch statistics and DINOv3's random rescaling stay off), and is
-    not part of what is saved.
+    A backbone without trainable parameters is frozen: it stays in eval mode whatever the mode of the
+    model (dropout, batch statistics and DINOv3's random rescaling stay off), and is not saved.
 
     Args:
         head: the trained part.
-        backbone: maps views [N, 3, S, S] uint8 to features [N, D]; null = batches bring features.
+        backbone: maps views [N, 3, S, S] uint8 to features [N, D]; None = batches contain features.
 
     Attributes:
-        backbone_identity: which backbone features come from (name, hash); saved with the model.
-        extra: anything else worth saving with it; JSON.
+        backbone_identity: which backbone the features come from (name, hash); saved with the model.
+        extra: additional data to save with the model; JSON.
     """
 
     def __init__(self, head: RoadworkHead, backbone: nn.Module | None) -> None:
@@ -170,7 +170,7 @@ class RoadworkModel(nn.Module):
 
     @property
     def backbone_is_frozen(self) -> bool:
-        """No parameter of the backbone learns (true where there is no backbone)."""
+        """Whether no parameter of the backbone is trainable; also true without a backbone."""
         return self.backbone is None or not any(p.requires_grad for p in self.backbone.parameters())
 
     def train(self, mode: bool = True) -> Self:
@@ -181,10 +181,10 @@ class RoadworkModel(nn.Module):
         return self
 
     def forward(self, batch: Batch) -> ModelOutput:
-        """Predict from ``batch["features"]`` where present, else from ``batch["views"]``.
+        """Predict from ``batch["features"]`` if present, else from ``batch["views"]``.
 
         Raises:
-            DataError: the batch has neither, or has views and the model no backbone.
+            DataError: the batch has neither, or it has views but the model has no backbone.
         """
         mask = batch["view_mask"]
         if "features" in batch:
@@ -230,14 +230,14 @@ class RoadworkModel(nn.Module):
         extra: dict[str, Any] | None = None,
         state: dict[str, Tensor] | None = None,
     ) -> None:
-        """Write what was trained to a folder, see :mod:`roadwork_dist.detector.pretrained`.
+        """Write the trained weights to a folder, see :mod:`roadwork_dist.detector.pretrained`.
 
         Args:
-            folder: made if needed; an older model in it is replaced.
-            backbone_identity: what tells which backbone to load (name, hash), for ``config.json``;
-                null = the attribute.
-            extra: anything else worth knowing, for ``config.json`` (must be JSON); null = the attribute.
-            state: the tensors of :meth:`saved_names`, where the model's own are shards; null = its own.
+            folder: created if needed; an older model in it is replaced.
+            backbone_identity: which backbone to load (name, hash), for ``config.json``; None = the
+                attribute.
+            extra: additional data for ``config.json`` (must be JSON); None = the attribute.
+            state: whole tensors of :meth:`saved_names`, if the model holds shards; None = its own.
 
         Raises:
             CheckpointError: the folder cannot be written.
@@ -260,11 +260,11 @@ class RoadworkModel(nn.Module):
 
         Args:
             folder: written by :meth:`save_pretrained`.
-            backbone: the backbone that ``config.json`` names; null = batches bring features. What
-                was trained of it is loaded into it.
+            backbone: the backbone that ``config.json`` names; None = batches contain features. Its
+                trained weights, if any, are loaded into it.
 
         Raises:
-            CheckpointError: the folder is incomplete or damaged, does not fit, or holds trained
+            CheckpointError: the folder is incomplete or damaged, does not match, or holds trained
                 weights of a backbone and none was given.
         """
         folder = Path(folder)
@@ -275,18 +275,18 @@ class RoadworkModel(nn.Module):
         return model.eval()
 
     def body(self) -> nn.Module | None:
-        """The backbone, whose layers layer-wise decay counts; all else is the head above them."""
+        """The backbone, to whose layers layer-wise learning rate decay applies; the rest is the head."""
         return self.backbone
 
     def saved_names(self) -> set[str]:
-        """Names in the state dict of what was trained: the head, and what changes in the backbone."""
+        """State dict names of what is saved: the head, and what training changes in the backbone."""
         names = {f"head.{name}" for name in self.head.state_dict()}
         if self.backbone is not None and not self.backbone_is_frozen:
             names |= {f"backbone.{name}" for name in _learned(self.backbone)}
         return names
 
     def restore(self, folder: Path) -> None:
-        """Take over all that :meth:`save_pretrained` wrote to a folder, in place.
+        """Load in place what :meth:`save_pretrained` wrote to a folder.
 
         Raises:
             CheckpointError: as :meth:`from_pretrained`.
@@ -304,7 +304,7 @@ class RoadworkModel(nn.Module):
 
 
 def _learned(backbone: nn.Module) -> set[str]:
-    """Names of what training changes in a backbone: parameters that learn, and buffers (batch statistics)."""
+    """Names of what training changes in a backbone: trainable parameters, and buffers (batch statistics)."""
     learned = {name for name, parameter in backbone.named_parameters() if parameter.requires_grad}
     learned |= {name for name, _ in backbone.named_buffers()}
     return learned & backbone.state_dict().keys()

@@ -1,4 +1,4 @@
-"""What is read off the head's vectors: roadwork, roadwork per view, weather, masks.
+"""Output heads: roadwork, roadwork per view, weather, masks.
 
 B batch · V views · H width of the head · K classes · M mask classes
 """
@@ -12,7 +12,8 @@ from roadwork_dist.config.batch import CLASSES, MASK_CLASSES, WEATHER
 from roadwork_dist.detector.layers import SMALL_STD, init_linear
 
 _MASK_CHANNELS = (192, 96, 64, 32)
-"""Channels of the mask head at 4, 8, 16 and 32 cells a side; most weights sit where it is cheap."""
+"""Channels of the mask head at 4, 8, 16 and 32 cells per side; most weights are at low resolution, where
+they are cheap."""
 
 _FIRST_SIDE = 4
 
@@ -22,7 +23,7 @@ class Classifier(nn.Module):
 
     Args:
         width: H.
-        dropout: chance that a hidden element is dropped.
+        dropout: probability of dropping a hidden element.
     """
 
     def __init__(self, width: int, dropout: float) -> None:
@@ -33,7 +34,7 @@ class Classifier(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw fresh weights; logits start near 0, that is a probability of ½."""
+        """Reinitialise the weights; logits start near 0, a probability of ½."""
         init_linear(self.hidden)
         init_linear(self.logits, std=SMALL_STD)
 
@@ -44,7 +45,7 @@ class Classifier(nn.Module):
 
 
 class LinearHead(nn.Module):
-    """Raw logits by one linear layer: of each view (K classes) or of the weather.
+    """Raw logits from one linear layer, per view (K classes) or for the weather.
 
     Args:
         width: H.
@@ -57,7 +58,7 @@ class LinearHead(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw fresh weights; logits start near 0."""
+        """Reinitialise the weights; logits start near 0."""
         init_linear(self.logits, std=SMALL_STD)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -67,21 +68,21 @@ class LinearHead(nn.Module):
 
 
 def view_head(width: int) -> LinearHead:
-    """Roadwork seen from one view: [B, V, H] → [B, V, K], for the consistency loss."""
+    """Roadwork per view: [B, V, H] → [B, V, K], for the consistency loss."""
     return LinearHead(width, len(CLASSES))
 
 
 def weather_head(width: int) -> LinearHead:
-    """The seven weathers, [B, H] → [B, 7]; null, the eighth word of the input, is no answer."""
+    """Seven weather classes, [B, H] → [B, 7]; null, the eighth index of the input, is not predicted."""
     return LinearHead(width, len(WEATHER))
 
 
 class MaskHead(nn.Module):
-    """Six class masks of the global view from one vector, about 2 M parameters at H = 512.
+    """Masks of six classes on the global view from one vector; about 2 M parameters at H = 512.
 
-    A linear layer lays out 192 channels at 4×4 cells; four transposed convolutions (kernel 4,
-    stride 2: the stride divides the kernel, so no checkerboard, https://distill.pub/2016/deconv-checkerboard)
-    double the side to 64.
+    A linear layer maps to 192 channels at 4×4 cells; four transposed convolutions double the side to 64.
+    Their stride 2 divides the kernel size 4, which avoids checkerboard artefacts
+    (https://distill.pub/2016/deconv-checkerboard).
 
     Args:
         width: H.
@@ -98,10 +99,10 @@ class MaskHead(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw fresh weights; mask logits start near 0.
+        """Reinitialise the weights; mask logits start near 0.
 
-        A cell is reached by 2×2 of the 4×4 kernel, so the fan-in is 4·channels; the factor 2 makes
-        up for the activation (He et al., arXiv 1502.01852).
+        Each output cell gets 2×2 of the 4×4 kernel, so the fan-in is 4·channels; the factor 2
+        compensates for the activation (He et al., arXiv 1502.01852).
         """
         init_linear(self.layout)
         for layer in self.up:

@@ -1,6 +1,6 @@
-"""Where pre-trained weights lie: a local folder, the hub's local cache, or the hub.
+"""Locating pre-trained weights: a local folder, the hub's local cache, or the hub.
 
-Without network a missing model fails at once and a cached one loads at once.
+Without network access, a missing model fails immediately and a cached one loads immediately.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,7 +12,7 @@ from roadwork_dist.common.hub import hub_reachable
 
 
 def is_local(name: str) -> bool:
-    """True if ``name`` is written as a path or is a folder that exists."""
+    """True if ``name`` is written as a path or is an existing folder."""
     return name.startswith((".", "/", "~")) or Path(name).is_dir()
 
 
@@ -20,7 +20,7 @@ def local_folder(name: str) -> Path:
     """The existing folder that ``name`` points to.
 
     Raises:
-        BackboneError: there is none, or it holds no ``config.json``.
+        BackboneError: it does not exist or holds no ``config.json``.
     """
     folder = Path(name).expanduser().absolute()
     if not folder.is_dir():
@@ -36,15 +36,15 @@ def local_folder(name: str) -> Path:
 
 
 def fetch_folder(repo: str, *, setting: str, gated: bool = False) -> Path:
-    """Folder with the config and weights of a hub repository, downloaded if it is not cached.
+    """Folder with the config and weights of a hub repository, downloaded if not cached.
 
     Args:
         repo: ``owner/name`` on the hub.
-        setting: configuration key to name in errors, for example ``"backbone.name"``.
-        gated: the repository is known to need an accepted licence.
+        setting: configuration key named in errors, for example ``"backbone.name"``.
+        gated: whether the repository is known to require accepting a licence.
 
     Raises:
-        BackboneError: it cannot be had; the message says why and what to do.
+        BackboneError: it is not available; the message says why and what to do.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -67,15 +67,15 @@ def fetch_folder(repo: str, *, setting: str, gated: bool = False) -> Path:
         raise BackboneError(f"{repo} is gated: {_access(repo)}") from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise BackboneError(
-            f"{repo!r} is no repository of the hub (or a private one): correct {setting}, "
+            f"{repo!r} is not a repository on the hub, or a private one: correct {setting}, "
             "or log in with `hf auth login` if you have access"
         ) from error
     except (OSError, HfHubHTTPError) as error:
         access = f"; it is gated: {_access(repo)}" if gated else ""
         reason = "the hub cannot be reached" if offline else _first_line(error)
         raise BackboneError(
-            f"{repo} is no folder here, not in the hub's local cache and not to be had now ({reason}): "
-            f"on a machine with network run `hf download {repo} --local-dir DIR`, copy DIR here "
+            f"{repo} is not a local folder, not in the hub's local cache and not available now ({reason}): "
+            f"on a machine with network access run `hf download {repo} --local-dir DIR`, copy DIR here "
             f"and set {setting} to it{access}"
         ) from error
     return folder
@@ -83,7 +83,7 @@ def fetch_folder(repo: str, *, setting: str, gated: bool = False) -> Path:
 
 @contextmanager
 def no_progress_bar() -> Iterator[None]:
-    """Without the bar that transformers draws while it copies weights from a local file."""
+    """Hide the progress bar that transformers draws while it loads weights from a local file."""
     from transformers.utils import logging as transformers_logging
 
     enabled = transformers_logging.is_progress_bar_enabled()

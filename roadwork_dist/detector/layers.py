@@ -1,4 +1,4 @@
-"""Layers that several parts of the head share, and how their weights start.
+"""Layers shared by several parts of the head, and their weight initialisation.
 
 B batch · V views · H width of the head · F hidden width of a feed-forward layer · E experts
 """
@@ -10,26 +10,26 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 NORM_EPS = 1e-6
-"""Epsilon of every norm; torch's default (the dtype's epsilon) is 0.8 % in bf16."""
+"""Epsilon of every norm. Torch's default, the epsilon of the dtype, is 0.8 % in bf16."""
 
 SMALL_STD = 0.02
-"""Spread of weights whose output should start small: logits, embeddings, metadata."""
+"""Standard deviation of initial weights whose output should start small: logits, embeddings, metadata."""
 
 ACTIVE_EXPERTS = 2
-"""Experts that see a token."""
+"""Experts that each token is routed to."""
 
 HIDDEN_MULTIPLE = 64
-"""Hidden widths are rounded up to a multiple of this (matrix units like it)."""
+"""Hidden widths are rounded up to a multiple of this, which suits matrix units."""
 
 
 def init_linear(linear: nn.Linear, *, std: float | None = None, scale: float = 1.0) -> None:
-    """Truncated normal weights (cut at two deviations) and zero bias.
+    """Truncated normal weights (cut at two standard deviations) and zero bias.
 
     Args:
         linear: layer to fill in place.
-        std: deviation; null = 1/√fan_in (LeCun et al., "Efficient BackProp", 1998), with which a
-            layer keeps the variance of its input at any width.
-        scale: factor on the deviation; :func:`residual_scale` for a layer that ends a residual branch.
+        std: standard deviation; None = 1/√fan_in (LeCun et al., "Efficient BackProp", 1998), which
+            preserves the variance of the input at any width.
+        scale: factor on it; :func:`residual_scale` for a layer that ends a residual branch.
     """
     deviation = scale * (1 / math.sqrt(linear.in_features) if std is None else std)
     nn.init.trunc_normal_(linear.weight, std=deviation, a=-2 * deviation, b=2 * deviation)
@@ -38,15 +38,15 @@ def init_linear(linear: nn.Linear, *, std: float | None = None, scale: float = 1
 
 
 def residual_scale(layers: int) -> float:
-    """1/√(2·layers): keeps the variance of a stream that 2·layers branches add to (GPT-2, §2.3).
+    """1/√(2·layers): preserves the variance of a residual stream that 2·layers branches add to (GPT-2, §2.3).
 
-    Preferred to zero, with which everything before the layer would get no gradient at first.
+    Not zero, because everything before the layer would then get no gradient at first.
     """
     return 1 / math.sqrt(2 * max(layers, 1))
 
 
 def promote(x: Tensor) -> Tensor:
-    """fp32 under autocast, unchanged elsewhere: residual streams and norms do not round to bf16."""
+    """Cast to fp32 under autocast, so that residual streams and norms are not rounded to bf16."""
     return x.float() if torch.is_autocast_enabled(x.device.type) else x
 
 
@@ -58,7 +58,7 @@ def hidden_width(width: int, ratio: float) -> int:
 class SwiGLU(nn.Module):
     """Feed-forward layer W₃(SiLU(W₁x) ⊙ W₂x) without biases (arXiv 2002.05202).
 
-    W₁ and W₂ are one matrix, ``in_proj``: one product instead of two.
+    W₁ and W₂ are stored as one matrix, ``in_proj``: one product instead of two.
     """
 
     def __init__(self, width: int, hidden: int, *, scale: float = 1.0) -> None:
@@ -69,7 +69,7 @@ class SwiGLU(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw fresh weights."""
+        """Reinitialise the weights."""
         init_linear(self.in_proj)
         init_linear(self.down_proj, scale=self.scale)
 
@@ -81,13 +81,13 @@ class SwiGLU(nn.Module):
 
 
 class MixtureOfExperts(nn.Module):
-    """Feed-forward layer of several SwiGLU experts, of which a token uses the two it scores highest.
+    """Feed-forward layer of several SwiGLU experts with top-2 routing.
 
     A token's output is the average of its two experts, weighted by their router probabilities
-    renormalised to sum to 1. Every expert computes every token and the others' weights are 0: a
-    photo has at most a dozen tokens, so gathering would cost more than it saves, shapes stay
-    static for ``torch.compile``, and each expert has a gradient whatever the batch, which data
-    parallel training relies on.
+    renormalised to sum to 1. Every expert computes every token; unused ones get weight 0. A photo
+    has at most a dozen tokens, so gathering would cost more than it saves. Shapes also stay static
+    for ``torch.compile``, and each expert has a gradient in every batch, which data parallel
+    training relies on.
     """
 
     def __init__(self, width: int, hidden: int, experts: int, *, scale: float = 1.0) -> None:
@@ -97,7 +97,7 @@ class MixtureOfExperts(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw fresh weights; a small router starts near even use."""
+        """Reinitialise the weights; with small router weights the experts start nearly evenly used."""
         init_linear(self.router, std=SMALL_STD)
         for expert in self.experts:
             assert isinstance(expert, SwiGLU)
@@ -108,7 +108,7 @@ class MixtureOfExperts(nn.Module):
 
         Args:
             x: tokens [B, V, H].
-            mask: [B, V] bool, False = padding; only counts for the balance.
+            mask: [B, V] bool, False = padding; used only for the balance loss.
 
         Returns:
             Mixed tokens [B, V, H] and the load-balancing loss per row [B].
@@ -127,8 +127,8 @@ def load_balance(probabilities: Tensor, chosen: Tensor, mask: Tensor) -> Tensor:
 
     fₑ = E/(k·T) · (tokens of the row that chose e), Pₑ = mean probability of e over the row's T
     tokens: DeepSeek-V3's form (arXiv 2412.19437, eq. 17–20; α is the loss's weight) of Switch
-    Transformer's loss (arXiv 2101.03961, eq. 4–6). 1 when use is even, up to E/k when it is not.
-    It is taken per row, so a batch's value is a mean over rows and does not change with
+    Transformer's loss (arXiv 2101.03961, eq. 4–6). It is 1 for even use and at most E/k otherwise.
+    Since it is computed per row, a batch's value is a mean over rows and does not depend on
     accumulation or the number of processes.
 
     Args:

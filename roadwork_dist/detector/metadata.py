@@ -1,7 +1,7 @@
-"""Where and when a photo was taken, and what somebody wrote about it, as one vector.
+"""Metadata encoder: GPS, weather, daytime, scene and description of a photo as one vector.
 
-Most of the metadata is null, in any mix. Each field has a learnable vector for null, so nothing
-is imputed and no combination gives NaN.
+Most metadata is missing, in any combination. Each field has a learned vector for null, so nothing is
+imputed and no combination gives NaN.
 
 B batch
 """
@@ -20,13 +20,13 @@ GPS_WIDTH = 128
 """Width of the encoded coordinates."""
 
 GPS_FREQUENCIES = GPS_WIDTH // 4
-"""Frequencies: a sine and a cosine of each for latitude and longitude fill ``GPS_WIDTH``."""
+"""A sine and a cosine per frequency for latitude and for longitude make up ``GPS_WIDTH``."""
 
 MAX_FREQUENCY = 10_000.0
 """Highest frequency: a period of 0.036° of longitude, about 4 km."""
 
 WORD_WIDTH = 64
-"""Width of each embedded word."""
+"""Width of the embedding of each categorical field."""
 
 METADATA_WIDTH = GPS_WIDTH + WORD_WIDTH * len(VOCABULARIES) + TEXT_WIDTH
 """Width of the whole vector (704)."""
@@ -59,11 +59,11 @@ def encode_gps(gps: Tensor) -> Tensor:
 class MetadataEncoder(nn.Module):
     """GPS 128, weather, daytime and scene 64 each, text 384 → [B, 704].
 
-    In training every present field of every row is dropped to null with a chance of ``dropout``,
-    so that the model does not lean on fields that are missing later.
+    In training every present field of every row is replaced by null with probability ``dropout``, so
+    that the model does not come to depend on fields that may be missing at inference.
 
     Args:
-        dropout: chance that a present field is dropped.
+        dropout: probability that a present field is dropped.
     """
 
     def __init__(self, dropout: float) -> None:
@@ -79,7 +79,7 @@ class MetadataEncoder(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw fresh weights, small: metadata starts as a whisper beside the views."""
+        """Reinitialise the weights, small, so that metadata contributes little at first."""
         init_linear(self.gps_proj, std=SMALL_STD)
         init_linear(self.text_proj, std=SMALL_STD)
         nn.init.trunc_normal_(self.gps_null, std=SMALL_STD)
@@ -92,9 +92,9 @@ class MetadataEncoder(nn.Module):
         """Encode a batch's metadata.
 
         Args:
-            batch: gives ``view_mask`` (for the number of rows and the device) and any of ``gps``
-                with ``gps_known``, ``weather``, ``daytime``, ``scene``, ``text`` with
-                ``text_known``; a field that is absent is null in every row.
+            batch: ``view_mask`` (for the number of rows and the device) and any of ``gps`` with
+                ``gps_known``, ``weather``, ``daytime``, ``scene``, ``text`` with ``text_known``.
+                An absent field is null in every row.
 
         Returns:
             [B, 704].
@@ -113,7 +113,7 @@ class MetadataEncoder(nn.Module):
         return torch.cat(parts, dim=-1)
 
     def _draw_allowed(self, view_mask: Tensor) -> dict[str, Tensor]:
-        """For each field [B] bool: may be used. One draw for each row and field, present or not."""
+        """For each field [B] bool, whether it may be used: one draw per row and field, present or not."""
         shape = (len(FIELDS), view_mask.shape[0])
         if self.training and self.dropout > 0:
             allowed = torch.rand(shape, device=view_mask.device) >= self.dropout
@@ -125,9 +125,9 @@ class MetadataEncoder(nn.Module):
 def _blank_unknown(
     fields: Mapping[str, Tensor], field: str, allowed: Tensor, width: int
 ) -> tuple[Tensor, Tensor]:
-    """A field's values [B, width] with zeros where they are not to be used, and where they are [B, 1].
+    """A field's values [B, width], zero where unused, and the mask of used rows [B, 1].
 
-    Zeros, because a NaN in an unused row would reach the projection's gradient as 0 · NaN.
+    Unused rows are zeroed because a NaN there would reach the projection's gradient as 0 · NaN.
     """
     if field not in fields:
         absent = torch.zeros_like(allowed).unsqueeze(-1)

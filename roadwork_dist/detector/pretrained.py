@@ -1,7 +1,7 @@
-"""A trained model as a folder: ``model.safetensors`` and ``config.json``.
+"""Saving and loading a trained model as a folder: ``model.safetensors`` and ``config.json``.
 
-The folder holds what was trained. A frozen backbone is not in it, only what tells which one it
-was; whoever opens the folder loads that one and hands it over.
+The folder holds the trained weights. Of a frozen backbone it holds only the identity; the caller
+loads that backbone and passes it in.
 """
 
 import json
@@ -22,27 +22,27 @@ from roadwork_dist.config.experiment import ModelConfig
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 FORMAT = 1
-"""Version of ``config.json``; raised when an older reader would misread it."""
+"""Version of ``config.json``; incremented when an older reader would misread it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainedConfig:
-    """What ``config.json`` says."""
+    """Content of ``config.json``."""
 
     d_backbone: int
-    """Width D of the features the head takes."""
+    """Width D of the features that the head takes."""
     mask_head: bool
-    """The model has a mask head."""
+    """Whether the model has a mask head."""
     model: ModelConfig
     """Settings of the head."""
     backbone: dict[str, Any] = field(default_factory=dict)
-    """Identity of the backbone, as it was given when the model was saved."""
+    """Identity of the backbone, as given when the model was saved."""
     extra: dict[str, Any] = field(default_factory=dict)
-    """Whatever else was given when the model was saved."""
+    """Additional data given when the model was saved."""
 
 
 def write_pretrained(folder: Path, config: PretrainedConfig, weights: Mapping[str, Tensor]) -> None:
-    """Write a model's folder; each file is either whole or as it was before.
+    """Write a model folder; each file is replaced atomically.
 
     Raises:
         CheckpointError: the folder cannot be written.
@@ -55,8 +55,8 @@ def write_pretrained(folder: Path, config: PretrainedConfig, weights: Mapping[st
         write_atomic(folder / CONFIG_FILE, text.encode())
     except OSError as error:
         raise CheckpointError(
-            f"the model cannot be written to {folder} ({error}): choose a folder that can be written "
-            "and has room"
+            f"the model cannot be written to {folder} ({error}): choose a writable folder with enough "
+            "free space"
         ) from error
 
 
@@ -64,7 +64,7 @@ def read_config(folder: Path) -> PretrainedConfig:
     """Read ``config.json``, for example to learn which backbone the model needs.
 
     Raises:
-        CheckpointError: it is missing, damaged, or of a newer version.
+        CheckpointError: it is missing, damaged, or of another format version.
     """
     path = folder / CONFIG_FILE
     try:
@@ -102,16 +102,16 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def load_into(module: torch.nn.Module, weights: Mapping[str, Tensor], folder: Path, *, strict: bool) -> None:
-    """Load tensors into a module; every name and shape has to fit.
+    """Load tensors into a module; every name and shape must match.
 
     Args:
-        module: takes the weights.
-        weights: by the module's names.
-        folder: where they come from, for the message.
-        strict: the module may have nothing that is not among the weights.
+        module: receives the weights.
+        weights: tensors by their names in the module.
+        folder: where they come from, for error messages.
+        strict: also require a weight for everything in the module's state dict.
 
     Raises:
-        CheckpointError: a name or a shape does not fit.
+        CheckpointError: a name or a shape does not match.
     """
     try:
         result = module.load_state_dict(dict(weights), strict=strict)

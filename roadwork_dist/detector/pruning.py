@@ -1,4 +1,4 @@
-"""View pruning: a learned score decides which views the rest of the head looks at.
+"""View pruning: a learned score decides which views the rest of the head processes.
 
 B batch · V views · V' views kept · D width of the backbone
 """
@@ -13,11 +13,11 @@ from torch.nn import functional as F
 from roadwork_dist.detector.layers import SMALL_STD, init_linear
 
 _ROUNDING = 1e-9
-"""Added before rounding down, so that 0.29 of 100 views is 29 and not 28.999…, 28."""
+"""Added before rounding down, so that 0.29 of 100 views (28.999… in floating point) is 29, not 28."""
 
 
 class KeptViews(NamedTuple):
-    """The views that go on, in the order they came in.
+    """The views that are kept, in their original order.
 
     A row that keeps fewer views than V' is padded: ``mask`` False, ``kept`` 0.
     """
@@ -27,8 +27,8 @@ class KeptViews(NamedTuple):
     kept: Tensor  # [B, V'] int64
 
 
-def keep_all(features: Tensor, mask: Tensor, of: Tensor | None = None) -> KeptViews:
-    """No pruning: all V views of ``features`` [B, V, D] with ``mask`` [B, V], of however many."""
+def keep_all(features: Tensor, mask: Tensor, views_of_photo: Tensor | None = None) -> KeptViews:
+    """No pruning: keep all V views of ``features`` [B, V, D] with ``mask`` [B, V]."""
     positions = torch.arange(mask.shape[1], device=mask.device)
     return KeptViews(features, mask, torch.where(mask, positions, 0))
 
@@ -36,8 +36,8 @@ def keep_all(features: Tensor, mask: Tensor, of: Tensor | None = None) -> KeptVi
 class ViewPruning(nn.Module):
     """Keeps the max(1, ⌊keep·n⌋) best of the n real views of each row.
 
-    The score is an MLP D → D/4 → GELU → 1. Kept features are multiplied by sigmoid(score);
-    without that the choice alone would give the scorer no gradient.
+    The score is an MLP D → D/4 → GELU → 1. Kept features are multiplied by sigmoid(score), because
+    the choice alone would give the scorer no gradient.
 
     Args:
         width: D.
@@ -52,31 +52,31 @@ class ViewPruning(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw fresh weights; scores start near 0, so no view starts as the favourite."""
+        """Reinitialise the weights; scores start near 0, so no view is preferred at first."""
         init_linear(self.hidden)
         init_linear(self.score, std=SMALL_STD)
 
     def count(self, views: int) -> int:
-        """Views kept of ``views`` real ones."""
+        """Number of views kept out of ``views`` real ones."""
         return max(1, math.floor(self.keep * views + _ROUNDING))
 
-    def forward(self, features: Tensor, mask: Tensor, of: Tensor | None = None) -> KeptViews:
+    def forward(self, features: Tensor, mask: Tensor, views_of_photo: Tensor | None = None) -> KeptViews:
         """Score, choose and weight.
 
         Args:
             features: [B, V, D]; padding must be finite.
             mask: [B, V] bool, False = padding; at least one view a row.
-            of: [B] number of views that n is counted by, where some were left out before and look like
-                padding; null = the real ones. A row never keeps more than its real views.
+            views_of_photo: [B], the n to take the share of where unselected views look like padding;
+                None = the number of real views. A row never keeps more than its real views.
         """
         scores = self.score(F.gelu(self.hidden(features))).squeeze(-1).float()  # [B, V]
         views = mask.shape[1]
-        # By rank of a stable sort: ties go to the earlier view on every device.
+        # A stable sort, so that ties go to the earlier view on every device.
         order = scores.detach().masked_fill(~mask, -torch.inf).argsort(dim=1, descending=True, stable=True)
         order = order[:, : self.count(views)]  # [B, V']
-        there = mask.sum(dim=1)
-        wanted = (there if of is None else of).double() * self.keep + _ROUNDING
-        counts = wanted.floor().clamp(min=1).minimum(there)  # [B]
+        present = mask.sum(dim=1)
+        wanted = (present if views_of_photo is None else views_of_photo).double() * self.keep + _ROUNDING
+        counts = wanted.floor().clamp(min=1).minimum(present)  # [B]
         real = torch.arange(order.shape[1], device=mask.device) < counts.unsqueeze(1)  # [B, V']
         kept = torch.where(real, order, views).sort(dim=1).values  # views = "none" sorts last
         mask_kept = kept < views

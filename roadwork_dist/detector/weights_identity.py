@@ -1,4 +1,4 @@
-"""A name for weights that is a function of their content."""
+"""Content hash that identifies a network: its architecture and its weights."""
 
 import hashlib
 import json
@@ -9,14 +9,14 @@ from torch import Tensor
 
 
 def weights_identity(architecture: Mapping[str, object], tensors: Mapping[str, Tensor]) -> str:
-    """Hex SHA-256 of an architecture and of its weights.
+    """Hex SHA-256 of an architecture and its weights.
 
     Args:
-        architecture: whatever changes the function without changing a tensor (number of heads,
-            activation, ...); must be representable as JSON.
-        tensors: weights and buffers by name; each adds its name, shape, dtype and bytes.
+        architecture: everything that changes the function without changing a tensor (number of
+            heads, activation, ...); must be representable as JSON.
+        tensors: weights and buffers by name; name, shape, dtype and bytes of each are hashed.
 
-    Tensors on the meta device have no bytes; the result then starts with ``meta-``.
+    Tensors on the meta device have no bytes; the hash then starts with ``meta-``.
     """
     digest = hashlib.sha256(json.dumps(dict(architecture), sort_keys=True, default=str).encode())
     has_meta = False

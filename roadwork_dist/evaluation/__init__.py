@@ -1,1 +1,1 @@
-"""Figures with intervals, slices and the report."""
+"""Evaluation: metrics with intervals, slices and the HTML report."""

@@ -1,7 +1,7 @@
-"""Small charts as inline SVG, drawn for a page that styles them (``assets/report.css``).
+"""Draws small charts as inline SVG, styled by the page (``assets/report.css``).
 
-Colours are CSS classes (``c1`` … ``c6``), so one drawing serves light and dark. Lengths are px of the
-drawing's own view box; the page scales it. Every text that comes from outside is escaped.
+Colours are CSS classes (``c1`` … ``c6``), so one drawing works for light and dark themes. Lengths are px of
+the drawing's own view box; the page scales it. All text from outside is escaped.
 """
 
 import math
@@ -26,7 +26,7 @@ class Scale:
     end: float
 
     def __call__(self, value: float) -> float:
-        """Px of a value."""
+        """Map a value to px."""
         span = (self.high - self.low) or 1.0
         return self.start + (value - self.low) / span * (self.end - self.start)
 
@@ -44,7 +44,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawing and what the page writes around it."""
+    """A drawing with its title, legend and note."""
 
     title: str
     svg: Markup
@@ -64,7 +64,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def tick_text(value: float) -> str:
-    """A tick's number, short."""
+    """Format the number of a tick briefly."""
     size = abs(value)
     if size < 1e-12:
         return "0"
@@ -77,12 +77,12 @@ def tick_text(value: float) -> str:
 
 
 def finite(points: Points) -> list[tuple[float, float]]:
-    """The points whose two numbers are finite."""
+    """The points whose coordinates are both finite."""
     return [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
 
 
 def thin(points: Points, most: int = 240) -> list[tuple[float, float]]:
-    """At most ``most`` points: means of equal runs of them, so that a long history stays light."""
+    """Reduce to at most ``most`` points, the means of equal runs, to keep the page small."""
     if len(points) <= most:
         return list(points)
     size = math.ceil(len(points) / most)
@@ -91,7 +91,7 @@ def thin(points: Points, most: int = 240) -> list[tuple[float, float]]:
 
 
 def domain(values: Sequence[float], zero: bool = False) -> tuple[float, float]:
-    """Range to draw values in: a little wider than they are, from 0 if asked; (0, 1) for none."""
+    """Axis range for values: slightly wider than they are, from 0 if ``zero``; (0, 1) for no values."""
     known = [v for v in values if math.isfinite(v)]
     if not known:
         return 0.0, 1.0
@@ -129,7 +129,7 @@ def axes(x: Scale, y: Scale, x_label: str, y_label: str, y_ticks: int = 4) -> st
 
 
 def path(points: Points, x: Scale, y: Scale) -> str:
-    """SVG path data through the points; one that is not finite starts a new piece."""
+    """SVG path data through the points; a point that is not finite leaves a gap."""
     parts, pen_down = [], False
     for px, py in points:
         if not (math.isfinite(px) and math.isfinite(py)):
@@ -143,7 +143,7 @@ def path(points: Points, x: Scale, y: Scale) -> str:
 def svg(
     content: str, description: str, width: float = WIDTH, height: float = HEIGHT, left: float = 0
 ) -> Markup:
-    """Wrap a drawing, with a description for those who do not see it."""
+    """Wrap a drawing in an SVG element with a description for screen readers."""
     return Markup(
         f'<svg class="chart" viewBox="{left:g} 0 {width:g} {height:g}" role="img" '
         f'aria-label="{escape(description)}" preserveAspectRatio="xMidYMid meet">{content}</svg>'
@@ -151,7 +151,7 @@ def svg(
 
 
 def draw_line(line: Line, x: Scale, y: Scale) -> str:
-    """One curve, with dots where it is asked for or where a single point has no neighbour."""
+    """One curve, with dots if requested or if it is a single point."""
     dashed = " dashed" if line.dashed else ""
     parts = [f'<path class="line {line.colour}{dashed}" d="{path(line.points, x, y)}"/>']
     known = finite(line.points)
@@ -176,10 +176,10 @@ def line_chart(
     """Curves over a common axis.
 
     Args:
-        title: heading, and the beginning of the description.
-        lines: the curves; those without a finite point are left out.
-        x_label: text below.
-        y_label: text at the left.
+        title: heading, and start of the description.
+        lines: the curves; those without a finite point are skipped.
+        x_label: text below the axis.
+        y_label: text left of the axis.
         x_range: lowest and highest x; None = those of the data.
         y_range: lowest and highest y; None = those of the data.
         under: SVG drawn below the curves.
@@ -198,17 +198,17 @@ def line_chart(
 
 
 UNIT = (Scale(0, 1, LEFT, WIDTH - RIGHT), Scale(0, 1, HEIGHT - BOTTOM, TOP))
-"""Scales of a plot of two shares with :data:`WIDTH` and :data:`HEIGHT`."""
+"""Scales of a plot with both axes from 0 to 1."""
 
 
 def diagonal() -> str:
-    """Dashed line from (0, 0) to (1, 1) of a plot of two shares."""
+    """Dashed line from (0, 0) to (1, 1) of a plot with both axes from 0 to 1."""
     x, y = UNIT
     return f'<path class="reference" d="M{x(0):.1f},{y(0):.1f}L{x(1):.1f},{y(1):.1f}"/>'
 
 
 def histogram(title: str, above: Sequence[int], below: Sequence[int], threshold: float) -> Chart:
-    """Counts of two classes over the predicted probability, one upwards and one downwards.
+    """Histogram of the predicted probability, class 1 upwards and class 0 downwards.
 
     Args:
         title: heading.
@@ -252,7 +252,7 @@ def reliability(title: str, bins: Sequence[tuple[float, float, int]]) -> Chart:
 
     Args:
         title: heading.
-        bins: per non-empty bin its mean probability, its share of positives and its count.
+        bins: mean probability, share of positives and count of each non-empty bin.
     """
     x, y = UNIT
     most = max((n for *_, n in bins), default=1)

@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     import pandas as pd
 
 ViewsOf = Callable[[str, str], ArrayLike]
-"""From a photo's split and id to its views, [V, 3, S, S] uint8."""
+"""Maps a photo's split and id to its views, [V, 3, S, S] uint8."""
 
 LARGE, SMALL = 288, 160
 """Side in px of the thumbnail of the global view, and of the others."""
 
 MAX_BYTES = {LARGE: 15_000, SMALL: 7_000}
-"""Most bytes of a thumbnail's JPEG; its quality is lowered until it fits."""
+"""Maximum bytes of a thumbnail's JPEG; its quality is lowered until it fits."""
 
 QUALITIES = (82, 72, 60, 48, 36, 24, 12)
 
@@ -37,13 +37,13 @@ class Thumbnail:
 
     @property
     def pruned(self) -> bool:
-        """Whether the model did not look at it."""
+        """Whether the model ignored this view."""
         return self.gate is not None and self.gate <= 0
 
 
 @dataclass(frozen=True)
 class ErrorCard:
-    """One wrong answer: the photo's id, what was said, what is true, and what is known of it."""
+    """One wrong prediction: the photo's id, label, probability, metadata and views."""
 
     id: str
     label: int
@@ -64,7 +64,7 @@ def worst_errors(frame: "pd.DataFrame", threshold: float, count: int) -> "pd.Dat
     Args:
         frame: predictions; rows without a label or a finite probability are never errors.
         threshold: photos with a probability above this are called roadwork.
-        count: most rows returned.
+        count: maximum number of rows returned.
     """
     known = frame[frame["label"].notna() & np.isfinite(frame["probability"])]
     label = known["label"].astype(int)
@@ -75,7 +75,7 @@ def worst_errors(frame: "pd.DataFrame", threshold: float, count: int) -> "pd.Dat
 
 
 def view_names(count: int) -> list[str]:
-    """What the views of a photo show: global, the tiles row by row, centre, edge."""
+    """Names of the views of a photo: whole photo, the tiles row by row, centre, edge."""
     grid = math.isqrt(max(count - 3, 0))
     if count > 3 and grid * grid == count - 3:
         tiles = [f"row {row + 1}, column {column + 1}" for row in range(grid) for column in range(grid)]
@@ -84,7 +84,7 @@ def view_names(count: int) -> list[str]:
 
 
 def thumbnail(view: "np.ndarray[Any, Any]", side: int) -> str:
-    """A view as a JPEG ``data:`` address.
+    """Encode a view as a JPEG ``data:`` URL.
 
     Args:
         view: [3, S, S] uint8 RGB.
@@ -109,7 +109,7 @@ def error_cards(rows: "pd.DataFrame", views_of: ViewsOf | None) -> list[ErrorCar
 
     Args:
         rows: predictions, for example from :func:`worst_errors`.
-        views_of: gives a photo's views; None = the photos are not at hand. A photo that cannot be read
+        views_of: returns a photo's views; None = the photos are not available. A photo that cannot be read
             gets a card that says so.
     """
     return [_card(row, views_of) for row in rows.to_dict("records")]
@@ -117,7 +117,7 @@ def error_cards(rows: "pd.DataFrame", views_of: ViewsOf | None) -> list[ErrorCar
 
 def _card(row: dict[Any, Any], views_of: ViewsOf | None) -> ErrorCard:
     views: tuple[Thumbnail, ...] = ()
-    problem = "The photos are not at hand, so the views are not shown." if views_of is None else ""
+    problem = "The photos are not available, so the views are not shown." if views_of is None else ""
     if views_of is not None:
         try:
             views = _thumbnails(np.asarray(views_of(row["split"], row["id"])), _gates(row["view_gates"]))

@@ -1,4 +1,4 @@
-"""Figures, intervals and slices of a set of predictions, as plain data and as lines for a terminal."""
+"""Computes metrics, intervals and slices of predictions, as plain data and as lines for a terminal."""
 
 import math
 from collections.abc import Mapping
@@ -31,32 +31,32 @@ FIGURES = {
     "brier": "Brier score",
     "ece": "Calibration error",
 }
-"""Figures by their key, and what a reader calls them."""
+"""Display name of each metric by its key."""
 
 LOWER_IS_BETTER = ("brier", "ece")
 
 THRESHOLD_RESAMPLES = 400
-"""Most resamples of the interval of a threshold; each one searches all thresholds."""
+"""Maximum resamples for a threshold's interval, since each one searches all thresholds."""
 
 
 def evaluate_predictions(
     frame: "pd.DataFrame", *, threshold: float = 0.5, bootstrap: int = 2000, seed: int = 42
 ) -> dict[str, Any]:
-    """Everything that is said in numbers about a set of predictions.
+    """All metrics of a set of predictions.
 
     Args:
-        frame: predictions as :func:`~roadwork_dist.evaluation.predictions.read_predictions` gives them.
+        frame: predictions as from :func:`~roadwork_dist.evaluation.predictions.read_predictions`.
         threshold: photos with a probability above it are called roadwork. Choose it on validation.
-        bootstrap: resamples of every interval.
-        seed: of the resampling.
+        bootstrap: resamples per interval.
+        seed: seed of the resampling.
 
     Returns:
-        JSON-able: ``photos`` (rows), ``scored`` (rows with a label and a probability), ``unlabelled``,
+        JSON data: ``photos`` (rows), ``scored`` (rows with a label and a probability), ``unlabelled``,
         ``unscored`` (no finite probability), ``positives``, ``threshold``, ``metrics`` (key →
-        ``value``, ``low``, ``high``: 95 % bootstrap interval; None where a figure has no value),
+        ``value``, ``low``, ``high``: 95 % bootstrap interval; None if a metric is undefined),
         ``confusion`` (``tp``, ``fp``, ``fn``, ``tn``) and ``slices`` (a list of ``field``, ``value``, ``n``,
         ``positives``, ``errors``, ``mcc`` (None for one class) and ``accuracy`` with ``…_low``,
-        ``…_high``, and ``small``). ``metrics`` is empty where no row is scored.
+        ``…_high``, and ``small``). ``metrics`` is empty if no row is scored.
     """
     used = scored(frame)
     labels, probabilities = labels_and_probabilities(used)
@@ -94,7 +94,7 @@ def labels_and_probabilities(frame: "pd.DataFrame") -> tuple[NDArray[np.int64], 
 def figures(
     labels: ArrayLike, probabilities: ArrayLike, threshold: float, bootstrap: int, seed: int
 ) -> dict[str, dict[str, float | None]]:
-    """Every figure with its 95 % bootstrap interval; at least one row is needed."""
+    """Every metric with its 95 % bootstrap interval; needs at least one row."""
     values = classification_metrics(labels, probabilities, threshold)
     intervals = bootstrap_intervals(labels, probabilities, threshold, bootstrap, seed)
     return {
@@ -105,7 +105,7 @@ def figures(
 
 
 def slice_rows(frame: "pd.DataFrame", threshold: float, bootstrap: int, seed: int) -> list[dict[str, Any]]:
-    """MCC and accuracy of every slice of scored rows, largest slice of a property first."""
+    """MCC and accuracy of every slice of scored rows, the largest slice of each property first."""
     labels, probabilities = labels_and_probabilities(frame)
     rows: list[dict[str, Any]] = []
     for field, names in slice_names(frame).items():
@@ -121,7 +121,7 @@ def slice_rows(frame: "pd.DataFrame", threshold: float, bootstrap: int, seed: in
 def _slice_figures(
     labels: NDArray[np.int64], probabilities: NDArray[np.float64], threshold: float, bootstrap: int, seed: int
 ) -> dict[str, Any]:
-    # not classification_metrics: it warns of one class, which is nothing strange in a slice
+    # not classification_metrics, which warns about a single class; that is normal in a slice
     intervals = bootstrap_intervals(labels, probabilities, threshold, bootstrap, seed)
     called = (probabilities > threshold).astype(np.int64)
     positives, errors = int(labels.sum()), int((called != labels).sum())
@@ -150,12 +150,12 @@ def threshold_interval(
 
     Args:
         labels: [N], 0 or 1, of the photos that the threshold is chosen on; N >= 1.
-        probabilities: [N] of class 1.
+        probabilities: [N], of class 1.
         bootstrap: resamples; at most :data:`THRESHOLD_RESAMPLES` are used.
-        seed: of the resampling.
+        seed: seed of the resampling.
 
     Returns:
-        Low and high end over the resamples of both classes; 0.5 twice where there are none.
+        Low and high end over the resamples that contain both classes; (0.5, 0.5) if there are none.
     """
     generator = generator_for(seed, "threshold")
     draws = generator.integers(0, len(labels), size=(min(bootstrap, THRESHOLD_RESAMPLES), len(labels)))
@@ -166,13 +166,13 @@ def threshold_interval(
 
 
 def error_limit(result: Mapping[str, Any]) -> float | None:
-    """Highest error rate that a result without errors still allows, with 95 % confidence.
+    """Upper 95 % confidence limit of the error rate of a result without errors.
 
-    The bootstrap cannot see errors that did not happen. 1 - 0.05^(1/n) is the exact binomial limit
+    The bootstrap cannot resample errors that did not occur. 1 - 0.05^(1/n) is the exact binomial limit
     (Clopper & Pearson 1934, doi 10.1093/biomet/26.4.404), about 3/n.
 
     Returns:
-        None where there are errors, or no photos.
+        None if there are errors, or no photos.
     """
     confusion = result["confusion"]
     if not result["scored"] or confusion["fp"] + confusion["fn"]:
@@ -181,26 +181,26 @@ def error_limit(result: Mapping[str, Any]) -> float | None:
 
 
 def calibration_note(result: Mapping[str, Any]) -> str:
-    """Why the calibration error lies above its interval; empty where it does not."""
+    """Explains a calibration error above its interval; empty if it is not."""
     figure = result["metrics"].get("ece")
     if not figure or figure["high"] is None or figure["value"] <= figure["high"]:
         return ""
     return (
         f"{result['scored']} photos bias the calibration error upwards; its interval, which is corrected for "
-        "that, lies below it"
+        "that, is below it"
     )
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A figure as text; an en dash where it has no value."""
+    """Format a metric; an en dash if it has no value."""
     return "–" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
 
 
 def summary_lines(result: Mapping[str, Any], name: str = "validation", synthetic: bool = False) -> list[str]:
-    """What a run prints at its end: the figures of :func:`evaluate_predictions` with their intervals.
+    """Lines that a run prints at its end: metrics with their intervals.
 
     Args:
-        result: what ``evaluate_predictions`` returned.
+        result: from :func:`evaluate_predictions`.
         name: name of the set of photos.
         synthetic: whether to say that the photos are synthetic.
     """

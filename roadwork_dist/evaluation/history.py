@@ -1,4 +1,4 @@
-"""The course of a training run: ``metrics.jsonl`` read back, as curves and as a few facts."""
+"""Training history: reads ``metrics.jsonl`` and turns it into charts and summary facts."""
 
 import json
 import math
@@ -27,10 +27,10 @@ COLOURS = ("c1", "c2", "c3", "c4", "c5", "c6")
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:
-    """Lines of ``metrics.jsonl``; none where the file is absent. A last line that was cut off is left out.
+    """Read the lines of ``metrics.jsonl``; none if the file is missing. A truncated last line is skipped.
 
     Raises:
-        DataError: a line before the last is no JSON object.
+        DataError: a line before the last is not a JSON object.
     """
     if not path.is_file():
         return []
@@ -42,17 +42,19 @@ def read_history(path: Path) -> list[dict[str, Any]]:
         try:
             entry = json.loads(line)
         except json.JSONDecodeError as error:
-            if number == len(lines):  # no newline yet: a run is writing, or was killed while it wrote
+            if number == len(lines):  # no newline yet: a run is writing, or was killed while writing
                 break
-            raise DataError(f"{path}, line {number} is no JSON ({error}): mend or remove the line") from error
+            raise DataError(f"{path}, line {number} is not JSON ({error}): fix or remove the line") from error
         if not isinstance(entry, dict):
-            raise DataError(f"{path}, line {number} is {entry!r}, expected a JSON object")
+            raise DataError(
+                f"{path}, line {number} is {entry!r}, expected a JSON object: fix or remove the line"
+            )
         history.append(entry)
     return history
 
 
 def value(entry: Mapping[str, Any], key: str) -> float:
-    """A figure of a line as a number; NaN where it is absent or no number."""
+    """A value of a line as a number; NaN if it is missing or not a number."""
     try:
         return float(entry.get(key, math.nan))
     except (TypeError, ValueError):
@@ -60,7 +62,7 @@ def value(entry: Mapping[str, Any], key: str) -> float:
 
 
 def curve(history: History, kind: str, key: str) -> list[tuple[float, float]]:
-    """(step, figure) of the lines of one kind that have the figure."""
+    """(step, value) of the lines of one kind that have the key."""
     return [
         (value(entry, "step"), value(entry, key))
         for entry in history
@@ -69,7 +71,7 @@ def curve(history: History, kind: str, key: str) -> list[tuple[float, float]]:
 
 
 def training_charts(history: History) -> list[Chart]:
-    """Loss, its parts, validation figures and learning rate over optimizer steps; none without history."""
+    """Loss, its terms, validation metrics and learning rate over optimizer steps; none without history."""
     steps = [value(entry, "step") for entry in history]
     known = [step for step in steps if math.isfinite(step)]
     if not known:
@@ -137,7 +139,7 @@ def _validation_chart(history: History, reach: tuple[float, float]) -> Chart:
 
 
 def training_facts(history: History) -> list[tuple[str, str]]:
-    """What a reader wants to know of a run at a glance: (name, text) pairs."""
+    """Summary of a run as (name, text) pairs."""
     train = [entry for entry in history if entry.get("kind") == "train"]
     facts = []
     if train:

@@ -1,4 +1,4 @@
-"""``predictions.parquet``: what the model said about each photo, with what slices and maps need."""
+"""Reads and writes ``predictions.parquet``: model output and metadata per photo."""
 
 import io
 from collections.abc import Iterable, Mapping
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 REQUIRED = ("id", "split", "label", "logit_0", "logit_1", "probability")
-"""Columns that every row must have; the label may be null."""
+"""Required columns; the label may be null."""
 
 OUT_OF_FOLD = "out-of-fold"
-"""Split of photos that were each answered by the model of the fold that did not train on them."""
+"""Split of photos each predicted by the model of the fold that was not trained on it."""
 
 METADATA = ("latitude", "longitude", "weather", "daytime", "scene")
 """Metadata of the photo, null where unknown."""
@@ -41,16 +41,16 @@ def predictions_schema() -> "pa.Schema":
 
 
 def write_predictions(path: Path, rows: Iterable[Mapping[str, Any]], *, synthetic: bool = False) -> None:
-    """Write the file whole or not at all.
+    """Write the file atomically.
 
     Args:
         path: file to write; its folder must exist.
-        rows: one mapping per photo with the keys ``REQUIRED`` and, where known, the other ``COLUMNS``.
+        rows: one mapping per photo with the keys ``REQUIRED`` and, if known, the other ``COLUMNS``.
             ``probability`` is that of class 1.
-        synthetic: whether the photos are synthetic; kept in the file and said in the report.
+        synthetic: whether the photos are synthetic; stored in the file and shown in the report.
 
     Raises:
-        DataError: a row lacks a required column, has an unknown one, or a value of the wrong type.
+        DataError: a row lacks a required column, or has an unknown one or a value of the wrong type.
         OSError: the file cannot be written.
     """
     import pyarrow as pa
@@ -72,11 +72,11 @@ def _checked(row: dict[str, Any], number: int) -> dict[str, Any]:
     unknown = [name for name in row if name not in COLUMNS]
     where = f"prediction {number} (id {row.get('id')!r})"
     if missing:
-        raise DataError(f"{where} lacks {', '.join(missing)}: give the columns {', '.join(REQUIRED)}")
+        raise DataError(f"{where} lacks {', '.join(missing)}: required are {', '.join(REQUIRED)}")
     if unknown:
         raise DataError(f"{where} has unknown columns {', '.join(unknown)}: known are {', '.join(COLUMNS)}")
     if not (isinstance(row["id"], str) and isinstance(row["split"], str)):
-        raise DataError(f"{where} has split {row['split']!r}: expected texts as id and split")
+        raise DataError(f"{where} has split {row['split']!r}: expected id and split as strings")
     if row["label"] not in (0, 1, None):
         raise DataError(f"{where} has label {row['label']!r}, expected 0, 1 or null")
     return row
@@ -91,17 +91,19 @@ def read_predictions(path: Path) -> "pd.DataFrame":
         whether the photos are synthetic.
 
     Raises:
-        DataError: the file is absent or unreadable, or a required column or value is missing or wrong.
+        DataError: the file is missing or unreadable, or a required column or value is missing or wrong.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     if not path.is_file():
-        raise DataError(f"{path} is not there: expected the predictions that a run or `evaluate` writes")
+        raise DataError(f"{path} does not exist: expected predictions written by a run or `evaluate`")
     try:
         table = pq.read_table(path)
     except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path} cannot be read as Parquet ({error}): write it anew") from error
+        raise DataError(
+            f"{path} cannot be read as Parquet ({error}): write it again with `roadwork-dist evaluate`"
+        ) from error
     missing = [name for name in REQUIRED if name not in table.column_names]
     if missing:
         raise DataError(
@@ -117,7 +119,7 @@ def as_predictions(frame: "pd.DataFrame", name: str = "predictions") -> "pd.Data
     """A copy of a frame with all of ``COLUMNS`` in their types; see :func:`read_predictions`.
 
     Raises:
-        DataError: a required column is missing, a label is not 0, 1 or null, or a probability lies
+        DataError: a required column is missing, a label is not 0, 1 or null, or a probability is
             outside [0, 1] (NaN is kept: the photo counts as not scored).
     """
     import pandas as pd

@@ -1,4 +1,4 @@
-"""``report.html``: one page, without network access, that says how good a detector is and where it errs."""
+"""Writes ``report.html``: one self-contained page with the metrics and errors of a detector."""
 
 import platform
 from collections.abc import Mapping, Sequence
@@ -27,28 +27,28 @@ if TYPE_CHECKING:
     import pandas as pd
 
 GALLERIES = 2
-"""Sets of photos whose worst errors are shown with their views; more would make the page heavy."""
+"""Maximum number of photo sets whose worst errors are shown with their views, to limit the page size."""
 
 PACKAGES = ("roadwork-dist", "torch", "accelerate", "transformers", "timm", "numpy")
-"""Packages whose versions the report names."""
+"""Packages whose versions the report lists."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportInput:
-    """All that a report is made from.
+    """All inputs of a report.
 
     Args:
         title: name of the run.
-        synthetic: whether the photos are synthetic; the report says so at its head.
+        synthetic: whether the photos are synthetic; the report says so at the top.
         history: lines of ``metrics.jsonl``.
-        fold_histories: the same of every fold of a cross-validation, by its name.
+        fold_histories: the same for every fold of a cross-validation, by name of the fold.
         sections: evaluated sets of photos; held-out ones are shown first.
         config_text: the resolved configuration as YAML.
-        views_of: from a photo's split and id to its views, [V, 3, S, S] uint8; None = photos not at hand.
-        environment: name → text of what the run ran on.
-        bootstrap: resamples of every interval.
-        worst: worst errors shown per set.
-        seed: of the resampling.
+        views_of: maps a photo's split and id to its views, [V, 3, S, S] uint8; None = photos not available.
+        environment: machine and package versions of the run, name → text.
+        bootstrap: resamples per interval.
+        worst: number of worst errors shown per set.
+        seed: seed of the resampling.
     """
 
     title: str
@@ -65,7 +65,7 @@ class ReportInput:
 
 
 def write_report(path: Path, report: ReportInput) -> None:
-    """Write the page, whole or not at all.
+    """Write the page atomically.
 
     Raises:
         DataError: the predictions of a section lack columns.
@@ -75,7 +75,7 @@ def write_report(path: Path, report: ReportInput) -> None:
 
 
 def render(report: ReportInput) -> str:
-    """The page as text."""
+    """Render the page as text."""
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
@@ -112,27 +112,29 @@ def report_from_run(
     synthetic: bool | None = None,
     threshold: float | None = None,
 ) -> Path:
-    """Write ``report.html`` from what a run folder holds.
+    """Write ``report.html`` from the files of a run folder.
 
-    The threshold is the best one on the split ``val``; without labelled photos there it is 0.5.
+    The threshold is the best one on the split ``val``, or 0.5 if there are no labelled photos in it.
 
     Args:
-        run_dir: run folder with ``predictions.parquet``, and, where there are, ``metrics.jsonl`` (or
-            those of ``fold-k/``) and ``config.yaml``.
-        views_of: gives the views of a photo; None = the worst errors are listed without pictures.
-        synthetic: whether the photos are synthetic; None = as the predictions say.
+        run_dir: run folder with ``predictions.parquet`` and optionally ``metrics.jsonl`` (or those of
+            ``fold-k/``) and ``config.yaml``.
+        views_of: returns the views of a photo; None = the worst errors are listed without pictures.
+        synthetic: whether the photos are synthetic; None = as recorded in the predictions.
         threshold: decision threshold to use instead.
 
     Returns:
         Path of the page.
 
     Raises:
-        DataError: the folder or its predictions are absent or broken.
+        DataError: the folder or its predictions are missing or damaged.
     """
     import yaml
 
     if not run_dir.is_dir():
-        raise DataError(f"{run_dir} is no folder: expected a run folder, as --output_dir of a training run")
+        raise DataError(
+            f"{run_dir} is not a folder: expected a run folder, as --output_dir of a training run"
+        )
     frame = read_predictions(run_dir / "predictions.parquet")
     config_file = run_dir / "config.yaml"
     config_text = config_file.read_text(encoding="utf-8") if config_file.is_file() else ""
@@ -160,7 +162,7 @@ def report_from_run(
 
 
 SELECTION_SPLIT = "val"
-"""Split that checkpoints and the threshold are chosen on."""
+"""Split on which checkpoints and the threshold are chosen."""
 
 
 def splits_of(frame: "pd.DataFrame", threshold: float | None = None) -> list[EvaluatedSplit]:
@@ -168,7 +170,7 @@ def splits_of(frame: "pd.DataFrame", threshold: float | None = None) -> list[Eva
 
     Args:
         frame: predictions of all splits.
-        threshold: use this one instead of choosing.
+        threshold: use this one instead of choosing one.
     """
     from roadwork_dist.evaluation.evaluator import labels_and_probabilities, scored
 
@@ -197,7 +199,9 @@ def _role(name: str) -> str:
     if name == SELECTION_SPLIT:
         return "The best checkpoint was chosen on these photos too."
     if name == "target":
-        return "Coordinates of these photos, not their labels, steered the sampling of training photos."
+        return (
+            "The coordinates of these photos, but not their labels, guided the sampling of training photos."
+        )
     return ""
 
 

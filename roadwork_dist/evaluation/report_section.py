@@ -1,4 +1,4 @@
-"""One evaluated set of photos as the report shows it: figures with drawn intervals, charts, map, slices."""
+"""Report section of one evaluated set of photos: metrics with drawn intervals, charts, map, slices."""
 
 import math
 from collections.abc import Mapping
@@ -41,9 +41,9 @@ class EvaluatedSplit:
         name: name of the set, for example ``target``.
         frame: its predictions.
         threshold: photos with a probability above it are called roadwork.
-        held_out: whether nothing (weights, checkpoint, threshold) was chosen on these photos' labels.
-        threshold_from: name of the set that the threshold was chosen on; None = it was fixed beforehand.
-        role: further sentence on what the set is for.
+        held_out: whether these labels were not used to choose anything (weights, checkpoint, threshold).
+        threshold_from: name of the set that the threshold was chosen on; None = it was fixed in advance.
+        role: additional sentence on the purpose of the set.
     """
 
     name: str
@@ -56,7 +56,7 @@ class EvaluatedSplit:
 
 @dataclass(frozen=True)
 class Bar:
-    """A figure with its interval, ready to be drawn: texts, and positions in per cent of the axis."""
+    """A metric with its interval, ready to draw: texts, and positions in per cent of the axis."""
 
     name: str
     value: str
@@ -69,7 +69,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Section:
-    """What the template needs of one set of photos."""
+    """Data of one set of photos for the template."""
 
     name: str
     held_out: bool
@@ -93,10 +93,10 @@ def section_of(
 
     Args:
         split: the set.
-        bootstrap: resamples of every interval.
-        seed: of the resampling.
-        worst: worst errors shown; 0 = none.
-        views_of: gives the views of a photo.
+        bootstrap: resamples per interval.
+        seed: seed of the resampling.
+        worst: number of worst errors shown; 0 = none.
+        views_of: returns the views of a photo.
 
     Raises:
         DataError: the predictions lack columns.
@@ -125,12 +125,12 @@ def section_of(
 
 
 def caveats(split: EvaluatedSplit, result: Mapping[str, Any]) -> list[str]:
-    """What a reader must know before believing the figures."""
+    """What a reader must know to interpret the metrics."""
     said = []
     if split.name == OUT_OF_FOLD:
         said.append(
-            f"Every photo was answered by a model that was trained without it ({folds_of(split)} folds): its "
-            "label chose no weight, checkpoint or threshold of the model that answered."
+            f"Every photo was predicted by a model that was trained without it ({folds_of(split)} folds): "
+            "its label influenced no weight, checkpoint or threshold of that model."
         )
     elif split.held_out:
         said.append("No weight, checkpoint or threshold was chosen with the labels of these photos.")
@@ -140,21 +140,21 @@ def caveats(split: EvaluatedSplit, result: Mapping[str, Any]) -> list[str]:
             "expect lower ones on new photos."
         )
     else:
-        said.append("These photos took part in the choice of the model, so the figures are optimistic.")
+        said.append("These photos were used to choose the model, so the figures are optimistic.")
     if split.role:
         said.append(split.role)
     if result["scored"] and result["positives"] in (0, result["scored"]):
-        said.append("All labels are of one class: MCC is 0 by definition, ranking figures have no value.")
+        said.append("All labels are of one class: MCC is 0 by definition, and ranking figures are undefined.")
     limit = error_limit(result)
     if limit is not None:
         said.append(
-            f"There is no error among {result['scored']} photos. The intervals then have no width, but up to "
-            f"{limit:.1%} of new photos may still be answered wrongly (95 % limit)."
+            f"There is no error among {result['scored']} photos, so the intervals have no width. Up to "
+            f"{limit:.1%} of new photos may still be predicted wrongly (95 % limit)."
         )
     mcc = result["metrics"].get("mcc")
     if mcc and mcc["low"] is not None and mcc["high"] - mcc["low"] > 0.1:
         width = mcc["high"] - mcc["low"]
-        said.append(f"{result['scored']} photos leave an interval of MCC that is {width:.2f} wide.")
+        said.append(f"With {result['scored']} photos, the interval of MCC is {width:.2f} wide.")
     if note := calibration_note(result):
         said.append(f"{note}.")
     for key, what in (("unlabelled", "have no label"), ("unscored", "have no finite probability")):
@@ -164,16 +164,16 @@ def caveats(split: EvaluatedSplit, result: Mapping[str, Any]) -> list[str]:
 
 
 def folds_of(split: EvaluatedSplit) -> int:
-    """Number of folds that answered."""
+    """Number of folds that predicted."""
     return int(as_predictions(split.frame)["fold"].nunique())
 
 
 def threshold_text(
     split: EvaluatedSplit, labels: Labels, probabilities: Probabilities, bootstrap: int, seed: int
 ) -> str:
-    """The threshold, where it comes from, and how certain it is where it was chosen here."""
+    """The threshold, its origin, and its interval if it was chosen on this set."""
     if split.threshold_from is None:
-        return f"Threshold {split.threshold:.3f}, fixed beforehand."
+        return f"Threshold {split.threshold:.3f}, fixed in advance."
     if split.threshold_from != split.name or len(labels) == 0:
         return f"Threshold {split.threshold:.3f}, chosen on “{split.threshold_from}” for the best MCC."
     low, high = threshold_interval(labels, probabilities, bootstrap, seed)
@@ -184,7 +184,7 @@ def threshold_text(
 
 
 def axis_start(result: Mapping[str, Any]) -> float:
-    """Where the axis of the drawn intervals begins: 0, or lower for a negative MCC."""
+    """Start of the axis of the drawn intervals: 0, or lower for a negative MCC."""
     lows = [row["mcc_low"] for row in result["slices"] if not row["small"]]
     lows += [figure[key] for figure in result["metrics"].values() for key in ("low", "value")]
     lowest = min((low for low in lows if low is not None), default=0.0)
@@ -192,7 +192,7 @@ def axis_start(result: Mapping[str, Any]) -> float:
 
 
 def axis_marks(low: float) -> list[tuple[float, str]]:
-    """(position in per cent, text) of the axis' marks, from ``low`` to 1."""
+    """(position in per cent, text) of the axis marks, from ``low`` to 1."""
     count = round((1 - low) / 0.25)
     step = 0.25 if count <= 5 else 0.5
     values = [v for v in (-1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 1.0) if v >= low and v % step == 0]
@@ -200,14 +200,14 @@ def axis_marks(low: float) -> list[tuple[float, str]]:
 
 
 def percent(value: float, low: float) -> float:
-    """Position of a value on an axis from ``low`` to 1, in per cent, kept on the axis."""
+    """Position of a value on an axis from ``low`` to 1, in per cent, clamped to the axis."""
     return round(min(max(100 * (value - low) / (1 - low), 0.0), 100.0), 2)
 
 
 def bar(
     name: str, figure: tuple[float | None, float | None, float | None], axis: float, key: str = ""
 ) -> Bar:
-    """A figure (value, low, high) laid out on an axis from ``axis`` to 1."""
+    """Lay out a metric (value, low, high) on an axis from ``axis`` to 1."""
     value, low, high = figure
     dot = None if value is None else percent(value, axis)
     start = percent(low, axis) if low is not None else 0.0
@@ -217,12 +217,12 @@ def bar(
 
 
 def signed(value: float | None) -> str:
-    """A figure as text with a typographic minus sign."""
+    """Format a metric with a typographic minus sign."""
     return number(value).replace("-", "−")
 
 
 def figure_bars(result: Mapping[str, Any], axis: float) -> list[Bar]:
-    """All figures of a result, laid out."""
+    """All metrics of a result, laid out."""
     return [
         bar(FIGURES[key], (figure["value"], figure["low"], figure["high"]), axis, key)
         for key, figure in result["metrics"].items()
@@ -232,7 +232,7 @@ def figure_bars(result: Mapping[str, Any], axis: float) -> list[Bar]:
 def slice_bars(
     result: Mapping[str, Any], axis: float
 ) -> list[tuple[str, list[tuple[Mapping[str, Any], Bar]]]]:
-    """Slices grouped by property, each with its MCC laid out; not of properties that part nothing."""
+    """Slices grouped by property, each with its MCC laid out; properties with a single slice are skipped."""
     grouped = [(str(name), list(rows)) for name, rows in groupby(result["slices"], key=lambda r: r["field"])]
     return [
         (name, [(row, bar("MCC", (row["mcc"], row["mcc_low"], row["mcc_high"]), axis)) for row in rows])
@@ -242,7 +242,7 @@ def slice_bars(
 
 
 def charts_of(labels: Labels, probabilities: Probabilities, threshold: float) -> list[Chart]:
-    """Probability histogram, reliability plot, and, for two classes, ROC and precision-recall curves."""
+    """Probability histogram, reliability plot and, with both classes, ROC and precision-recall curves."""
     bins = np.linspace(0, 1, 21)
     counts = [np.histogram(probabilities[labels == k], bins)[0].tolist() for k in (1, 0)]
     curve = reliability_curve(labels, probabilities, bins=10)
@@ -261,7 +261,7 @@ def charts_of(labels: Labels, probabilities: Probabilities, threshold: float) ->
 
 
 def ranking_charts(labels: Labels, probabilities: Probabilities) -> list[Chart]:
-    """ROC and precision-recall curves; labels of both classes are needed."""
+    """ROC and precision-recall curves; needs labels of both classes."""
     from sklearn.metrics import precision_recall_curve, roc_curve
 
     false_rate, true_rate, _ = roc_curve(labels, probabilities)
@@ -294,7 +294,7 @@ def ranking_charts(labels: Labels, probabilities: Probabilities) -> list[Chart]:
 
 
 def map_of(frame: "pd.DataFrame", threshold: float, name: str) -> ErrorMap | None:
-    """Right and wrong answers on the map; None where no photo has coordinates."""
+    """Map of right and wrong predictions; None if no photo has coordinates."""
     labels, probabilities = labels_and_probabilities(frame)
     places = list(zip(frame["latitude"].tolist(), frame["longitude"].tolist(), strict=True))
     if not any(math.isfinite(a) and math.isfinite(b) for a, b in places):

@@ -1,4 +1,4 @@
-"""Parts of a set of photos that share a property, to see where the detector is weak."""
+"""Slices: groups of photos that share a property, which show where the detector is weak."""
 
 import math
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ UNKNOWN = "unknown"
 """Value of a slice whose photos lack the property."""
 
 SMALL = 20
-"""Below so many photos a slice's figures say little; the report greys them."""
+"""With fewer photos, the metrics of a slice are unreliable; the report greys them out."""
 
 SIZES = (
     (0.5, "below 0.5 Mpx"),
@@ -30,7 +30,8 @@ SIZES = (
 """Upper bounds of the size slices in megapixels, and their names."""
 
 CITY_KM, NAMED_WITHIN_KM = 60.0, 150.0
-"""A cluster is called after the largest city so near its centre, else after the nearest one so near."""
+"""A cluster is named after the largest city within the first distance of its centre, else after the nearest
+within the second."""
 
 CLUSTERS = 5
 """K-means clusters of the coordinates."""
@@ -40,7 +41,7 @@ def slice_names(frame: "pd.DataFrame") -> Mapping[str, list[str]]:
     """For every property, the slice that each photo belongs to.
 
     Args:
-        frame: predictions as :func:`~roadwork_dist.evaluation.predictions.read_predictions` gives them.
+        frame: predictions as from :func:`~roadwork_dist.evaluation.predictions.read_predictions`.
 
     Returns:
         property → one name per row; the properties are weather, daytime, scene, place, known metadata,
@@ -60,7 +61,7 @@ def _word(value: Any) -> str:
 
 
 def null_patterns(frame: "pd.DataFrame") -> list[str]:
-    """Which of GPS, weather, daytime and scene each photo has, for example ``"GPS, scene"``."""
+    """Which of GPS, weather, daytime and scene are known for each photo, for example ``"GPS, scene"``."""
     known = {
         "GPS": frame["latitude"].notna() & frame["longitude"].notna(),
         **{field: frame[field].notna() for field in VOCABULARIES},
@@ -82,14 +83,14 @@ def _size_name(megapixels: float) -> str:
 
 
 def gps_clusters(coordinates: NDArray[np.float64], clusters: int = CLUSTERS) -> list[str]:
-    """The cluster of each photo, called after its radius and the city nearest its centre.
+    """The cluster of each photo, named after its radius and the city near its centre.
 
     Args:
         coordinates: latitude and longitude in degrees, NaN where unknown, [N, 2].
-        clusters: most clusters; fewer where there are fewer places.
+        clusters: maximum number of clusters; fewer if there are fewer places.
 
     Returns:
-        N names, :data:`UNKNOWN` where there are no coordinates.
+        N names, :data:`UNKNOWN` for photos without coordinates.
     """
     known = np.isfinite(coordinates).all(axis=1)
     names = np.full(len(coordinates), UNKNOWN, dtype=object)
@@ -104,17 +105,17 @@ def gps_clusters(coordinates: NDArray[np.float64], clusters: int = CLUSTERS) -> 
 
 
 def _distinct(names: list[str]) -> list[str]:
-    """The names, the second and later of equal ones with a number."""
+    """The names, with a number added to the second and later of equal ones."""
     return [
         f"{name} ({names[:i].count(name) + 1})" if name in names[:i] else name for i, name in enumerate(names)
     ]
 
 
 def cluster_name(places: NDArray[np.float64], centre: NDArray[np.float64]) -> str:
-    """``within R km of CITY``, or of a latitude and longitude where no large city is near.
+    """``within R km of CITY``, or of a latitude and longitude if no large city is near.
 
-    The city is the most populous one within 60 km of the centre, else the nearest within 150 km; US
-    cities of at least 100 000 people are considered. R is rounded up to 10 km.
+    The city is the most populous one within 60 km of the centre, else the nearest within 150 km, among
+    US cities with at least 100 000 inhabitants. R is rounded up to 10 km.
 
     Args:
         places: latitude and longitude in degrees, [N, 2], N >= 1.
@@ -123,7 +124,7 @@ def cluster_name(places: NDArray[np.float64], centre: NDArray[np.float64]) -> st
     cities, positions = _cities()
     distances = haversine_km(centre[None], positions)[0]
     near = np.flatnonzero(distances <= CITY_KM)
-    best = int(near[0]) if len(near) else int(distances.argmin())  # cities come largest first
+    best = int(near[0]) if len(near) else int(distances.argmin())  # cities are sorted, largest first
     if distances[best] <= NAMED_WITHIN_KM:
         centre, name = positions[best], cities[best]
     else:

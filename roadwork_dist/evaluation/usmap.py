@@ -1,4 +1,4 @@
-"""Where on a map of the United States a coordinate lies: d3's ``geoAlbersUsa``.
+"""Projects coordinates onto a map of the United States (d3's ``geoAlbersUsa``) and draws errors on it.
 
 Three equal-area conic projections (Snyder, "Map projections: a working manual", USGS 1395, p. 98-103):
 the lower 48 states, and Alaska (at 0.35 of the scale) and Hawaii as insets below them, as
@@ -30,8 +30,8 @@ class ConicPart:
         meridian: central meridian in degrees east.
         centre: longitude relative to the meridian, and latitude, drawn at ``offset``; degrees.
         scale: size relative to the lower 48.
-        offset: where the centre lies relative to the map's centre.
-        clip: left, top, right, bottom of the part's own rectangle, relative to the map's centre.
+        offset: position of the centre relative to the map's centre.
+        clip: left, top, right, bottom of the part's rectangle, relative to the map's centre.
     """
 
     parallels: tuple[float, float]
@@ -42,7 +42,7 @@ class ConicPart:
     clip: tuple[float, float, float, float]
 
     def project(self, longitude: float, latitude: float) -> tuple[float, float] | None:
-        """Position relative to the map's centre (y down), or None outside of the rectangle."""
+        """Position relative to the map's centre (y down), or None outside the rectangle."""
         x, y = self._raw(longitude - self.meridian, latitude)
         x0, y0 = self._raw(*self.centre)
         x, y = self.offset[0] + self.scale * (x - x0), self.offset[1] - self.scale * (y - y0)
@@ -79,8 +79,8 @@ def albers_usa(
         translate: map position of the projection's centre.
 
     Returns:
-        x to the right and y down in units of the map, or None for a place outside the United States'
-        rectangle (or not finite).
+        x to the right and y down in units of the map, or None if the coordinate is outside the map or not
+        finite.
     """
     if not (math.isfinite(longitude) and math.isfinite(latitude)):
         return None
@@ -101,7 +101,7 @@ def state_paths() -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class ErrorMap:
-    """A drawing of where the detector is right and wrong, and what does not fit on it."""
+    """A map of right and wrong predictions, and the photos that are not on it."""
 
     svg: Markup
     shown: int
@@ -117,10 +117,10 @@ SHAPES = {
     "false-alarm": '<path d="M0,-9L8,6L-8,6Z"/>',
     "missed": '<path d="M0,-9L8,0L0,9L-8,0Z"/>',
 }
-"""A marker's outline differs as well as its colour."""
+"""Marker shapes; they differ as well as the colours."""
 
 MOST_RIGHT = 1500
-"""Right answers drawn at most; errors are all drawn."""
+"""Maximum number of right predictions drawn; all errors are drawn."""
 
 
 def error_map(
@@ -132,7 +132,7 @@ def error_map(
         ids: name of each photo.
         places: latitude and longitude in degrees, NaN where unknown.
         kinds: one of :data:`KINDS` for each photo.
-        title: description of the drawing.
+        title: description of the map, for screen readers.
     """
     markers: dict[str, dict[tuple[int, int], str]] = {kind: {} for kind in KINDS}
     outside, unlocated = [], 0
@@ -143,7 +143,7 @@ def error_map(
         elif point is None:
             outside.append(f"{name} ({latitude:.3f}, {longitude:.3f})")
         elif kind != "right" or len(markers[kind]) < MOST_RIGHT:
-            # photos of one kind on one px are one marker: a long page says no more
+            # photos of one kind on one px share a marker, which keeps the page small
             markers[kind].setdefault((round(point[0]), round(point[1])), name)
     drawn = "".join(
         f'<g transform="translate({x} {y})"><g class="marker {kind}">{SHAPES[kind]}'

@@ -68,7 +68,7 @@ TABLES: dict[str, tuple[Callable[[list[Row]], list[Row]], str]] = {
     "no labels": (drop("label"), "no row has a label, expected 0 or 1"),
     "wrong type": (change(2, latitude="north"), "row 2: latitude is 'north', expected degrees"),
     "label 2": (change(3, label=2), "row 3: label is '2', expected 0 (no roadwork), 1 (roadwork) or null"),
-    "duplicate id": (change(4, id="train-00000"), "row 4: id 'train-00000' is that of row 1 too"),
+    "duplicate id": (change(4, id="train-00000"), "row 4: id 'train-00000' is also the id of row 1"),
     "latitude 97": (change(1, latitude=97), "row 1: latitude is '97', expected degrees from -90 to 90"),
     "longitude 181": (
         change(1, longitude=181),
@@ -186,7 +186,7 @@ BROKEN: dict[str, tuple[bytes | None, str]] = {
     "missing": (None, "there is no such file, expected a photo"),
     "truncated": (jpeg()[:2000], "is broken"),
     "zero bytes": (b"", "the file is empty (0 bytes)"),
-    "text": (b"I am no photo\n", "is no picture"),
+    "text": (b"I am no photo\n", "is not an image"),
     "bomb": (bomb(), "has 30000x30000 px, expected at most 200,000,000 px"),
     "10 px": (jpeg(size=(10, 10)), "has 10x10 px, expected at least 64 px"),
 }

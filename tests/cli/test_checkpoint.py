@@ -135,7 +135,7 @@ def test_prune_keeps_the_newest_whole_ones_and_the_best(
     assert there(folder) == [2, 3, 4, 6]
     assert main(["checkpoint", "prune", str(folder)]) == 0
     out = capsys.readouterr().out
-    assert "step-00000006: damaged, left for you to look at" in out
+    assert "step-00000006: damaged, not deleted: inspect it" in out
     assert "step-00000002: deleted" in out
     assert there(folder) == [3, 4, 6]  # 4 is the newest whole one, 3 the best
     assert main(["checkpoint", "prune", str(folder), "--keep", "0"]) == 2

@@ -66,7 +66,7 @@ def test_features_are_computed_beforehand_and_found_by_training(
     told = capsys.readouterr().out
     assert "efficientnet_lite0 (" in told
     assert "augmented (" in told
-    assert "as they are" in told
+    assert "not augmented" in told
     assert "(8 photos)" in told
     assert "2 kinds of features" in told
 
@@ -99,7 +99,7 @@ def test_settings_that_keep_nothing_are_refused(
     assert main(["features", "prun"]) == 2
     assert "did you mean 'features prune'" in capsys.readouterr().err
     assert main(["features", "list", "--dir=nowhere"]) == 2
-    assert "nowhere is no folder, expected a feature store" in capsys.readouterr().err
+    assert "nowhere is not a folder, expected a feature store" in capsys.readouterr().err
 
 
 def test_list_tells_what_is_kept(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -182,7 +182,7 @@ def test_prune_spares_what_a_living_process_writes(store: Path, capsys: pytest.C
         for words in ([], [folder.name]):
             assert main(["features", "prune", f"--dir={store}", *words, "--yes"]) == 0
             assert f"{folder}" in (told := capsys.readouterr().out)
-            assert "stays: is used by a living process" in told
+            assert "stays: is used by a running process" in told
         assert leftover.exists()
         assert main(["features", "list", f"--dir={store}"]) == 0
         assert "in use" in capsys.readouterr().out

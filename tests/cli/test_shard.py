@@ -90,7 +90,7 @@ def test_similarities_are_of_each_view() -> None:
         (["--sise", "1GB"], "unknown option --sise: did you mean --size;"),
         (["--compakt"], "did you mean --compact;"),
         (["--data.trian", "x"], "did you mean 'data.train'?"),
-        (["--size", "much"], "'much' is no size such as 1GB"),
+        (["--size", "much"], "'much' is not a size such as 1GB"),
         (["--size", "1KB"], "the size of a shard is 1000 bytes, expected at least 10240"),
         (["--name", "a/b"], "the name of shards is 'a/b'"),
         (["--compact", "--quality", "101", "--sample", "0", "--views.size", "64"], "expected 1 to 100"),
@@ -135,7 +135,7 @@ def test_data_check_tells_what_is_wrong_per_shard(
     os.truncate(out / "shard-000001.tar", 20_000)
     assert main(["data", "check", str(out)]) == 2
     told = capsys.readouterr()
-    assert f"  {out}/shard-000001.tar: has 20,000 bytes, expected {size:,}; is no whole tar" in told.out
+    assert f"  {out}/shard-000001.tar: has 20,000 bytes, expected {size:,}; is not a complete tar" in told.out
     assert f"error: {out}: 1 tar is not what shards.json and the index tell" in told.err
     assert "photos" in told.err
     assert "are unreadable, expected at most 1.0%" in told.err

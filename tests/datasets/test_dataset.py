@@ -193,13 +193,13 @@ def test_the_geometry_of_a_reduced_decode_is_that_of_the_photo(tmp_path: Path) -
 def test_an_unreadable_photo_is_named(tmp_path: Path, manifest: Manifest) -> None:
     (tmp_path / "2.jpg").write_bytes(b"not a photo")
     dataset = RoadworkDataset(manifest, views=PhotoViews(GEOMETRY))
-    with pytest.raises(DataError, match=r"2\.jpg: is no picture"):
+    with pytest.raises(DataError, match=r"2\.jpg: is not an image"):
         dataset[2]
     store = FeatureStore(tmp_path / "f", FeatureSpace(GEOMETRY.identity(), None, "tiny", "fp32"))
     cached = RoadworkDataset(manifest, views=PhotoViews(GEOMETRY), store=store, hashes=["a", None, "c", "d"])
     with pytest.raises(DataError, match=r"1\.jpg: could not be read when features were computed"):
         cached[1]
-    with pytest.raises(DataError, match=r"sample 'a': its stored features .* are absent"):
+    with pytest.raises(DataError, match=r"sample 'a': its stored features .* are missing"):
         cached[0]
 
 
@@ -273,8 +273,8 @@ def test_what_a_store_that_may_only_be_read_lacks_is_not_kept(
         assert not list(root.rglob("*.safetensors"))
     root = tmp_path / "writable"
     assert missing == {name: write() for name, write in writes.items()}
-    (told,) = (record.message for record in caplog.records if "may only be read" in record.message)
-    assert told.startswith(f"{tmp_path / 'disk'} may only be read (Read-only file system): hashes of photos")
+    (told,) = (record.message for record in caplog.records if "is read-only" in record.message)
+    assert told.startswith(f"{tmp_path / 'disk'} is read-only (Read-only file system): hashes of photos")
 
 
 def stored(

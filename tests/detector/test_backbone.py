@@ -165,7 +165,7 @@ def test_a_timm_folder_gives_the_pooled_feature(timm_folder):
 def test_a_vision_transformer_of_timm_gives_the_normed_class_token_at_any_size():
     from roadwork_dist.detector.backbone.timm_backbone import build_timm, wrap_timm
 
-    backbone = wrap_timm("tiny", build_timm("test_vit")).settle(BackboneConfig(dtype="fp32"), CPU)
+    backbone = wrap_timm("tiny", build_timm("test_vit")).apply_config(BackboneConfig(dtype="fp32"), CPU)
     assert backbone.patch == 16
     assert backbone.view_size() == 512
     features = backbone(views(2, 96))
@@ -438,7 +438,7 @@ def test_missing_weights_are_not_drawn_at_random(dinov3_folder, tmp_path):
         ("dinov2_large", ["hub cannot be reached", "hf download facebook/dinov2-large"]),
         ("convnextv2_base", ["hf download timm/convnextv2_base.fcmae_ft_in22k_in1k", "backbone.name"]),
         ("timm:resnet18.a1_in1k", ["hf download timm/resnet18.a1_in1k"]),
-        ("somebody/something", ["no folder here", "hf download somebody/something"]),
+        ("somebody/something", ["is not a local folder", "hf download somebody/something"]),
     ],
 )
 def test_without_network_the_error_says_what_to_do(name, words):
@@ -461,7 +461,7 @@ def test_offline_mode_asks_nobody(monkeypatch):
     ("error", "words"),
     [
         ("GatedRepoError", ["is gated", "accept the licence at https://huggingface.co/owner/name"]),
-        ("RepositoryNotFoundError", ["no repository of the hub", "data.text_encoder"]),
+        ("RepositoryNotFoundError", ["is not a repository on the hub", "data.text_encoder"]),
     ],
 )
 def test_refusals_of_the_hub_are_told_apart(monkeypatch, error, words):
@@ -574,7 +574,7 @@ def test_flash_that_cannot_be_had_is_an_error(dinov3_folder):
 
 
 def test_flash_is_refused_for_a_network_that_it_cannot_be_chosen_for():
-    with pytest.raises(ConfigError, match=r"'flash', but efficientnet_lite0 is no network of transformers"):
+    with pytest.raises(ConfigError, match=r"'flash', but efficientnet_lite0 is not a transformers network"):
         load("efficientnet_lite0", attention="flash")
 
 

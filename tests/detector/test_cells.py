@@ -22,7 +22,7 @@ def packaged() -> Backbone:
 
 
 def of_timm(name: str) -> Backbone:
-    return wrap_timm(name, build_timm(name)).settle(BackboneConfig(dtype="fp32"), CPU)
+    return wrap_timm(name, build_timm(name)).apply_config(BackboneConfig(dtype="fp32"), CPU)
 
 
 def of_transformers(kind: str) -> Backbone:
@@ -38,7 +38,7 @@ def of_transformers(kind: str) -> Backbone:
         "convnext": lambda: t.ConvNextConfig(hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1]),
     }
     net = t.AutoModel.from_config(configs[kind]())
-    return wrap_transformers(kind, net).settle(BackboneConfig(dtype="fp32"), CPU)
+    return wrap_transformers(kind, net).apply_config(BackboneConfig(dtype="fp32"), CPU)
 
 
 @pytest.mark.parametrize(

@@ -73,5 +73,5 @@ def test_forward_and_backward_are_what_the_counter_sees() -> None:
 def test_a_backbone_knows_what_its_training_costs(trainable: str, factor: float) -> None:
     backbone = meta("dinov3_vits16", torch.float32)
     config = BackboneConfig(trainable=trainable, last_n=3, dtype="fp32")  # type: ignore[arg-type]
-    backbone.settle(config, torch.device("meta"))
+    backbone.apply_config(config, torch.device("meta"))
     assert backbone.training_operations(64) == pytest.approx(factor * backbone.forward_operations(64))

@@ -244,7 +244,7 @@ def test_fewer_operations_are_counted() -> None:
 
 @pytest.mark.parametrize("name", ["convnextv2_base", "efficientnet_lite0"])
 def test_networks_without_such_blocks_refuse(name: str) -> None:
-    with pytest.raises(ConfigError, match=f"token_merging is 0.5, but {name} is no vision transformer"):
+    with pytest.raises(ConfigError, match=f"token_merging is 0.5, but {name} is not a vision transformer"):
         build_random(name, device=torch.device("meta"), token_merging=0.5)
 
 
@@ -258,7 +258,7 @@ def test_other_networks_of_transformers_and_flash_attention_refuse(tmp_path: Pat
         "num_attention_heads": 2,
     }
     ViTModel(ViTConfig(**tiny, image_size=64)).save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="is no DINOv2 or DINOv3 of transformers: set it to 0"):
+    with pytest.raises(ConfigError, match="is not a DINOv2 or DINOv3 of transformers: set it to 0"):
         load(tmp_path, 0.5)
     with pytest.raises(ConfigError, match=r"set backbone\.attention to auto or sdpa"):
         BackboneConfig(attention="flash", token_merging=0.5)
@@ -273,7 +273,7 @@ def test_cells_of_merged_tokens_stand_where_their_patches_were() -> None:
         net.embeddings.position_embeddings.zero_()
     from roadwork_dist.detector.backbone.transformers_backbone import wrap_transformers
 
-    backbone = wrap_transformers("tiny", net).settle(BackboneConfig(dtype="fp32"), CPU)
+    backbone = wrap_transformers("tiny", net).apply_config(BackboneConfig(dtype="fp32"), CPU)
     pixels = torch.zeros(2, 3, 84, 84, dtype=torch.uint8)
     pixels[:, :, :42, 42:], pixels[:, :, 42:, :42], pixels[1, :, 42:, 42:] = 80, 160, 240
     features, cells = backbone.forward_cells(pixels)

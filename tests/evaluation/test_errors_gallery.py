@@ -80,7 +80,7 @@ def test_a_photo_that_cannot_be_read_is_said() -> None:
     card = error_cards(synthetic_predictions(1), broken)[0]
     assert card.views == ()
     assert card.problem == "The photo cannot be read: val/00000.jpg is truncated"
-    assert "not at hand" in error_cards(synthetic_predictions(1), None)[0].problem
+    assert "not available" in error_cards(synthetic_predictions(1), None)[0].problem
 
 
 def test_view_names_follow_the_grid() -> None:

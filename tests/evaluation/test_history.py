@@ -27,7 +27,7 @@ def test_a_cut_last_line_is_left_out_but_not_one_before(tmp_path: Path) -> None:
     path.write_text('{"kind": "train", "step": 1}\n{"kind": "tr')
     assert read_history(path) == [{"kind": "train", "step": 1}]
     path.write_text('{"kind": "tr\n{"kind": "train", "step": 1}\n')
-    with pytest.raises(DataError, match=r"m\.jsonl, line 1 is no JSON"):
+    with pytest.raises(DataError, match=r"m\.jsonl, line 1 is not JSON"):
         read_history(path)
     path.write_text("3\n")
     with pytest.raises(DataError, match="line 1 is 3, expected a JSON object"):

@@ -172,14 +172,14 @@ def test_optimism_and_honesty_are_said() -> None:
     assert "optimistic" not in honest.text
     assert "chosen on “val”" in honest.text
     fixed, _ = page_of(split_of(frame, threshold_from=None))
-    assert "fixed beforehand" in fixed.text
+    assert "fixed in advance" in fixed.text
 
 
 def test_the_width_of_the_interval_is_said() -> None:
     frame = synthetic_predictions(25, skill=1.2)
     mcc = evaluate_predictions(frame, threshold=0.5, bootstrap=100)["metrics"]["mcc"]
     page, _ = page_of(split_of(frame))
-    assert f"25 photos leave an interval of MCC that is {mcc['high'] - mcc['low']:.2f} wide" in page.text
+    assert f"With 25 photos, the interval of MCC is {mcc['high'] - mcc['low']:.2f} wide" in page.text
 
 
 def test_real_data_is_not_called_synthetic() -> None:
@@ -292,7 +292,7 @@ def test_a_property_that_parts_nothing_has_no_table() -> None:
     assert "<caption>scene</caption>" in source
     assert "<caption>weather</caption>" not in source
     alone, _ = page_of(split_of(synthetic_predictions(1)))
-    assert "No property is known that would part these photos" in alone.text
+    assert "No known property divides these photos" in alone.text
 
 
 def test_a_cross_validation_says_what_held_out_means(run_dir: Path) -> None:
@@ -305,9 +305,9 @@ def test_a_cross_validation_says_what_held_out_means(run_dir: Path) -> None:
         (run_dir / f"fold-{fold}" / "metrics.jsonl").write_bytes(history.read_bytes())
     page = Page(source := report_from_run(run_dir).read_text(encoding="utf-8"))
     assert "MCC out of fold (every photo held out once)" in page.text
-    assert "answered by a model that was trained without it (4 folds)" in page.text
+    assert "predicted by a model that was trained without it (4 folds)" in page.text
     assert "No weight, checkpoint or threshold was chosen" not in page.text
-    assert "Threshold 0.500, fixed beforehand." in page.text
+    assert "Threshold 0.500, fixed in advance." in page.text
     assert "Loss of each fold" in page.text
     assert "<caption>fold</caption>" in source
     assert all(f"fold {fold} 10 " in page.text for fold in range(4))
@@ -333,13 +333,13 @@ def test_a_perfect_score_does_not_look_certain() -> None:
 def test_nothing_at_all_makes_a_page() -> None:
     page, _ = page_of()
     assert "No set of photos was evaluated." in page.text
-    assert "The configuration was not kept." in page.text
+    assert "The configuration is not available." in page.text
 
 
 def test_photos_not_at_hand_are_said_and_listed() -> None:
     frame = synthetic_predictions(60, skill=0.3)
     page, _ = page_of(split_of(frame), views_of=None)
-    assert page.text.count("The photos are not at hand") == 10
+    assert page.text.count("The photos are not available") == 10
     assert not [tag for tag, _ in page.tags if tag == "img"]
 
 
@@ -383,13 +383,13 @@ def test_report_of_a_folder_with_predictions_alone(run_dir: Path) -> None:
     (run_dir / "config.yaml").unlink()
     page = Page(report_from_run(run_dir, synthetic=False, threshold=0.3).read_text(encoding="utf-8"))
     assert "Synthetic" not in page.text
-    assert "Threshold 0.300, fixed beforehand." in page.text
+    assert "Threshold 0.300, fixed in advance." in page.text
 
 
 def test_a_folder_without_predictions_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"predictions\.parquet is not there"):
+    with pytest.raises(DataError, match=r"predictions\.parquet does not exist"):
         report_from_run(tmp_path)
-    with pytest.raises(DataError, match="is no folder"):
+    with pytest.raises(DataError, match="is not a folder"):
         report_from_run(tmp_path / "absent")
 
 

@@ -79,7 +79,7 @@ def test_a_row_without_a_required_column_is_refused(name: str, tmp_path: Path) -
         ({"label": 2}, "label 2, expected 0, 1 or null"),
         ({"wether": "sunny"}, "unknown columns wether"),
         ({"probability": "high"}, "p.parquet"),
-        ({"id": None}, r"prediction 0 \(id None\).* expected texts as id and split"),
+        ({"id": None}, r"prediction 0 \(id None\).* expected id and split as strings"),
     ],
 )
 def test_wrong_rows_are_refused(change: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_a_file_without_a_column_names_it(tmp_path: Path) -> None:
 
 
 def test_an_absent_and_a_broken_file_are_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="is not there"):
+    with pytest.raises(DataError, match="does not exist"):
         read_predictions(tmp_path / "p.parquet")
     (tmp_path / "p.parquet").write_text("no parquet")
     with pytest.raises(DataError, match="cannot be read as Parquet"):

@@ -58,7 +58,7 @@ def test_select_views_keeps_a_selector_beside_the_weights(
     assert main(["distil", str(run / "best")]) == 0  # the command's word before version 0.2
     printed, told = capsys.readouterr()
     assert "distil is now called select-views" in told
-    assert "training photos; " in printed
+    assert " photos, with early stopping on " in printed
     assert printed.rstrip().endswith(f"selector: {run / 'best' / 'selector.safetensors'}")
     # Again from the same features and weights, it is the same selector.
     assert (run / "best" / "selector.safetensors").read_bytes() == before
@@ -107,7 +107,7 @@ def test_what_is_missing_is_told(photos: Path, tmp_path: Path, capsys: pytest.Ca
     folder = untrained_run(photos, tmp_path / "fresh", gates=False)
     assert main(["evaluate", str(folder), "--views.select", "4"]) == 2
     told = capsys.readouterr().err
-    assert f"views.select needs it: `roadwork-dist select-views {folder}` writes it" in told
+    assert f"views.select needs it: run `roadwork-dist select-views {folder}`" in told
     assert main(["select-views", str(folder)]) == 2
     assert "gates do not differ between crops" in capsys.readouterr().err
     assert main(["predict", "--model", str(folder), "--output", "p.csv", "--views.select", "0", "x"]) == 2

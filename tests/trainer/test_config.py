@@ -92,7 +92,7 @@ def test_a_value_out_of_its_range_is_told(kind: Any, name: str, value: Any, told
 @pytest.mark.parametrize("trainable", ["last_n", "all"])
 def test_a_learning_backbone_needs_online_features(trainable: Any) -> None:
     backbone = BackboneConfig(trainable=trainable)
-    with pytest.raises(ConfigError, match=r"features of a backbone that learns go stale; set features\.mode"):
+    with pytest.raises(ConfigError, match=r"features of a backbone in training go stale; set features\.mode"):
         ExperimentConfig(backbone=backbone, features=FeaturesConfig(mode="cached"))
     for mode in ("online", "auto"):
         assert not ExperimentConfig(backbone=backbone, features=FeaturesConfig(mode=mode)).keeps_features

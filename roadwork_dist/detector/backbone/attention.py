@@ -1,4 +1,4 @@
-"""Which attention kernel transformers backbones use: flash where it is installed, else SDPA."""
+"""Selects the attention kernel of transformers backbones: FlashAttention if installed, else SDPA."""
 
 import logging
 from functools import cache
@@ -19,28 +19,27 @@ FLASH = {
     "flash_attention_3": ("flash_attn_interface", (9, 0)),
     "flash_attention_2": ("flash_attn", (8, 0)),
 }
-"""FlashAttention, newest first: its name in transformers, its module, the least compute capability it has
-kernels for. Version 3 is for Hopper alone (arXiv 2407.08608); version 4 for Hopper and Blackwell."""
+"""FlashAttention versions, newest first: name in transformers → module, and lowest compute capability with
+kernels. Version 3 supports only Hopper (arXiv 2407.08608), version 4 Hopper and Blackwell."""
 
 
 def attention_in_use(
     attention: Attention = "auto", *, device: torch.device | None = None, dtype: str = "bf16"
 ) -> str:
-    """Name that transformers gives to the attention a backbone would use on this machine.
+    """The transformers name of the attention that a backbone would use on this machine.
 
-    ``auto`` is the newest FlashAttention (4, 3, 2) that is installed and has kernels for the GPU, where the
-    arithmetic is bf16; else torch's scaled dot product attention, which chooses among its own fused
-    kernels.
+    With bf16, ``auto`` is the newest installed FlashAttention (4, 3, 2) that has kernels for the GPU.
+    Otherwise it is torch's scaled dot product attention, which chooses among its own fused kernels.
 
     Raises:
-        ConfigError: flash attention is asked for and cannot be used; the message says why.
+        ConfigError: flash attention is requested but cannot be used; the message says why.
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     versions = usable_versions(device)
     obstacles = []
     if not versions:
         obstacles.append(
-            "no FlashAttention for it is installed (`pip install flash-attn`; version 3 from its sources)"
+            "no FlashAttention for this device is installed (`pip install flash-attn`; version 3 from source)"
         )
     if device.type != "cuda":
         obstacles.append(f"the device is {device.type}, not a GPU")
@@ -48,13 +47,13 @@ def attention_in_use(
         obstacles.append(f"backbone.dtype is {dtype}, not bf16")
     if attention == "flash" and obstacles:
         raise ConfigError(
-            f"backbone.attention is 'flash', but {' and '.join(obstacles)}: mend that, or set it to auto"
+            f"backbone.attention is 'flash', but {' and '.join(obstacles)}: fix that, or set it to auto"
         )
     return SDPA if attention == "sdpa" or obstacles else versions[0]
 
 
 def usable_versions(device: torch.device) -> list[str]:
-    """FlashAttention that is installed and has kernels for a GPU, newest first."""
+    """Installed FlashAttention versions that have kernels for a GPU, newest first; on another device, all."""
     if device.type != "cuda":
         return [name for name, (module, _) in FLASH.items() if _is_installed(module)]
     capability = torch.cuda.get_device_capability(device)
@@ -70,15 +69,15 @@ def usable_versions(device: torch.device) -> list[str]:
 def _is_installed(module: str) -> bool:
     try:
         return find_spec(module) is not None
-    except ImportError:  # of a module whose package is not there, or was built for another torch
+    except ImportError:  # the parent package is missing, or was built for another torch
         return False
 
 
 def choose_attention(network: nn.Module, attention: Attention, device: torch.device, dtype: str) -> str:
-    """Set the attention of a transformers network and log once which it is.
+    """Set the attention of a transformers network and log the choice once.
 
     Raises:
-        ConfigError: flash attention is asked for and cannot be used, here or by this network.
+        ConfigError: flash attention is requested but cannot be used on this machine or by this network.
     """
     net: Any = network
     chosen = attention_in_use(attention, device=device, dtype=dtype)
@@ -95,7 +94,7 @@ def choose_attention(network: nn.Module, attention: Attention, device: torch.dev
 
 
 def _set_first(net: Any, versions: list[str]) -> list[str]:
-    """Set the first version that a network bears; what went wrong where it bears none."""
+    """Set the first version that the network accepts; returns the errors if it accepts none."""
     errors = []
     for version in versions:
         try:

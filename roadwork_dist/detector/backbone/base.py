@@ -1,4 +1,4 @@
-"""What every backbone has in common: views of uint8 in, one vector a view out.
+"""Base class of backbones: uint8 views in, one feature vector per view out.
 
 N views (B·V flattened) · S side of a view in px · D width of the backbone
 """
@@ -18,7 +18,7 @@ from roadwork_dist.config.experiment import BackboneConfig
 from roadwork_dist.detector.backbone.flops import count_operations, training_operations
 
 LARGEST_VIEW = 518
-"""``auto`` takes the largest multiple of the patch that is not above this many px."""
+"""``auto`` is the largest multiple of the patch size up to this many px."""
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -28,38 +28,38 @@ Triple = tuple[float, float, float]
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneInfo:
-    """What the rest of the package has to know about a backbone."""
+    """Properties of a backbone that the rest of the package needs."""
 
     name: str
-    """Name it was asked for by."""
+    """Name it was requested by."""
     width: int
     """D, width of a feature."""
     patch: int | None
-    """Side of a patch in px; null for networks without patches (any size is taken)."""
+    """Side of a patch in px; None for networks without patches (any size is accepted)."""
     native_size: int
-    """Side in px that the weights were trained at; what ``auto`` means without patches."""
+    """Side in px that the weights were trained at; the ``auto`` size of networks without patches."""
     mean: Triple
     """Mean per RGB channel, of values in [0, 1]."""
     std: Triple
     """Standard deviation per RGB channel."""
     identity: str
-    """SHA-256 of architecture and weights, taken before any cast."""
+    """SHA-256 of architecture and weights, before any cast."""
     fixed_size: bool = False
-    """True if the network takes views of ``native_size`` only."""
+    """True if the network accepts only views of ``native_size``."""
 
 
 class Backbone(nn.Module, ABC):
     """A vision foundation model that turns a view into a vector.
 
-    Frozen (``trainable: none``): always in eval mode, whatever ``train()`` is called with; no
-    gradient; weights in the arithmetic of the configuration; autocast around it has no effect, so
-    that features are the same wherever they are computed.
+    Frozen (``trainable: none``): always in eval mode, even after ``train()``; no gradient; weights in
+    the configured dtype. Autocast is disabled inside, so features are the same wherever they are
+    computed.
 
-    Learning (``last_n``, ``all``): master weights in float32 (autocast is the trainer's); parts
-    that do not learn stay in eval mode. Two things stay in eval mode even inside parts that learn:
-    batch normalisation (its statistics would depend on how a batch is split over processes) and
-    rotary position embeddings (DINOv3 rescales them at random in train mode, one draw for a whole
-    batch; scale is already augmented, per view and reproducibly, before the backbone).
+    Trainable (``last_n``, ``all``): master weights in float32 (the trainer applies autocast); frozen
+    parts stay in eval mode. Two things stay in eval mode even inside trainable parts: batch
+    normalisation (its statistics would depend on how a batch is split over processes) and rotary
+    position embeddings (DINOv3 rescales them at random in train mode, with one draw per batch; scale
+    is already augmented before the backbone, per view and reproducibly).
     """
 
     _mean: Tensor  # [1, 3, 1, 1]
@@ -76,7 +76,7 @@ class Backbone(nn.Module, ABC):
 
     @property
     def name(self) -> str:
-        """Name it was asked for by."""
+        """Name it was requested by."""
         return self.info.name
 
     @property
@@ -107,11 +107,11 @@ class Backbone(nn.Module, ABC):
     def view_size(self, size: int | Literal["auto"] = "auto") -> int:
         """Side S of a view in px.
 
-        ``auto`` is the largest multiple of the patch that is <= 518, or what the weights were
+        ``auto`` is the largest multiple of the patch size <= 518, or the size that the weights were
         trained at for networks without patches.
 
         Raises:
-            ConfigError: the network cannot take views of this size without losing pixels.
+            ConfigError: the network does not accept this size, or would lose pixels at it.
         """
         if size == "auto":
             return LARGEST_VIEW // self.patch * self.patch if self.patch else self.info.native_size
@@ -128,16 +128,16 @@ class Backbone(nn.Module, ABC):
         return size
 
     def forward(self, views: Tensor) -> Tensor:
-        """Features of views.
+        """Compute features of views.
 
         Args:
             views: [N, 3, S, S] uint8, RGB, on any device.
 
         Returns:
-            [N, D] float32, also where the arithmetic is bf16.
+            [N, D] float32, also if the backbone computes in bf16.
 
         Raises:
-            TypeError: ``views`` are not uint8 (normalised already?).
+            TypeError: ``views`` are not uint8 (probably already normalised).
         """
         if not self.frozen:
             return self._extract(self._images(views)).float()
@@ -146,29 +146,31 @@ class Backbone(nn.Module, ABC):
 
     @torch.no_grad()
     def forward_cells(self, views: Tensor) -> tuple[Tensor, Tensor]:
-        """Features of views and, from the same pass, what the network sees where. No gradient.
+        """Compute features of views and, in the same pass, the spatial feature map. No gradient.
 
         Args:
-            views: as :meth:`forward` takes them.
+            views: as for :meth:`forward`.
 
         Returns:
-            [N, D] float32, as :meth:`forward` gives them, and cells [N, G, G, C], rows of the view from top
-            to bottom: patch tokens, or the last map of a convolutional network.
+            Features [N, D] float32, as from :meth:`forward`, and cells [N, G, G, C], rows from top to
+            bottom: patch tokens, or the last map of a convolutional network.
 
         Raises:
             BackboneError: the network has no square map.
         """
-        whole = nullcontext() if not self.frozen else torch.autocast(self._mean.device.type, enabled=False)
-        with whole:
+        precision = (
+            nullcontext() if not self.frozen else torch.autocast(self._mean.device.type, enabled=False)
+        )
+        with precision:
             features, cells = self._extract_cells(self._images(views))
         return features.float(), cells
 
     def train(self, mode: bool = True) -> "Backbone":
-        """Set the mode of the parts that learn; everything else stays in eval mode."""
+        """Set the mode of the trainable parts; everything else stays in eval mode."""
         super().train(False)
         self.training = mode
         if mode and not self.frozen:
-            _train_learning_parts(self.network)
+            _train_trainable_parts(self.network)
         return self
 
     def forward_operations(self, size: int) -> int:
@@ -187,21 +189,24 @@ class Backbone(nn.Module, ABC):
             )
 
     def training_operations(self, size: int) -> float:
-        """Those of forward and backward pass of one training view, as far as the network learns."""
+        """Floating-point operations of the forward and backward pass of one training view.
+
+        The backward pass counts from the first trainable block.
+        """
         learning = {n for n, p in self.network.named_parameters() if p.requires_grad}
         blocks = self._blocks() if learning else []
         first = next((i for i, block in enumerate(blocks) if learning & set(block)), len(blocks))
         share = (len(blocks) - first) / len(blocks) if blocks else 0.0
         return training_operations(self.forward_operations(size), share)
 
-    def settle(self, config: BackboneConfig, device: torch.device) -> "Backbone":
-        """Freeze or unfreeze, cast and move, as configured.
+    def apply_config(self, config: BackboneConfig, device: torch.device) -> "Backbone":
+        """Freeze or unfreeze and cast as configured, and move to a device.
 
         Raises:
-            ConfigError: ``backbone.last_n`` is more than the network has blocks.
+            ConfigError: ``backbone.last_n`` exceeds the number of blocks.
         """
         self.frozen = config.trainable == "none"
-        names = self._learning_names(config)
+        names = self._trainable_names(config)
         for name, parameter in self.network.named_parameters():
             parameter.requires_grad_(name in names)
         if self.frozen and config.dtype == "bf16":
@@ -213,15 +218,15 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def _extract(self, images: Tensor) -> Tensor:
-        """[N, 3, S, S] normalised images to [N, D]: normalised CLS token or pooled feature."""
+        """Normalised images [N, 3, S, S] → [N, D]: normalised CLS token or pooled feature."""
 
     @abstractmethod
     def _extract_cells(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """As ``_extract``, and cells [N, G, G, C]; see :meth:`forward_cells`."""
+        """Like ``_extract``, plus cells [N, G, G, C]; see :meth:`forward_cells`."""
 
     @abstractmethod
     def _blocks(self) -> list[list[str]]:
-        """Parameter names of each block, in order of depth; what follows a block counts with it."""
+        """Parameter names of each block, in order of depth; the last includes the layers after it."""
 
     @abstractmethod
     def _checkpoint_gradients(self) -> None:
@@ -234,7 +239,7 @@ class Backbone(nn.Module, ABC):
         images = (images / 255 - self._mean) / self._std
         return images.to(self.dtype)
 
-    def _learning_names(self, config: BackboneConfig) -> set[str]:
+    def _trainable_names(self, config: BackboneConfig) -> set[str]:
         if config.trainable == "none":
             return set()
         if config.trainable == "all":
@@ -248,7 +253,7 @@ class Backbone(nn.Module, ABC):
         return {name for block in blocks[-config.last_n :] for name in block if _is_used(name)}
 
     def _cast(self, dtype: torch.dtype) -> None:
-        """Cast the weights, except what bf16 would spoil: batch statistics and rotary frequencies."""
+        """Cast the weights, except batch statistics and rotary frequencies, which need more precision."""
         for module in self.network.modules():
             if isinstance(module, _BatchNorm) or _is_rotary(module):
                 continue
@@ -261,9 +266,10 @@ class Backbone(nn.Module, ABC):
 
 
 class _Extract(nn.Module):
-    """A network's :meth:`Backbone._extract` as a forward pass.
+    """:meth:`Backbone._extract` as the forward pass of a module.
 
-    Behind the normalisation, which autocast keeps off the meta device.
+    It starts after the normalisation, because :meth:`Backbone.forward` uses autocast, which the meta
+    device does not support.
     """
 
     def __init__(self, backbone: Backbone) -> None:
@@ -278,13 +284,13 @@ def square_cells(tokens: Tensor, name: str) -> Tensor:
     """Patch tokens [N, P, C], row by row, as [N, G, G, C].
 
     Raises:
-        BackboneError: P is no square.
+        BackboneError: P is not a square number.
     """
     side = round(tokens.shape[1] ** 0.5)
     if side * side != tokens.shape[1]:
         raise BackboneError(
-            f"{name} has {tokens.shape[1]} patch tokens, which are no square grid, so views.select cannot "
-            "tell what it sees where: choose another backbone, or set views.select to null"
+            f"{name} has {tokens.shape[1]} patch tokens, expected a square grid, from which views.select "
+            "scores crops: choose another backbone, or set views.select to null"
         )
     return tokens.unflatten(1, (side, side))  # type: ignore[no-any-return, no-untyped-call]
 
@@ -294,7 +300,7 @@ def _channels(values: Triple) -> Tensor:
 
 
 def _is_used(name: str) -> bool:
-    # Mask tokens serve pre-training only. Without a gradient they would stop data parallel training.
+    # Mask tokens are for pre-training only. They get no gradient, which would fail data parallel training.
     return not name.endswith("mask_token")
 
 
@@ -303,12 +309,12 @@ def _is_rotary(module: nn.Module) -> bool:
     return "rope" in name or "rotary" in name
 
 
-def _train_learning_parts(module: nn.Module) -> None:
-    """Put into train mode what has a weight that learns, and the dropout that belongs to it."""
+def _train_trainable_parts(module: nn.Module) -> None:
+    """Put modules with trainable weights, and the dropout next to them, into train mode."""
     module.training = True
     for child in module.children():
         if isinstance(child, _BatchNorm) or _is_rotary(child):
             continue
         weights = list(child.parameters())
         if not weights or any(weight.requires_grad for weight in weights):
-            _train_learning_parts(child)
+            _train_trainable_parts(child)

@@ -1,4 +1,4 @@
-"""Floating-point operations of a network: counted, and worked out for vision transformers.
+"""Floating-point operations of a network: measured, and estimated in closed form for vision transformers.
 
 A multiplication and an addition are two operations. Only matrix products, convolutions and attention
 count, as in the literature on model FLOPs utilisation (PaLM, arXiv 2204.02311, appendix B).
@@ -10,9 +10,9 @@ from typing import Any
 
 
 def count_operations(function: Callable[[], Any]) -> int:
-    """Operations of the matrix products, convolutions and attention that a function runs.
+    """Count the operations of the matrix products, convolutions and attention that a function runs.
 
-    Works on tensors of the meta device, which computes nothing and needs no memory.
+    Works on meta tensors, which need neither computation nor memory.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -23,16 +23,16 @@ def count_operations(function: Callable[[], Any]) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class VisionTransformer:
-    """The sizes of a vision transformer that decide its cost.
+    """The dimensions of a vision transformer that determine its cost.
 
     Attributes:
-        width: D, of a token.
+        width: D, the width of a token.
         blocks: transformer blocks.
         hidden: width of the feed-forward part.
-        gated: the feed-forward part has a gate (SwiGLU): three matrices instead of two.
+        gated: whether the feed-forward part is gated (SwiGLU): three matrices instead of two.
         patch: side of a patch in px.
-        extra_tokens: class and register tokens.
-        parameters: all weights.
+        extra_tokens: number of class and register tokens.
+        parameters: number of all weights.
     """
 
     width: int
@@ -50,7 +50,7 @@ class VisionTransformer:
     def forward_operations(self, side: int) -> int:
         """Operations of the forward pass of one RGB view of ``side`` px.
 
-        Patch embedding, and per block: four projections of attention, scores and weighted values
+        Patch embedding, and per block: four attention projections, scores and weighted values
         (each T·T·D multiplications), and two or three matrices of the feed-forward part.
         """
         tokens, width = self.tokens(side), self.width
@@ -60,16 +60,16 @@ class VisionTransformer:
         return embedding + self.blocks * 2 * (tokens * matrices + attention)
 
     def activation_bytes(self, side: int, *, blocks: int | None = None, recomputes: bool = False) -> int:
-        """Bytes that a view keeps for the backward pass under bf16 autocast, without the weights.
+        """Bytes of activations that a view needs for the backward pass under bf16 autocast.
 
-        Counted by what autograd saves, per token and block: the inputs of the matrices, of both norms
-        (fp32), of both layer scales and of the gate's product, and queries, keys, values and weighted
-        values of attention (fused, so no scores).
+        What autograd saves per token and block: the inputs of the matrices, of both norms (fp32), of
+        both layer scales and of the gate's product, and the queries, keys, values and outputs of
+        attention (fused, so no scores).
 
         Args:
-            side: of the view in px.
-            blocks: last blocks that learn; None = all.
-            recomputes: gradient checkpointing: only the fp32 input of each block, and one block whole.
+            side: side of the view in px.
+            blocks: number of last blocks that are trained; None = all.
+            recomputes: gradient checkpointing: only the fp32 input of each block, and one whole block.
         """
         tokens, count = self.tokens(side), self.blocks if blocks is None else blocks
         wide, hidden = (32, 8) if self.gated else (30, 4)
@@ -77,15 +77,15 @@ class VisionTransformer:
         return count * 4 * tokens * self.width + block if recomputes else count * block
 
     def workspace_bytes(self, side: int) -> int:
-        """Most bytes that a view takes for a while in the forward pass of a frozen bf16 network.
+        """Peak temporary bytes per view in the forward pass of a frozen bf16 network.
 
-        The residual, the normed input, and what the feed-forward part multiplies.
+        The residual, the normalised input, and the hidden activations of the feed-forward part.
         """
         return 2 * self.tokens(side) * (2 * self.width + (3 if self.gated else 2) * self.hidden)
 
     @property
     def block_parameters(self) -> int:
-        """Weights of the matrices of a block."""
+        """Number of weights in the matrices of a block."""
         return 4 * self.width**2 + (3 if self.gated else 2) * self.width * self.hidden
 
 
@@ -96,15 +96,15 @@ VIT_H_PLUS = VisionTransformer(
 
 
 def training_operations(forward: float, learning_share: float, *, weights_learn: bool = True) -> float:
-    """Operations of forward and backward pass, without what gradient checkpointing computes again.
+    """Operations of forward and backward pass, without the recomputation of gradient checkpointing.
 
-    The backward pass of a layer costs its forward pass twice: once for the gradient of its input, once
+    The backward pass of a layer costs twice its forward pass: once for the gradient of its input, once
     for that of its weights (arXiv 2204.02311, appendix B).
 
     Args:
         forward: operations of the forward pass.
-        learning_share: share of them from the first layer that learns to the end; 0 = frozen.
-        weights_learn: the layers' own weights learn; False = only small adapters beside them do (PEFT),
-            so that the gradients of the big matrices are never computed.
+        learning_share: share of them from the first trainable layer to the end; 0 = frozen.
+        weights_learn: whether the layers' own weights are trained; False = only small adapters are
+            (PEFT), so the gradients of the large matrices are never computed.
     """
     return forward * (1 + learning_share * (2 if weights_learn else 1))

@@ -1,4 +1,4 @@
-"""From a name to a backbone: the table, timm, transformers, or a local folder."""
+"""Loading a backbone by name: from the table, timm, transformers, or a local folder."""
 
 import json
 from pathlib import Path
@@ -27,25 +27,25 @@ from roadwork_dist.detector.hub import fetch_folder, is_local, local_folder
 
 
 def load_backbone(config: BackboneConfig, *, device: torch.device | None = None) -> Backbone:
-    """A backbone with its pre-trained weights, frozen or not as configured, on a device.
+    """Load a backbone with its pre-trained weights, frozen or not as configured, onto a device.
 
-    ``config.name`` is, in this order: ``auto`` (dinov3_vith16plus on a GPU, efficientnet_lite0
-    elsewhere); a name of the table; a local folder (anything that starts with ``.``, ``/`` or
-    ``~``, or exists); ``timm:`` and timm's name; ``owner/name`` on the hub; or timm's bare name.
+    ``config.name`` is resolved in this order: ``auto`` (dinov3_vith16plus on a GPU, efficientnet_lite0
+    elsewhere); a name in the table; a local folder (starts with ``.``, ``/`` or ``~``, or exists);
+    ``timm:`` and timm's name; ``owner/name`` on the hub; timm's bare name.
 
     Args:
-        config: which, what of it learns, and in which arithmetic.
-        device: where to; null = the first GPU, or the CPU.
+        config: name, trainable part, dtype and attention.
+        device: target device; None = the first GPU, or the CPU.
 
     Raises:
         BackboneError: it cannot be loaded; the message says how to get it or which path was tried.
-        ConfigError: there is no such name, or its settings cannot be met.
+        ConfigError: the name is unknown, or the backbone does not support the settings.
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     backbone = _load(resolve_name(config.name, device))
     dtype = config.dtype if config.trainable == "none" else "fp32"
     _set_up(backbone, config.attention, config.token_merging, device, dtype)
-    return backbone.settle(config, device)
+    return backbone.apply_config(config, device)
 
 
 def _set_up(
@@ -59,18 +59,18 @@ def _set_up(
             backbone.merge_tokens(merging)
     elif merging:
         raise ConfigError(
-            f"backbone.token_merging is {merging}, but {backbone.name} is no vision transformer of "
+            f"backbone.token_merging is {merging}, but {backbone.name} is not a vision transformer of "
             "transformers (DINOv2, DINOv3): set it to 0"
         )
     elif attention == "flash":
         raise ConfigError(
-            f"backbone.attention is 'flash', but {backbone.name} is no network of transformers, and those "
-            "are the ones that it can be chosen for: set it to auto"
+            f"backbone.attention is 'flash', but {backbone.name} is not a transformers network, and only "
+            "those support it: set it to auto"
         )
 
 
 def resolve_name(name: str, device: torch.device) -> str:
-    """What ``auto`` means on a device; any other name as it is."""
+    """Resolve ``auto`` for a device; any other name is returned unchanged."""
     if name != "auto":
         return name
     return "dinov3_vith16plus" if device.type == "cuda" else "efficientnet_lite0"
@@ -84,13 +84,13 @@ def build_random(
     attention: Attention = "auto",
     token_merging: float = 0.0,
 ) -> Backbone:
-    """A backbone of the table with RANDOM weights, frozen: for benchmarks and tests, never for results.
+    """A frozen backbone from the table with RANDOM weights: for benchmarks and tests, never for results.
 
-    Needs neither network nor weights. On ``torch.device("meta")`` nothing is allocated, which is
-    how parameters are counted.
+    Needs neither network access nor weights. On ``torch.device("meta")`` nothing is allocated, which
+    is how parameters are counted.
 
     Raises:
-        ConfigError: the table has no such name, or its tokens cannot be merged.
+        ConfigError: the name is not in the table, or its tokens cannot be merged.
     """
     device = device or torch.device("cpu")
     spec = BACKBONES[name]
@@ -99,10 +99,10 @@ def build_random(
             backbone: Backbone = wrap_transformers(name, build_transformers(dict(spec.architecture)))
         else:
             backbone = wrap_timm(name, build_timm(spec.source))
-    arithmetic: str = "bf16" if dtype == torch.bfloat16 else "fp32"
-    _set_up(backbone, attention, token_merging, device, arithmetic)
-    config = BackboneConfig(name=name, dtype="bf16" if arithmetic == "bf16" else "fp32")
-    return backbone.settle(config, device)
+    dtype_name: str = "bf16" if dtype == torch.bfloat16 else "fp32"
+    _set_up(backbone, attention, token_merging, device, dtype_name)
+    config = BackboneConfig(name=name, dtype="bf16" if dtype_name == "bf16" else "fp32")
+    return backbone.apply_config(config, device)
 
 
 def _load(name: str) -> Backbone:
@@ -131,7 +131,7 @@ def _load_spec(name: str, spec: BackboneSpec) -> Backbone:
 
 
 def _load_folder(name: str, folder: Path) -> Backbone:
-    """Read from ``config.json`` which library wrote the folder."""
+    """Load a folder with the library that wrote it, according to its ``config.json``."""
     try:
         settings = json.loads((folder / "config.json").read_text())
     except ValueError as error:

@@ -1,7 +1,7 @@
-"""The table of backbones: where the weights are and what the network looks like.
+"""Table of known backbones: source of the weights, and architecture.
 
-The architectures of the DINO families are written out so that they can be built without the hub
-(random weights, benchmarks, parameter counts); weights from the hub bring their own ``config.json``.
+The architectures of the DINO families are given here so that they can be built without the hub
+(random weights, benchmarks, parameter counts); weights from the hub come with their own ``config.json``.
 Sources: DINOv3, arXiv 2508.10104, table 1; DINOv2, arXiv 2304.07193, table 16; the hub's model cards.
 """
 
@@ -17,15 +17,15 @@ class BackboneSpec:
     """One row of the table."""
 
     loader: Literal["transformers", "timm", "packaged"]
-    """Library that builds the network; ``packaged`` = timm with the weights of a Python package."""
+    """Library that builds the network; ``packaged`` = timm with weights from a Python package."""
     source: str
-    """Repository of the hub (transformers) or name of the architecture (timm)."""
+    """Repository on the hub (transformers) or name of the architecture (timm)."""
     width: int
     """D, width of a feature."""
     patch: int | None = None
     """Side of a patch in px."""
     gated: bool = False
-    """The hub asks to accept a licence first."""
+    """Whether the hub requires accepting a licence first."""
     architecture: Mapping[str, object] = field(default_factory=dict)
     """Keyword arguments of the transformers config class, with its ``model_type``."""
 

