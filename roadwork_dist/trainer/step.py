@@ -15,6 +15,7 @@ from roadwork_dist.trainer.engine.base import Engine
 from roadwork_dist.trainer.engine.collectives import gather_objects, sum_over_ranks
 from roadwork_dist.trainer.events.state import StepResult
 from roadwork_dist.trainer.task import Task
+from roadwork_dist.trainer.undisturbed import hold_buffers, moving_parts
 from roadwork_dist.trainer.work_clock import WorkClock
 
 
@@ -25,31 +26,6 @@ class LoadedBatch:
     batch: Any
     indices: list[int]
     is_filler: bool
-
-
-def moving_buffers(model: nn.Module) -> list[Tensor]:
-    """Buffers that forward passes in training may move (batch statistics): of modules in train mode."""
-    return [buffer for part in moving_parts(model) for buffer in part.buffers(recurse=False)]
-
-
-def moving_parts(model: nn.Module) -> list[nn.Module]:
-    """Modules in train mode that have such buffers."""
-    return [part for part in model.modules() if part.training and any(True for _ in part.buffers(False))]
-
-
-def hold_buffers(parts: Sequence[nn.Module]) -> Callable[[], None]:
-    """Copy the buffers of modules; what is returned puts the copies back."""
-    # By name: a forward pass may put another tensor in a buffer's place.
-    held = [
-        (part, name, buffer.clone()) for part in parts for name, buffer in part.named_buffers(recurse=False)
-    ]
-
-    @torch.no_grad()
-    def put_back() -> None:
-        for part, name, before in held:
-            part.get_buffer(name).copy_(before)
-
-    return put_back
 
 
 class OptimizerStep:

@@ -18,7 +18,7 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from roadwork_dist.common.errors import ConfigError
-from roadwork_dist.common.random import capture_rng, restore_rng, seed_everything
+from roadwork_dist.common.random import seed_everything
 from roadwork_dist.trainer.answers import PassInterrupted, PassResult, answer_rows, summarize
 from roadwork_dist.trainer.callbacks import keyed_state
 from roadwork_dist.trainer.config import TrainConfig
@@ -38,8 +38,9 @@ from roadwork_dist.trainer.guards.explain import explained
 from roadwork_dist.trainer.optim.optimizers import build_optimizer, check_needs
 from roadwork_dist.trainer.optim.schedules import Schedule
 from roadwork_dist.trainer.row_plan import keep_row_plan, row_plan
-from roadwork_dist.trainer.step import LoadedBatch, OptimizerStep, hold_buffers, moving_buffers, moving_parts
+from roadwork_dist.trainer.step import LoadedBatch, OptimizerStep
 from roadwork_dist.trainer.task import ClassificationTask, Task, operations_of
+from roadwork_dist.trainer.undisturbed import moving_buffers, undisturbed
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,8 @@ class Trainer:
     Started again with the same arguments it goes on where it was, to the bit.
 
     Args:
-        model: any module; parameters that require no gradient stay as they are.
+        model: any module. Parameters that require no gradient stay as they are, and so do parts in eval mode
+            (their dropout and batch statistics); one that is in eval mode as a whole is put into train mode.
         config: recipe, run folder, what to write.
         train_data: map-style data set. Its random draws are made pure functions of
             (seed, epoch, rows); see :mod:`roadwork_dist.trainer.feed.loader`.
@@ -84,6 +86,11 @@ class Trainer:
         check_map_style(train_data, "train_data")
         if val_data is not None:
             check_map_style(val_data, "val_data")
+        if (
+            not model.training
+        ):  # as Hugging Face hands models over; parts in eval mode of one that trains stay so
+            logger.info("%s was given in eval mode: all of it is put into train mode", type(model).__name__)
+            model.train()
         self.run_dir = Path(config.output_dir)
         self.state = TrainState()
         self.interrupt_requested = False
@@ -159,7 +166,6 @@ class Trainer:
         seed_everything(self.config.seed + self.accelerator.process_index)
         try:
             step = OptimizerStep(self.engine, self.task)
-            self.model.train()  # the mode says which buffers a checkpoint brings
             self._emit("on_fit_start")
             self._check_weights()
             self._emit("on_train_start")
@@ -211,7 +217,6 @@ class Trainer:
         return next(iter(offered.values()), nullcontext())
 
     def _train_epoch(self, step: OptimizerStep) -> None:
-        self.model.train()
         state = self.state
         ahead, steps = tee(self.sampler.steps(state.epoch, start=state.step_in_epoch))
         indices = (micro.indices for micro_batches in ahead for micro in micro_batches)
@@ -239,7 +244,6 @@ class Trainer:
     def _validate(self, data: MapDataset) -> None:
         # Each rank's rows have moved its own batch statistics; all validate with those that are saved.
         broadcast_tensors(moving_buffers(self.model))
-        put_buffers_back, random = hold_buffers(moving_parts(self.model)), capture_rng()
         interrupted: PassInterrupted | None = None
         with self.averaged():
             self._emit("on_validation_start")
@@ -248,12 +252,8 @@ class Trainer:
                 self._emit("on_validation_end", metrics, self._observe(metrics))
             except PassInterrupted as error:  # on all ranks
                 interrupted = error
-        self.model.train()
         if interrupted is not None:
-            # What is saved is the state after the epoch's last step, and a model may draw in eval mode too.
-            restore_rng(random)
-            put_buffers_back()
-            self._emit("on_validation_interrupted")
+            self._emit("on_validation_interrupted")  # what is saved is the state after the epoch's last step
             raise interrupted
         self.state.should_stop |= self._is_stale()  # a callback may have said so before
 
@@ -272,13 +272,13 @@ class Trainer:
     def evaluate(self, data: MapDataset) -> PassResult:
         """Loss, figures and per-row tensors of a data set by the weights as they are, in eval mode.
 
-        A collective: every rank takes a share of the rows and gets all results.
+        A collective: every rank takes a share of the rows and gets all results. Modes, buffers and random
+        states are afterwards what they were, so a callback may call it in the middle of an epoch.
         """
         return self._evaluate(data)
 
     def _evaluate(self, data: MapDataset, asked: Callable[[], bool] | None = None) -> PassResult:
         lockstep = self.engine.lockstep  # a first use of the engine looks at the model in train mode
-        self.model.eval()
         answers = answer_rows(
             lambda batch: self.task(self.engine.evaluate, batch),
             data,
@@ -290,7 +290,9 @@ class Trainer:
             lockstep=lockstep,
             asked=asked,
         )
-        return summarize(self.task, answers, self.accelerator.device)
+        with undisturbed(self.model):
+            self.model.eval()
+            return summarize(self.task, answers, self.accelerator.device)
 
     def use_micro_batches(self, batch_size: int) -> None:
         """Deal the rows of every step out in micro-batches of this size; before the engine is made.

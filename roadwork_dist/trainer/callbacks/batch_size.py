@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from roadwork_dist.common.errors import ConfigError
 from roadwork_dist.common.files import write_atomic
-from roadwork_dist.common.random import capture_rng, restore_rng
 from roadwork_dist.trainer.config import TrainConfig
 from roadwork_dist.trainer.engine.collectives import broadcast_object, sum_over_ranks
 from roadwork_dist.trainer.engine.precision import in_precision
@@ -26,6 +25,7 @@ from roadwork_dist.trainer.events.callback import Callback, Run
 from roadwork_dist.trainer.feed.dataset import MapDataset
 from roadwork_dist.trainer.feed.loader import load_batches
 from roadwork_dist.trainer.optim.optimizers import OPTIMIZERS
+from roadwork_dist.trainer.undisturbed import undisturbed
 
 logger = logging.getLogger(__name__)
 
@@ -182,22 +182,13 @@ def _reserve(model: nn.Module, config: TrainConfig, ranks: int, device: torch.de
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Run a block in train mode, then put back gradients, buffers, modes and random states."""
-    random = capture_rng()
-    modes = {module: module.training for module in model.modules()}
-    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
-    model.train()
-    try:
-        yield
-    finally:
-        model.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                buffer.copy_(buffers[name])
-        for module, mode in modes.items():
-            module.training = mode
-        restore_rng(random)
-        # Frames of an error that was caught may still hold activations.
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+    """Run a block, then put back buffers, modes and random states and drop the gradients."""
+    with undisturbed(model):
+        try:
+            yield
+        finally:
+            model.zero_grad(set_to_none=True)
+    # Frames of an error that was caught may still hold activations.
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

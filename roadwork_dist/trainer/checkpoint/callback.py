@@ -61,7 +61,6 @@ class Checkpointer(Callback):
 
     def on_setup(self, run: Run) -> None:
         """Learn who the frozen weights are and what is trained, while all is whole."""
-        run.model.train()
         self._frozen = frozen_identity(run.model)
         self._shapes = {name: tensor.shape for name, tensor in trained_tensors(run.model).items()}
 

@@ -1,0 +1,58 @@
+"""Leaving a model as it was: modes, buffers and random states around what must not change them."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from roadwork_dist.common.random import capture_rng, restore_rng
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Run a block, then put back the mode and buffers of every sub-module, and this process's random states.
+
+    Also after an error. Modes are put back one by one: a part that was in eval mode on purpose stays so.
+    """
+    random = capture_rng()
+    modes = [(module, module.training) for module in model.modules()]
+    put_buffers_back = hold_buffers(list(model.modules()))
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode  # not train(mode), which would go down to the sub-modules
+        put_buffers_back()
+        restore_rng(random)
+
+
+def moving_buffers(model: nn.Module) -> list[Tensor]:
+    """Buffers that forward passes in training may change (batch statistics): of modules in train mode."""
+    return [buffer for part in moving_parts(model) for buffer in part.buffers(recurse=False)]
+
+
+def moving_parts(model: nn.Module) -> list[nn.Module]:
+    """Modules in train mode that have such buffers."""
+    return [part for part in model.modules() if part.training and any(True for _ in part.buffers(False))]
+
+
+def hold_buffers(parts: Sequence[nn.Module]) -> Callable[[], None]:
+    """Copy the buffers of modules; what is returned puts the copies back."""
+    # By name: a forward pass may put another tensor in a buffer's place.
+    held = [
+        (part, name, buffer, buffer.clone())
+        for part in parts
+        for name, buffer in part.named_buffers(recurse=False)
+    ]
+
+    @torch.no_grad()
+    def put_back() -> None:
+        for part, name, buffer, before in held:
+            now = part.get_buffer(name)
+            if now is not buffer:
+                setattr(part, name, buffer)
+            if not torch.equal(buffer, before):  # a buffer that shares or repeats memory cannot be written
+                buffer.copy_(before)
+
+    return put_back
