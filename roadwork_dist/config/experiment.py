@@ -1,13 +1,14 @@
 """Settings of the roadwork detector: photos, views, backbone, head, loss, evaluation."""
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Literal
 
 from roadwork_dist.common.errors import ConfigError
+from roadwork_dist.common.settings import settings
 from roadwork_dist.trainer.config import TrainConfig, check
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings("data.columns")
 class ColumnsConfig:
     """Column names of a table or a Hugging Face data set; null = the data has no such column."""
 
@@ -25,7 +26,7 @@ class ColumnsConfig:
     """Photos of one group (such as a drive or an object) are never on both sides of a split."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings("data.remote")
 class RemoteConfig:
     """How photos on a server (``https://``, ``s3://``, ``gs://``, …) are downloaded."""
 
@@ -47,7 +48,7 @@ class RemoteConfig:
         check(self.timeout > 0, "data.remote.timeout", self.timeout, "seconds > 0")
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings("data")
 class DataConfig:
     """Photos for training, validation and the target.
 
@@ -97,7 +98,7 @@ auto = shards if the training photos are on a server."""
         check(self.shuffle_shards >= 1, "data.shuffle_shards", self.shuffle_shards, "an integer >= 1")
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings("views")
 class ViewsConfig:
     """How one photo becomes up to 12 square views."""
 
@@ -128,7 +129,7 @@ selector from `roadwork-dist select-views`. null = all. Training always uses all
             check(self.select >= 1, "views.select", self.select, "null or an integer >= 1")
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings("augment")
 class AugmentConfig:
     """Augmentation of training views, drawn independently for each view."""
 
@@ -157,7 +158,7 @@ every epoch, which excludes stored features."""
         check(0 <= self.mix_share <= 1, "augment.mix_share", self.mix_share, "a share")
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings("gps")
 class GpsConfig:
     """Sampling that favours training photos near the target set."""
 
@@ -178,7 +179,7 @@ class GpsConfig:
         check(0 <= self.min_share_100km <= 1, "gps.min_share_100km", self.min_share_100km, "a share")
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings("backbone")
 class BackboneConfig:
     """The vision foundation model that turns a view into a vector."""
 
@@ -210,7 +211,7 @@ transformers); faster, but changes the features. 0 = off."""
             )
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings("features")
 class FeaturesConfig:
     """Storage of the frozen backbone's features."""
 
@@ -230,7 +231,7 @@ cached if the backbone is frozen and epochs repeat their views (``augment.copies
         check(self.batch_views >= 1, "features.batch_views", self.batch_views, "an integer >= 1")
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings("model")
 class ModelConfig:
     """The trainable head."""
 
@@ -279,7 +280,7 @@ class ModelConfig:
             check(0 <= value < 1, f"model.{name}", value, "a share in [0, 1)")
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings("loss")
 class LossConfig:
     """Terms of the loss and their weights."""
 
@@ -305,7 +306,7 @@ class LossConfig:
         check(self.balance >= 0, "loss.balance", self.balance, "a number >= 0")
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings("eval")
 class EvalConfig:
     """Evaluation and the report."""
 
@@ -321,7 +322,7 @@ class EvalConfig:
         check(self.worst >= 0, "eval.worst", self.worst, "an integer >= 0")
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings()
 class ExperimentConfig(TrainConfig):
     """A whole experiment, from photos to a trained and evaluated detector and its report."""
 

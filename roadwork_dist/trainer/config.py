@@ -5,10 +5,11 @@
 what ran is what the run folder's ``config.yaml`` says.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Literal
 
 from roadwork_dist.common.errors import ConfigError
+from roadwork_dist.common.settings import settings
 
 
 def check(condition: bool, name: str, got: object, expected: str) -> None:
@@ -21,7 +22,7 @@ def check(condition: bool, name: str, got: object, expected: str) -> None:
         raise ConfigError(f"{name} is {got!r}, expected {expected}")
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings("optim")
 class OptimConfig:
     """Optimizer and gradient clipping."""
 
@@ -49,7 +50,7 @@ class OptimConfig:
         check(self.eps > 0, "optim.eps", self.eps, "a number > 0")
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings("schedule")
 class ScheduleConfig:
     """Learning rate as a function of the optimizer step."""
 
@@ -68,7 +69,7 @@ class ScheduleConfig:
         check(0 < self.decay_share <= 1, "schedule.decay_share", self.decay_share, "a share in (0, 1]")
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings("ema")
 class EmaConfig:
     """Exponential moving average of the trained weights, kept in fp32, used for validation."""
 
@@ -83,7 +84,7 @@ class EmaConfig:
         check(0 < self.decay < 1, "ema.decay", self.decay, "a number in (0, 1)")
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings("spike")
 class SpikeConfig:
     """What happens when the loss of a step rises far above those before it."""
 
@@ -99,7 +100,7 @@ class SpikeConfig:
         check(self.threshold > 0, "spike.threshold", self.threshold, "a number > 0")
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings("checkpoint")
 class CheckpointConfig:
     """When training state is saved and how much of it is kept."""
 
@@ -115,7 +116,7 @@ class CheckpointConfig:
         check(self.keep >= 1, "checkpoint.keep", self.keep, "an integer >= 1")
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings("tracking.wandb")
 class WandbConfig:
     """Weights & Biases; one run for all ranks."""
 
@@ -127,7 +128,7 @@ class WandbConfig:
     """Team or user; null = the account's own."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings("tracking")
 class TrackingConfig:
     """Where figures go besides ``metrics.jsonl``, which is always written."""
 
@@ -144,7 +145,7 @@ class TrackingConfig:
         check(self.health_every >= 0, "tracking.health_every", self.health_every, "an integer >= 0")
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings()
 class TrainConfig:
     """What the Trainer needs to train any ``nn.Module``."""
 

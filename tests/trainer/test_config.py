@@ -1,8 +1,10 @@
 """Settings are checked before anything is allocated."""
 
 from dataclasses import FrozenInstanceError, fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from roadwork_dist.common.errors import ConfigError
@@ -135,3 +137,39 @@ def test_every_config_is_a_frozen_dataclass_of_keywords() -> None:
         assert is_dataclass(kind)
         assert kind.__dataclass_params__.frozen, kind  # type: ignore[attr-defined]
         assert all(item.kw_only for item in fields(kind)), kind
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value", "told"),
+    [
+        (TrainConfig, "precision", "fp16", "precision is 'fp16', expected 'fp32', 'bf16' or 'fp8'"),
+        (TrainConfig, "resume", False, "resume is False, expected 'auto' or 'never'"),
+        (TrainConfig, "compile", True, "compile is True, expected 'off', 'default' or 'max-autotune'"),
+        (TrainConfig, "device", "cuda", "device is 'cuda', expected 'auto' or 'cpu'"),
+        (TrainConfig, "epochs", 1.5, "epochs is 1.5, expected a whole number"),
+        (TrainConfig, "epochs", True, "epochs is True, expected a whole number"),
+        (TrainConfig, "output_dir", Path("runs"), "expected a text"),
+        (TrainConfig, "optim", {"lr": 1.0}, "expected OptimConfig"),
+        (OptimConfig, "betas", [0.9, 0.99], "optim.betas is [0.9, 0.99], expected tuple[float, float]"),
+        (OptimConfig, "lr", "1e-3", "optim.lr is '1e-3', expected a number"),
+        (ModelConfig, "kv_heads", "8", "model.kv_heads is '8', expected a whole number or null"),
+        (ModelConfig, "view_fusion", 1, "model.view_fusion is 1, expected true or false or a text"),
+        (
+            LossConfig,
+            "weights",
+            {"focal": "much"},
+            "loss.weights is {'focal': 'much'}, expected dict[str, float]",
+        ),
+    ],
+)
+def test_a_value_of_another_type_or_choice_is_told(kind: Any, name: str, value: Any, told: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        kind(**{name: value})
+    assert told in str(caught.value)
+
+
+def test_scalars_of_numpy_and_whole_numbers_for_numbers_are_taken() -> None:
+    config = TrainConfig(epochs=np.int64(3), optim=OptimConfig(lr=1, eps=np.float32(0.5)))  # type: ignore[arg-type]
+    assert type(config.epochs) is int
+    assert type(config.optim.eps) is float
+    assert config.optim.lr == 1
