@@ -19,7 +19,6 @@ from torch.optim import Optimizer
 from roadwork_dist import EmaConfig, OptimConfig, TrackingConfig, Trainer
 from roadwork_dist.common.errors import CheckpointError, ConfigError
 from roadwork_dist.trainer.optim.optimizers import OPTIMIZERS
-from roadwork_dist.trainer.optim.optimizers.base import OptimizerEntry
 
 Build = Callable[[nn.Module], Optimizer]
 
@@ -76,8 +75,8 @@ def fit(run_dir: Path, *callbacks: Any, name: str = "under test", batch_size: in
 def test_a_stopped_run_ends_like_an_undisturbed_one(
     build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    entry = OptimizerEntry(build=lambda model, config: build(model), state_bytes=8)
-    monkeypatch.setitem(OPTIMIZERS._items, "under test", entry)
+    monkeypatch.setattr(OPTIMIZERS, "_items", dict(OPTIMIZERS._items))
+    OPTIMIZERS.register("under test")(lambda model, config: build(model))
     undisturbed = weights(fit(tmp_path / "undisturbed"))
     with pytest.raises(Stop):
         fit(tmp_path / "stopped", StopAt(5))
@@ -98,8 +97,8 @@ class Strange(torch.optim.SGD):
 
 
 def test_state_that_cannot_be_saved_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    entry = OptimizerEntry(build=lambda model, config: Strange(model.parameters(), lr=0.1), state_bytes=0)
-    monkeypatch.setitem(OPTIMIZERS._items, "under test", entry)
+    monkeypatch.setattr(OPTIMIZERS, "_items", dict(OPTIMIZERS._items))
+    OPTIMIZERS.register("under test")(lambda model, config: Strange(model.parameters(), lr=0.1))
     with pytest.raises(
         CheckpointError, match=r"keeps a builtin_function_or_method in its state \(0.weight/rule\)"
     ):

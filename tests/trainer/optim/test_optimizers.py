@@ -1,11 +1,15 @@
 """Optimizers by name, and what a step makes of their groups."""
 
+from pathlib import Path
+from typing import Any, ClassVar
+
 import pytest
 import torch
 from accelerate import Accelerator
-from support.toy import toy_data, toy_model
+from support.toy import toy_config, toy_data, toy_model
 from torch import nn
 
+from roadwork_dist import Callback, Trainer
 from roadwork_dist.common.errors import ConfigError
 from roadwork_dist.trainer.config import OptimConfig, TrainConfig
 from roadwork_dist.trainer.engine.build import build_engine
@@ -80,3 +84,29 @@ def test_clipping_is_torchs_own_to_the_bit(clip: float) -> None:
         one_step(torch.optim.SGD, clip, (1.0, 1.0)).parameters(), model.parameters(), strict=True
     ):
         assert torch.equal(got, expected)
+
+
+def test_a_group_keeps_its_own_rate_through_the_schedule(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(OPTIMIZERS, "_items", dict(OPTIMIZERS._items))
+
+    @OPTIMIZERS.register("two rates")
+    def two_rates(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+        first, *others = model.parameters()
+        return torch.optim.SGD(
+            [{"params": [first], "lr": 1e-5}, {"params": others, "lr_scale": 0.5}], lr=config.lr
+        )
+
+    class Rates(Callback):
+        seen: ClassVar[list[tuple[float, ...]]] = []
+
+        def on_step_end(self, run: Any, result: Any) -> None:
+            self.seen.append((result.lr, *(group["lr"] for group in run.optimizer.param_groups)))
+
+    config = toy_config(tmp_path, epochs=1, optim=OptimConfig(name="two rates", lr=0.01))
+    Trainer(toy_model(), config, toy_data(96), callbacks=[Rates()]).fit()
+    assert len({lr for lr, *_ in Rates.seen}) > 3  # a cosine
+    for lr, first, others in Rates.seen:
+        assert first == pytest.approx(1e-3 * lr)
+        assert others == pytest.approx(0.5 * lr)

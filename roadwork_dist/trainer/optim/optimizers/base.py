@@ -11,6 +11,9 @@ from roadwork_dist.common.errors import ConfigError
 from roadwork_dist.common.registry import Registry
 from roadwork_dist.trainer.config import OptimConfig
 
+Build = Callable[[nn.Module, OptimConfig], Optimizer]
+"""(model, settings) -> optimizer over the model's trainable parameters."""
+
 Need = Literal["whole matrices", "state of other shapes"]
 """What not every engine can give an optimizer that does more than update each element on its own: the whole
 matrix that a step is computed from, and state (factors, preconditioners) that has not its parameter's shape
@@ -22,31 +25,37 @@ class OptimizerEntry:
     """An optimizer that can be chosen by name.
 
     Attributes:
-        build: (model, settings) -> optimizer over the model's trainable parameters.
+        build: makes it.
         state_bytes: of a trained parameter, for the search of the largest batch.
         needs: what an engine has to give; empty = each element is updated on its own.
     """
 
-    build: Callable[[nn.Module, OptimConfig], Optimizer]
+    build: Build
     state_bytes: int
     needs: frozenset[Need] = frozenset()
 
 
-OPTIMIZERS: Registry[OptimizerEntry] = Registry("optimizer")
+class OptimizerRegistry(Registry[OptimizerEntry]):
+    """Optimizers by name; a registered function (model, settings) -> optimizer becomes an entry."""
+
+    def register(  # type: ignore[override]
+        self, name: str, *, state_bytes: int = 8, needs: frozenset[Need] = frozenset()
+    ) -> Callable[[Build], Build]:
+        """Decorator that registers a function; see :class:`OptimizerEntry` for the arguments.
+
+        Raises:
+            ValueError: the name is taken.
+        """
+
+        def add(build: Build) -> Build:
+            entry = OptimizerEntry(build=build, state_bytes=state_bytes, needs=needs)
+            super(OptimizerRegistry, self).register(name)(entry)
+            return build
+
+        return add
 
 
-def register_optimizer(
-    name: str, *, state_bytes: int, needs: frozenset[Need] = frozenset()
-) -> Callable[[Callable[[nn.Module, OptimConfig], Optimizer]], Callable[[nn.Module, OptimConfig], Optimizer]]:
-    """Decorator that registers a function (model, settings) -> optimizer; see :class:`OptimizerEntry`."""
-
-    def add(
-        build: Callable[[nn.Module, OptimConfig], Optimizer],
-    ) -> Callable[[nn.Module, OptimConfig], Optimizer]:
-        OPTIMIZERS.register(name)(OptimizerEntry(build=build, state_bytes=state_bytes, needs=needs))
-        return build
-
-    return add
+OPTIMIZERS = OptimizerRegistry("optimizer")
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
@@ -59,7 +68,11 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
         raise ConfigError(
             f"{type(model).__name__} has no parameter that requires a gradient: nothing would be trained"
         )
-    return OPTIMIZERS[config.name].build(model, config)
+    optimizer = OPTIMIZERS[config.name].build(model, config)
+    for group in optimizer.param_groups:
+        # A group with a learning rate of its own keeps its share of the schedule's.
+        group["lr_scale"] = group.get("lr_scale", 1.0) * group["lr"] / config.lr
+    return optimizer
 
 
 def check_needs(config: OptimConfig, engine: str, offers: Set[str]) -> None:

@@ -5,10 +5,10 @@ from torch.optim import Optimizer
 
 from roadwork_dist.trainer.config import OptimConfig
 from roadwork_dist.trainer.optim.groups import parameter_groups
-from roadwork_dist.trainer.optim.optimizers.base import register_optimizer
+from roadwork_dist.trainer.optim.optimizers.base import OPTIMIZERS
 
 
-@register_optimizer("lion", state_bytes=4)
+@OPTIMIZERS.register("lion", state_bytes=4)
 def lion(model: nn.Module, config: OptimConfig) -> Optimizer:
     """Lion (Chen et al., arXiv 2302.06675); a third to a tenth of AdamW's learning rate suits it."""
     from timm.optim.lion import Lion
@@ -17,7 +17,7 @@ def lion(model: nn.Module, config: OptimConfig) -> Optimizer:
     return Lion(groups, lr=config.lr, betas=config.betas)
 
 
-@register_optimizer("lamb", state_bytes=8, needs=frozenset({"whole matrices"}))
+@OPTIMIZERS.register("lamb", state_bytes=8, needs=frozenset({"whole matrices"}))
 def lamb(model: nn.Module, config: OptimConfig) -> Optimizer:
     """LAMB (You et al., arXiv 1904.00962): AdamW's step, scaled for each tensor by its norm."""
     from timm.optim.lamb import Lamb
@@ -26,7 +26,7 @@ def lamb(model: nn.Module, config: OptimConfig) -> Optimizer:
     return Lamb(groups, lr=config.lr, betas=config.betas, eps=config.eps, max_grad_norm=None)
 
 
-@register_optimizer("muon", state_bytes=8, needs=frozenset({"whole matrices"}))
+@OPTIMIZERS.register("muon", state_bytes=8, needs=frozenset({"whole matrices"}))
 def muon(model: nn.Module, config: OptimConfig) -> Optimizer:
     """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon); AdamW of what is no matrix."""
     from timm.optim.muon import Muon

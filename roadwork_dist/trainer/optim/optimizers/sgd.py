@@ -6,10 +6,10 @@ from torch.optim import Optimizer
 
 from roadwork_dist.trainer.config import OptimConfig
 from roadwork_dist.trainer.optim.groups import parameter_groups
-from roadwork_dist.trainer.optim.optimizers.base import register_optimizer
+from roadwork_dist.trainer.optim.optimizers.base import OPTIMIZERS
 
 
-@register_optimizer("sgd", state_bytes=4)
+@OPTIMIZERS.register("sgd", state_bytes=4)
 def sgd(model: nn.Module, config: OptimConfig) -> Optimizer:
     """SGD with Nesterov's momentum; the first of ``optim.betas`` is the momentum."""
     groups = parameter_groups(model, config.weight_decay, config.layer_decay)
