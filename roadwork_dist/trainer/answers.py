@@ -14,7 +14,11 @@ from roadwork_dist.trainer.engine.collectives import gather_rows, sum_over_ranks
 from roadwork_dist.trainer.feed.dataset import MapDataset
 from roadwork_dist.trainer.feed.loader import load_batches
 from roadwork_dist.trainer.feed.sampler import evaluation_batches
+from roadwork_dist.trainer.start_checks import check_figures
 from roadwork_dist.trainer.task import Task
+
+ANSWERS = ("logits", "predictions")
+"""Names of the per-row tensors that figures are computed from, and that have to be finite."""
 
 Load = Callable[[MapDataset, Iterable[list[int]]], Iterable[Any]]
 """(data set, row numbers of each batch) -> batches; ``load_batches`` with its options set, for example."""
@@ -102,12 +106,15 @@ class PassResult:
     """What a pass over a data set gave, over all ranks.
 
     Attributes:
-        metrics: ``loss``, ``loss/<part>`` and the task's figures.
-        rows: the task's per-row tensors, on the CPU; rank 0's rows first.
+        metrics: ``loss``, ``loss/<part>`` and the task's figures; the figures are NaN where an answer is not
+            finite, since the most likely class of NaN would be the first.
+        rows: the task's per-row tensors, on the CPU; in the order of the data set.
+        not_finite: numbers of the rows whose answers hold NaN or infinity.
     """
 
     metrics: dict[str, float]
     rows: dict[str, Tensor]
+    not_finite: list[int]
 
 
 def summarize(task: Task, answers: Iterable[Answer], device: torch.device) -> PassResult:
@@ -142,6 +149,16 @@ def summarize(task: Task, answers: Iterable[Answer], device: torch.device) -> Pa
     loss = sum(task.weights[part] * mean for part, mean in means.items()) if means else math.nan
     metrics = {"loss": loss}
     metrics |= {f"loss/{part}": mean for part, mean in means.items()}
+    not_finite = _not_finite(all_rows)
     # Tasks compute with numpy or torch, whose scalars are not JSON.
-    metrics |= {name: float(value) for name, value in task.metrics(all_rows).items()}
-    return PassResult(metrics, all_rows)
+    figures = {name: float(value) for name, value in task.metrics(all_rows).items()}
+    check_figures(figures)
+    metrics |= dict.fromkeys(figures, math.nan) if not_finite else figures
+    return PassResult(metrics, all_rows, not_finite)
+
+
+def _not_finite(rows: dict[str, Tensor]) -> list[int]:
+    """Rows of which an answer is not finite; other tensors of a task may hold NaN on purpose."""
+    answers = [rows[name] for name in ANSWERS if name in rows and rows[name].is_floating_point()]
+    bad = [~tensor.reshape(len(tensor), -1).isfinite().all(dim=1) for tensor in answers if len(tensor)]
+    return [int(row) for row in torch.stack(bad).any(dim=0).nonzero().flatten()] if bad else []

@@ -11,6 +11,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
+from roadwork_dist.common.errors import ConfigError
 from roadwork_dist.trainer.engine.base import Engine
 from roadwork_dist.trainer.engine.collectives import gather_objects, sum_over_ranks
 from roadwork_dist.trainer.events.state import StepResult
@@ -71,7 +72,14 @@ class OptimizerStep:
         last_roots, sums = self._all_but_last_backward(micro_batches, scales)
         local, bad_indices = self._local_sums(micro_batches, sums, len(scales))
         work_s = time.perf_counter() - started
-        *totals, asked = sum_over_ranks([*local, float(interrupt())], self.device)
+        learns = any(root.requires_grad for root in last_roots.values())
+        told = sum_over_ranks([*local, float(interrupt()), float(not learns)], self.device)
+        *totals, asked, graphless = told
+        if graphless:  # on all ranks
+            raise ConfigError(
+                f"no part of the loss ({', '.join(weights)}) depends on a trained weight, so nothing would "
+                "be learnt: look for detach(), torch.no_grad() or argmax() in the model or the task"
+            )
         parts = {
             part: total / counts[part] for part, total in zip(weights, totals, strict=True) if counts[part]
         }
@@ -153,6 +161,8 @@ class OptimizerStep:
         # Engines average gradients over ranks; the scales already hold the counts of all ranks.
         factor = (0.0 if micro.is_filler else float(self.engine.processes)) * trust
         learned = [part for part in scales if sums[part].requires_grad]
+        if not learned:
+            return
         factors = torch.tensor([scales[part] * factor for part in learned], dtype=torch.float32)
         self.engine.backward(
             [sums[part] for part in learned], factors.to(self.device, non_blocking=True), is_last=is_last

@@ -5,7 +5,6 @@ loop itself (averaging, checkpoints, figures on disk and screen) observes it as 
 """
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -38,9 +37,11 @@ from roadwork_dist.trainer.guards.explain import explained
 from roadwork_dist.trainer.optim.optimizers import build_optimizer, check_needs
 from roadwork_dist.trainer.optim.schedules import Schedule
 from roadwork_dist.trainer.row_plan import keep_row_plan, row_plan
+from roadwork_dist.trainer.start_checks import check_model, check_task
 from roadwork_dist.trainer.step import LoadedBatch, OptimizerStep
 from roadwork_dist.trainer.task import ClassificationTask, Task, operations_of
 from roadwork_dist.trainer.undisturbed import moving_buffers, undisturbed
+from roadwork_dist.trainer.validation import observe
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +84,7 @@ class Trainer:
     ) -> None:
         self.model, self.config, self.task = model, config, task or ClassificationTask()
         self.train_data, self.val_data, self.collate = train_data, val_data, collate
+        check_model(model)
         check_map_style(train_data, "train_data")
         if val_data is not None:
             check_map_style(val_data, "val_data")
@@ -121,12 +123,7 @@ class Trainer:
                 "the validation data set has 0 rows, expected at least 1: give it rows, or None to train "
                 "without validation"
             )
-        figures = ("loss", *self.task.figures)
-        if val_data is not None and config.monitor.removeprefix("-") not in figures:
-            raise ConfigError(
-                f"monitor is {config.monitor!r}, but this task's figures are {', '.join(figures)} "
-                "(with a leading '-' where lower is better)"
-            )
+        check_task(self.task, model, None if val_data is None else config.monitor)
 
     @property
     def engine(self) -> Engine:
@@ -175,7 +172,9 @@ class Trainer:
                     self._validate(self.val_data)
                 self.state.epoch += 1
                 self.state.step_in_epoch = 0
-                self.is_leaving = self._is_interrupted()
+                # A callback may have stopped the run on one rank only: all stop, or the others would wait.
+                asked, stop = self._agreed(self.interrupt_requested, self.state.should_stop)
+                self.is_leaving, self.state.should_stop = asked, stop
                 self._emit("on_epoch_end")
             self._emit("on_fit_end")
         except BaseException as error:
@@ -248,26 +247,15 @@ class Trainer:
         with self.averaged():
             self._emit("on_validation_start")
             try:
-                metrics = self._evaluate(data, self._is_interrupted).metrics
-                self._emit("on_validation_end", metrics, self._observe(metrics))
+                outcome = self._evaluate(data, self._is_interrupted)
+                improved = observe(self.state, outcome, data, self.config.monitor)
+                self._emit("on_validation_end", outcome.metrics, improved)
             except PassInterrupted as error:  # on all ranks
                 interrupted = error
         if interrupted is not None:
             self._emit("on_validation_interrupted")  # what is saved is the state after the epoch's last step
             raise interrupted
         self.state.should_stop |= self._is_stale()  # a callback may have said so before
-
-    def _observe(self, metrics: dict[str, float]) -> bool:
-        """Whether the monitored figure of a validation is the best so far."""
-        name = self.config.monitor
-        figure = -metrics[name[1:]] if name.startswith("-") else metrics[name]
-        if math.isnan(figure):
-            logger.warning(
-                "%s of the validation at step %d is not a number, so it cannot choose the best weights",
-                name,
-                self.state.step,
-            )
-        return self.state.observe(figure)
 
     def evaluate(self, data: MapDataset) -> PassResult:
         """Loss, figures and per-row tensors of a data set by the weights as they are, in eval mode.
@@ -321,7 +309,11 @@ class Trainer:
 
     def _is_interrupted(self) -> bool:
         """Whether some rank was asked to stop; a collective."""
-        return sum_over_ranks([float(self.interrupt_requested)], self.accelerator.device)[0] > 0
+        return self._agreed(self.interrupt_requested)[0]
+
+    def _agreed(self, *flags: bool) -> list[bool]:
+        """Which flags are set on some rank; a collective."""
+        return [total > 0 for total in sum_over_ranks(list(map(float, flags)), self.accelerator.device)]
 
     def _is_stale(self) -> bool:
         return 0 < self.config.patience <= self.state.stale_validations

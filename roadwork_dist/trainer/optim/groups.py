@@ -1,4 +1,4 @@
-"""Which parameters are decayed, and how fast each layer learns."""
+"""Groups parameters by weight decay and by layer-wise learning rate."""
 
 import inspect
 from collections import defaultdict
@@ -26,31 +26,31 @@ TOKENS = frozenset(
         "position_embeddings",
     }
 )
-"""Embeddings that are bare parameters in timm, transformers and torchvision: last part of their names."""
+"""Last parts of the names of embeddings that are bare parameters in timm, transformers and torchvision."""
 
 
 @runtime_checkable
 class HasBody(Protocol):
-    """A model that says which of its modules is the network below its head."""
+    """A model that names its body, the network below its head."""
 
     def body(self) -> nn.Module | None:
-        """What layer-wise decay counts the layers of; None = there is no such network."""
+        """The network whose layers layer-wise decay counts; None = there is no such network."""
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
-    """Split the trainable parameters by weight decay, and by layer where layers learn at rates of their own.
+    """Split the trainable parameters by weight decay, and by layer if layers have their own learning rates.
 
-    Biases, other vectors and scalars, everything inside norms and embeddings, special tokens and position
-    embeddings (:data:`TOKENS`), and what a module's ``no_weight_decay()`` names (timm) are not decayed.
+    Not decayed: biases, other vectors and scalars, everything inside norms and embeddings, special tokens and
+    position embeddings (:data:`TOKENS`), and what a module's ``no_weight_decay()`` names (timm).
 
     Args:
-        model: its trainable parameters are taken.
-        weight_decay: of those that are decayed.
-        layer_decay: rate of a layer as a share of the layer's above it (ELECTRA, arXiv 2003.10555,
+        model: holds the trainable parameters.
+        weight_decay: of the decayed parameters.
+        layer_decay: learning rate of a layer relative to the layer above it (ELECTRA, arXiv 2003.10555,
             section 4; BEiT, arXiv 2106.08254): a group's ``lr_scale`` is ``layer_decay ** layers above``.
 
     Returns:
-        Optimizer groups that are not empty, each parameter once, in the order of ``model.parameters()``.
+        Non-empty optimizer groups, each parameter once, in the order of ``model.parameters()``.
     """
     exempt = set(_exempt(model))
     depths = {} if layer_decay == 1 else layer_depths(model)
@@ -71,7 +71,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float =
 
 
 def _exempt(model: nn.Module) -> Iterator[int]:
-    """``id`` of each matrix that is not decayed, and of some vectors."""
+    """``id`` of each matrix that is exempt from weight decay, and of some vectors."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if isinstance(module, _NO_DECAY) or name in TOKENS:
@@ -89,7 +89,7 @@ def _named_by(module: nn.Module) -> set[str]:
         return set()
     try:
         inspect.signature(method).bind()
-    except (TypeError, ValueError):  # something else that wants arguments, or cannot be asked
+    except (TypeError, ValueError):  # another method: it needs arguments, or has no signature
         return set()
     names = method()
     if isinstance(names, str) or not isinstance(names, Iterable):
@@ -100,10 +100,11 @@ def _named_by(module: nn.Module) -> set[str]:
 def layer_depths(model: nn.Module) -> dict[int, int]:
     """Depth of each parameter (by ``id``), 0 = nearest to the input.
 
-    Every repeated block is a layer, and so is what stands before, between and behind blocks, in the order
-    of definition. Of a model that names its body, all that lies outside is the topmost layer.
+    Every repeated block is a layer, and so is what precedes, separates and follows the blocks, in order of
+    definition. If a model names its body, everything outside the body is the topmost layer.
     """
-    body = model.body() if isinstance(model, HasBody) else model
+    method = getattr(model, "body", None)  # a sub-module of that name is no such method
+    body = model.body() if isinstance(model, HasBody) and inspect.ismethod(method) else model
     blocks = [] if body is None else repeated_blocks(body)
     block_of = {id(p): number for number, block in enumerate(blocks) for p in block.parameters()}
     depths: dict[int, int] = {}

@@ -1,0 +1,90 @@
+"""What is refused before anything is trained, because it would train something else than its user thinks."""
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import nn
+
+from roadwork_dist.common.errors import ConfigError
+from roadwork_dist.trainer.task import Task
+
+RESERVED = frozenset({"kind", "step", "epoch"})
+"""Keys of every line of ``metrics.jsonl``: a figure of that name would replace them."""
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse weights that small steps would not move.
+
+    Raises:
+        ConfigError: a trained parameter has 16 bits: at lr 2e-5 nearly all updates round to nothing.
+    """
+    small = {torch.bfloat16, torch.float16}
+    found = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype in small]
+    if found:
+        dtype = str(model.get_parameter(found[0]).dtype).removeprefix("torch.")
+        raise ConfigError(
+            f"{len(found)} trained parameters are {dtype} ({found[0]}, …), expected float32: small updates "
+            "round to nothing in 16 bits; call model.float() and set precision='bf16', which computes in 16 "
+            "bits and keeps the weights in 32"
+        )
+
+
+def check_task(task: Task, model: nn.Module, monitor: str | None) -> None:
+    """Refuse a task whose own weights nobody would train, and figures that cannot be kept.
+
+    Args:
+        task: loss and figures.
+        model: what is trained.
+        monitor: figure that chooses the best weights; None = there is no validation.
+
+    Raises:
+        ConfigError: it has trainable parameters that the model lacks, a figure has a reserved name, or
+            ``monitor`` is no figure.
+    """
+    own = {id(p) for p in model.parameters()}
+    foreign = [name for name, p in _parameters_of(task) if p.requires_grad and id(p) not in own]
+    if foreign:
+        raise ConfigError(
+            f"{type(task).__name__} has trainable parameters of its own ({', '.join(foreign[:3])}), which "
+            "would be neither trained nor saved: make them part of the model, in a sub-module that the task "
+            "calls, or set requires_grad to False"
+        )
+    figures = ("loss", *task.figures)
+    check_figures(figures)
+    if monitor is not None and monitor.removeprefix("-") not in figures:
+        raise ConfigError(
+            f"monitor is {monitor!r}, but this task's figures are {', '.join(figures)} "
+            "(with a leading '-' where lower is better)"
+        )
+
+
+def check_figures(names: Iterable[str]) -> None:
+    """Refuse names of figures that mean something else in ``metrics.jsonl``.
+
+    Raises:
+        ConfigError: names them.
+    """
+    taken = sorted(RESERVED & set(names))
+    if taken:
+        raise ConfigError(
+            f"a figure is called {taken[0]!r}, which every line of metrics.jsonl has already: rename it"
+        )
+
+
+def _parameters_of(task: object) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters of a task that is a module, or that holds modules and parameters as attributes."""
+    if isinstance(task, nn.Module):
+        yield from task.named_parameters()
+        return
+    for name, value in getattr(task, "__dict__", {}).items():
+        for inner in (
+            value.values()
+            if isinstance(value, Mapping)
+            else value
+            if isinstance(value, list | tuple)
+            else [value]
+        ):
+            if isinstance(inner, nn.Parameter):
+                yield name, inner
+            elif isinstance(inner, nn.Module):
+                yield from ((f"{name}.{below}", p) for below, p in inner.named_parameters())
