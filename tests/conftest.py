@@ -1,6 +1,8 @@
 """What holds for every test: one thread a process, no hub, no tracker that phones home."""
 
 import os
+from pathlib import Path
+from typing import Any
 
 # Before anything imports the libraries that read them, and inherited by processes that tests start.
 os.environ.update(
@@ -13,6 +15,19 @@ os.environ.update(
     WANDB_SILENT="true",
 )
 
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+MODULES = pytest.StashKey[set[Path]]()
+"""Test files that pytest has found, also those that skip themselves as a whole."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[MODULES] = set()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pycollect_makemodule(module_path: Path, parent: Any) -> None:
+    parent.config.stash[MODULES].add(module_path)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
+from conftest import MODULES as TEST_MODULES
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -192,7 +193,7 @@ def test_every_test_file_is_collected(request: pytest.FixtureRequest) -> None:
     known = subprocess.run(["git", "ls-files", "*/test_*.py"], capture_output=True, text=True, cwd=ROOT)
     if known.returncode:
         pytest.skip("not a checkout of git")
-    collected = {item.path for item in request.session.items}
+    collected = request.config.stash[TEST_MODULES]
     missing = [name for name in known.stdout.split() if ROOT / name not in collected]
     assert not missing, f"pytest collects nothing from {missing}: see norecursedirs and python_files"
 

@@ -94,8 +94,8 @@ def test_random_collation_resumes_exactly(tmp_path: Path) -> None:
 class Counts(Callback):
     """Remembers a number of its own."""
 
-    def __init__(self, by: int) -> None:
-        self.by, self.value, self.seen = by, 0, torch.zeros(1)
+    def __init__(self, by: int, key: str = "") -> None:
+        self.by, self.value, self.seen, self.key = by, 0, torch.zeros(1), key
 
     def on_step_end(self, run: Any, result: Any) -> None:
         self.value += self.by
@@ -116,7 +116,7 @@ class Counts(Callback):
 
 def test_two_callbacks_of_one_class_keep_their_own_state(tmp_path: Path) -> None:
     def fit(epochs: int) -> list[Counts]:
-        own = [Counts(1), Counts(10)]
+        own = [Counts(1), Counts(10, key="tenfold")]
         Trainer(toy_model(), toy_config(tmp_path, epochs=epochs), toy_data(32), callbacks=own).fit()
         return own
 
@@ -282,7 +282,7 @@ def test_averaging_bf16_weights_keeps_the_fp32_average_through_validation() -> N
     average.update()
     shadow = {name: tensor.clone() for name, tensor in average.shadow().items()}
     raw = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with average.swapped_in():
+    with average.average_parameters():
         assert_same_tensors(average.shadow(), shadow)
     assert_same_tensors(average.shadow(), shadow)
     assert_same_tensors(dict(model.state_dict()), raw)

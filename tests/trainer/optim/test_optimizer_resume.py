@@ -105,13 +105,14 @@ def test_state_that_cannot_be_saved_is_refused(tmp_path: Path, monkeypatch: pyte
         fit(tmp_path)
 
 
-def weights_by(run_dir: Path, name: str, stop: int) -> dict[str, torch.Tensor]:
-    """Whole weights after training with half the rows on each of two ranks; stopped once and resumed."""
-    if stop:
-        with pytest.raises(Stop):
-            fit(run_dir, StopAt(stop), name=name, batch_size=4)
-    trainer = fit(run_dir, name=name, batch_size=4)
-    return trainer.engine.whole_state()
+def weights_by(run_dir: Path, name: str) -> dict[str, torch.Tensor]:
+    """Whole weights after training with half the rows on each of two ranks, the same after a stop."""
+    undisturbed = fit(run_dir / "undisturbed", name=name, batch_size=4).engine.whole_state()
+    with pytest.raises(Stop):
+        fit(run_dir / "stopped", StopAt(5), name=name, batch_size=4)
+    resumed = fit(run_dir / "stopped", name=name, batch_size=4).engine.whole_state()
+    assert_same_tensors(resumed, undisturbed)
+    return resumed
 
 
 SERVED = [
@@ -125,12 +126,14 @@ SERVED = [
 @pytest.mark.parametrize(("engine", "name"), SERVED, ids=["-".join(each) for each in SERVED])
 def test_engines_serve_what_an_optimizer_needs(engine: str, name: str, tmp_path: Path) -> None:
     expected = weights(fit(tmp_path / "one", name=name))
-    found = run(train_with, engine, weights_by, tmp_path / "two", name, 5, world_size=2)[0]
-    # Muon orthogonalises in bf16, and sharded sums come in another order; shards taken for whole matrices
-    # would be off by the learning rate, 1e-2.
-    atol = 5e-4 if (engine, name) == ("fsdp2", "muon") else 2e-5
+    found = run(train_with, engine, weights_by, tmp_path, name, world_size=2)[0]
+    first = model_of().state_dict()
+    # Muon orthogonalises in bf16, where the order of sums decides in directions without a gradient. Shards
+    # that are taken for whole matrices are off by as much as the weights have moved.
+    tolerance = 0.25 if (engine, name) == ("fsdp2", "muon") else 1e-3
     for key, tensor in expected.items():
-        torch.testing.assert_close(found[key], tensor, rtol=0, atol=atol)
+        moved = (tensor - first[key]).norm()
+        assert (found[key] - tensor).norm() <= tolerance * moved, key
 
 
 def refusal(run_dir: Path, name: str) -> str:
@@ -143,7 +146,7 @@ def refusal(run_dir: Path, name: str) -> str:
 def test_an_engine_that_cannot_serve_an_optimizer_refuses_it_at_the_start(name: str, tmp_path: Path) -> None:
     for told in run(train_with, "zero2", refusal, tmp_path, name, world_size=2):
         assert told == (
-            f"optim.name is {name!r}, which needs whole matrices, but zero gives an optimizer shards: "
+            f"optim.name is {name!r}, which needs whole matrices, but zero gives an optimizer only shards: "
             "choose one of adamw, lion, sgd, or another engine"
         )
     assert not list(tmp_path.iterdir())
