@@ -49,10 +49,23 @@ def hold_buffers(parts: Sequence[nn.Module]) -> Callable[[], None]:
     @torch.no_grad()
     def put_back() -> None:
         for part, name, buffer, before in held:
-            now = part.get_buffer(name)
-            if now is not buffer:
+            if part.get_buffer(name) is not buffer:
                 setattr(part, name, buffer)
-            if not torch.equal(buffer, before):  # a buffer that shares or repeats memory cannot be written
-                buffer.copy_(before)
+            write_buffer(part, name, before)
 
     return put_back
+
+
+@torch.no_grad()
+def write_buffer(part: nn.Module, name: str, value: Tensor) -> None:
+    """Give a buffer a value, in its own memory where that can be written.
+
+    An expanded buffer, whose elements share memory, is replaced.
+    """
+    buffer: Tensor = getattr(part, name)
+    if buffer.shape == value.shape and torch.equal(buffer, value):
+        return
+    try:
+        buffer.copy_(value)
+    except RuntimeError:  # elements that share memory, or another shape
+        setattr(part, name, value.to(buffer.dtype).clone())

@@ -1,1 +1,1 @@
-"""Callbacks that change how a run trains: the average, spikes of the loss, the batch size."""
+"""Callbacks that change training: weight averaging, loss spikes, non-finite steps, batch size search."""

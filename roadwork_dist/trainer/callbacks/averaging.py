@@ -1,4 +1,4 @@
-"""The moving average of the weights as a callback."""
+"""Exponential moving average of the weights, as a callback."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -18,7 +18,7 @@ _UPDATES = "__updates__"
 class EmaCallback(Callback):
     """Updates the average after each optimizer step and validates with it.
 
-    Each rank averages the part of the weights that it holds.
+    Each rank averages its own shard of the weights.
     """
 
     key = "EmaCallback"
@@ -29,22 +29,22 @@ class EmaCallback(Callback):
         self._engine: Engine | None = None
 
     def on_fit_start(self, run: Run) -> None:
-        """Start from the weights as they are."""
+        """Start from the current weights."""
         self._engine = run.engine
         self.average = ExponentialMovingAverage(run.engine.weights(), self.config)
 
     def on_step_end(self, run: Run, result: StepResult) -> None:
-        """One update per step that moved the weights."""
+        """Update the average, unless the step was skipped."""
         if self.average is not None and not result.skipped:
             self.average.update()
 
     def validation_weights(self, run: Run) -> AbstractContextManager[None]:
-        """A block with the average in place of the weights."""
+        """Validate with the averaged weights."""
         return self.swapped_in()
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Run a block with the average in place of the weights; all ranks do."""
+        """Run a block with the averaged weights in the model; every rank must call it."""
         if self.average is None or self._engine is None:
             yield
             return
@@ -55,13 +55,13 @@ class EmaCallback(Callback):
         self._engine.weights_changed()
 
     def tensors(self) -> dict[str, Tensor]:
-        """The shadow, for a checkpoint."""
+        """The averaged weights and the number of updates."""
         if self.average is None or self._engine is None:
             return {}
         return self._engine.stored(self.average.shadow()) | {_UPDATES: torch.tensor(self.average.num_updates)}
 
     def load_tensors(self, source: TensorSource) -> None:
-        """Take a shadow over."""
+        """Load averaged weights."""
         if self.average is None or self._engine is None:
             return
         if _UPDATES not in source.shapes:
@@ -73,6 +73,6 @@ class EmaCallback(Callback):
         self.average.num_updates = int(updates)
 
     def on_no_tensors(self) -> None:
-        """Start from the weights that the checkpoint brought."""
+        """Start from the weights of the checkpoint."""
         if self.average is not None:
             self.average.restart()

@@ -1,8 +1,8 @@
-"""The largest micro-batch that fits, found by trying.
+"""Search for the largest micro-batch that fits into memory.
 
-An optimizer step keeps its rows: a rank's share of them (``batch_size * accumulation``) is dealt out in
-micro-batches of another size. Which rows a step trains on does not depend on that, but draws inside the
-model (dropout) do, so a run that goes on takes the size that it began with.
+An optimizer step keeps its rows: a rank's share of them (``batch_size * accumulation``) is only split into
+micro-batches of another size. Random draws inside the model (dropout) do depend on that size, so a resumed
+run keeps the size that it started with.
 """
 
 import gc
@@ -30,29 +30,29 @@ from roadwork_dist.trainer.undisturbed import undisturbed
 logger = logging.getLogger(__name__)
 
 GRADIENT = AVERAGE = 4
-"""Bytes a trained parameter of gradient and average, which are fp32."""
+"""Bytes per trained parameter of the gradient and of the average, both fp32."""
 
 HEADROOM = 0.05
-"""Share of a GPU's memory that is left free, for what grows later (fragments, wider batches)."""
+"""Share of a GPU's memory that is left free for later growth (fragmentation, batches with more views)."""
 
 
 class Tunable(Run, Protocol):
-    """What a trial needs of the Trainer besides what observers see."""
+    """What a trial needs from the Trainer besides :class:`Run`."""
 
     train_data: MapDataset
     collate: Callable[[list[Any]], Any] | None
     task: Any
 
     def use_micro_batches(self, batch_size: int) -> None:
-        """Deal each step's rows out in micro-batches of this size from now on."""
+        """Split each step's rows into micro-batches of this size from now on."""
 
 
 class BatchSizeSearch(Callback):
-    """Chooses the micro-batch before the model is spread over the ranks.
+    """Chooses the micro-batch size before the model is distributed over the ranks.
 
-    Every rank tries the whole model by itself, without a collective in it, so a rank that runs out of
-    memory leaves nobody waiting; what fits on all ranks is taken. Trials leave weights, moments, batch
-    statistics and random states as they were. Engines that shard need less than the trial does.
+    Every rank tries the whole model by itself, without collectives, so a rank that runs out of memory
+    blocks no other. The largest size that fits on all ranks is used. Trials leave weights, optimizer
+    moments, batch statistics and random states unchanged. Sharding engines need less memory than the trial.
     """
 
     filename = "batch_size.json"
@@ -61,7 +61,7 @@ class BatchSizeSearch(Callback):
         self._choice: dict[str, int] | None = None
 
     def on_setup(self, run: Run) -> None:
-        """Take the size that the run folder knows, else search.
+        """Use the size stored in the run folder, else search.
 
         Raises:
             ConfigError: not even one row fits, or the stored choice cannot be read.
@@ -75,7 +75,7 @@ class BatchSizeSearch(Callback):
                 stored = stored_choice(run.run_dir / self.filename)
             except ConfigError as error:
                 refused = str(error)
-        # One reads, so that all take the same; all get here, so all refuse together.
+        # Rank 0 reads for all ranks, so they use the same size or all raise.
         stored, refused = broadcast_object((stored, refused))
         if refused is not None:
             raise ConfigError(refused)
@@ -89,13 +89,13 @@ class BatchSizeSearch(Callback):
         tunable.use_micro_batches(chosen)
 
     def on_train_start(self, run: Run) -> None:
-        """Keep the choice in the run folder."""
+        """Store the choice in the run folder."""
         if run.accelerator.is_main_process:
             write_atomic(run.run_dir / self.filename, json.dumps(self._choice).encode())
 
 
 def stored_choice(path: Path) -> dict[str, int] | None:
-    """What an earlier start of the run chose; None where there was none.
+    """The choice of an earlier start of the run; None if there is none.
 
     Raises:
         ConfigError: the file cannot be read.
@@ -123,7 +123,7 @@ def largest_that_fits(run: Tunable, share: int) -> int:
     while low < high:
         middle = (low + high) // 2
         fits_here = fits(run, sizes[middle])
-        # Every rank ends its trial, whatever came of it, and gets here; all take the same branch.
+        # Every rank gets here, even after a failed trial, and all take the same branch.
         failed = sum_over_ranks([0.0 if fits_here else 1.0], run.accelerator.device)[0]
         if failed:
             high = middle
@@ -132,13 +132,13 @@ def largest_that_fits(run: Tunable, share: int) -> int:
     if low == 0:
         raise ConfigError(
             "batch_size_search is 'largest', but not even one row fits into the memory of every rank: turn "
-            "it off and choose an engine that shards, gradient checkpointing, or smaller views"
+            "it off and use a sharding engine, gradient checkpointing, or smaller views"
         )
     return sizes[low - 1]
 
 
 def fits(run: Tunable, size: int) -> bool:
-    """Whether this rank can train on micro-batches of ``size`` rows. Leaves everything as it was."""
+    """Whether this rank can train on micro-batches of ``size`` rows. Restores all state afterwards."""
     with untouched(run.model):
         try:
             _trial(run, size)
@@ -152,7 +152,7 @@ def _trial(run: Tunable, size: int) -> None:
     run.model.to(device)
     held = _reserve(run.model, run.config, run.accelerator.num_processes, device)
     forward = in_precision(run.model, run.config.precision, device)
-    # The fullest moment is the second micro-batch's, when the gradients of the first are there.
+    # Memory peaks in the second micro-batch, when the gradients of the first exist.
     for _ in range(2):
         _forward_backward(run, forward, size)
     del held
@@ -170,7 +170,7 @@ def _forward_backward(run: Tunable, forward: Callable[..., Any], size: int) -> N
 
 
 def _reserve(model: nn.Module, config: TrainConfig, ranks: int, device: torch.device) -> Tensor | None:
-    """Memory that training holds besides what a trial does: optimizer state, average, buckets, headroom."""
+    """Memory that training needs beyond a trial: optimizer state, average, gradient buckets, headroom."""
     if device.type != "cuda":
         return None
     state = OPTIMIZERS[config.optim.name].state_bytes
@@ -182,13 +182,13 @@ def _reserve(model: nn.Module, config: TrainConfig, ranks: int, device: torch.de
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Run a block, then put back buffers, modes and random states and drop the gradients."""
+    """Run a block, then restore buffers, modes and random states, and drop the gradients."""
     with undisturbed(model):
         try:
             yield
         finally:
             model.zero_grad(set_to_none=True)
-    # Frames of an error that was caught may still hold activations.
+    # Stack frames of a caught error may still reference activations.
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""The state of callbacks in a checkpoint, each under its own key."""
+"""Saving and loading the state of callbacks in a checkpoint, each under its own key."""
 
 import logging
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 def key_of(callback: Callback) -> str:
-    """The name that a callback's state has in checkpoints."""
+    """The key of a callback's state in checkpoints."""
     return callback.key or type(callback).__name__
 
 
@@ -33,18 +33,18 @@ def by_key(callbacks: Sequence[Callback]) -> dict[str, Callback]:
         if other is not callback:
             raise ConfigError(
                 f"two callbacks, {type(other).__name__} and {kind.__name__}, keep their state under the key "
-                f"{key_of(callback)!r}, expected one each: give one of them another `key`"
+                f"{key_of(callback)!r}, expected different keys: give one of them another `key`"
             )
     return found
 
 
 def state_dicts(callbacks: Sequence[Callback]) -> dict[str, dict[str, Any]]:
-    """JSON-able state of every callback that has some, by key."""
+    """JSON-serializable state of every callback that has state, by key."""
     return {key: callback.state_dict() for key, callback in by_key(callbacks).items()}
 
 
 def load_state_dicts(callbacks: Sequence[Callback], saved: dict[str, dict[str, Any]]) -> None:
-    """Take state over; warns of state without its callback, and of callbacks without state."""
+    """Load state; warns about state without a callback and about callbacks without state."""
     left, missing = dict(saved), []
     for key, callback in by_key(callbacks).items():
         names = [name for name in (key, *callback.former_keys) if name in left]
@@ -52,21 +52,21 @@ def load_state_dicts(callbacks: Sequence[Callback], saved: dict[str, dict[str, A
             callback.load_state_dict(left.pop(names[0]))
         else:
             missing.append(key)
-    # Callbacks without state were listed as well by version 0.1, with nothing in it.
+    # Version 0.1 also listed callbacks without state, with an empty entry.
     known = {key_of(callback) for callback in callbacks}
     unclaimed = [key for key, state in left.items() if state and key not in known]
     if unclaimed:
         logger.warning(
-            "the checkpoint holds state of callbacks that this run does not have, and the next one will not: "
-            "%s; a renamed callback names its old key in `former_keys`",
+            "the checkpoint holds state of callbacks that this run does not have; the next checkpoint will "
+            "not contain it: %s; if a callback was renamed, list its old key in `former_keys`",
             ", ".join(unclaimed),
         )
     if missing:
-        logger.warning("the checkpoint holds no state of %s: it starts afresh", ", ".join(missing))
+        logger.warning("the checkpoint holds no state of %s: starting without it", ", ".join(missing))
 
 
 def tensors(callbacks: Sequence[Callback]) -> dict[str, Tensor]:
-    """Tensors of every callback by ``key/name``."""
+    """Tensors of every callback, by ``key/name``."""
     return {
         f"{key}/{name}": tensor
         for key, callback in by_key(callbacks).items()
@@ -75,7 +75,7 @@ def tensors(callbacks: Sequence[Callback]) -> dict[str, Tensor]:
 
 
 def load_tensors(callbacks: Sequence[Callback], source: TensorSource) -> None:
-    """Take :func:`tensors` over; a callback that the source has none of is told so. A collective."""
+    """Load :func:`tensors`, or call ``on_no_tensors`` if a callback has none in the source. A collective."""
     for key, callback in by_key(callbacks).items():
         for name in (key, *callback.former_keys):
             own = PrefixedSource(f"{name}/", source)

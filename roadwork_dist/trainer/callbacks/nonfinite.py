@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not finite: reported, and an error when too many come in a row."""
+"""Reports steps whose loss or gradient is not finite, and ends the run after too many in a row."""
 
 import logging
 
@@ -10,7 +10,7 @@ logger = logging.getLogger(__name__)
 
 
 class NonFiniteGuard(Callback):
-    """Names the samples of skipped steps, and ends a run that skips too many in a row.
+    """Logs the samples of skipped steps, and ends a run that skips too many in a row.
 
     Args:
         most_in_a_row: skipped steps in a row after which the run ends.
@@ -20,7 +20,7 @@ class NonFiniteGuard(Callback):
         self.most_in_a_row = most_in_a_row
 
     def on_step_end(self, run: Run, result: StepResult) -> None:
-        """Look at a step that was skipped and not vetoed.
+        """Handle a step that was skipped but not vetoed.
 
         Raises:
             NonFiniteLossError: too many in a row; on every rank.

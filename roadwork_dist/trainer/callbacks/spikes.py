@@ -1,4 +1,4 @@
-"""Whether a loss is a spike, judged by the accepted losses before it."""
+"""Detects loss spikes against the recently accepted losses, and skips, rewinds or stops on them."""
 
 import logging
 import math
@@ -15,14 +15,14 @@ from roadwork_dist.trainer.events.state import StepResult
 logger = logging.getLogger(__name__)
 
 SCALE = 1.4826
-"""Makes the median absolute deviation of normal draws their standard deviation (1 / Φ⁻¹(3/4))."""
+"""Scales the median absolute deviation of normal draws to their standard deviation (1 / Φ⁻¹(3/4))."""
 
 
 def robust_z(loss: float, before: Iterable[float]) -> float:
-    """How many robust standard deviations a loss lies above the median of others.
+    """How many robust standard deviations a loss is above the median of earlier losses.
 
     ``(loss - median) / (1.4826 · MAD)``, the modified z-score of Iglewicz and Hoaglin (1993). The deviation
-    is at least a thousandth of the median, or the smallest step up from a run of equal losses would be one.
+    is at least a thousandth of the median; else the smallest increase after equal losses would be a spike.
 
     Args:
         loss: finite.
@@ -35,11 +35,11 @@ def robust_z(loss: float, before: Iterable[float]) -> float:
 
 
 class SpikeJudge:
-    """Remembers accepted losses and tells spikes from them.
+    """Detects spikes against the last accepted losses.
 
     Args:
-        window: how many accepted steps a loss is compared with; before so many there is no spike.
-        threshold: robust standard deviations above their median that are one.
+        window: number of accepted steps that a loss is compared with; until then nothing is a spike.
+        threshold: robust standard deviations above their median from which a loss is a spike.
     """
 
     def __init__(self, window: int, threshold: float) -> None:
@@ -47,7 +47,7 @@ class SpikeJudge:
         self._losses: deque[float] = deque(maxlen=window)
 
     def is_spike(self, loss: float) -> bool:
-        """Whether a loss is one; a loss that is not finite is none (it is refused anyway)."""
+        """Whether a loss is a spike; a non-finite loss is not (its step is skipped anyway)."""
         if len(self._losses) < (self._losses.maxlen or 0) or not math.isfinite(loss):
             return False
         return self.height(loss) > self.threshold
@@ -57,28 +57,28 @@ class SpikeJudge:
         return robust_z(loss, self._losses)
 
     def accept(self, loss: float) -> None:
-        """Remember the loss of a step that was taken."""
+        """Add the loss of a step that was taken."""
         if math.isfinite(loss):
             self._losses.append(loss)
 
     def state_dict(self) -> dict[str, list[float]]:
-        """JSON-able state; floats survive JSON exactly."""
+        """JSON-serializable state; JSON preserves floats exactly."""
         return {"losses": list(self._losses)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take a :meth:`state_dict` over; of a longer window the newest stay."""
+        """Load a :meth:`state_dict`; of a longer window, the newest losses are kept."""
         self._losses.clear()
         self._losses.extend(state.get("losses", []))
 
 
 class SpikeGuard(Callback):
-    """Acts on spikes of the loss; with ``off`` it finds none.
+    """Handles loss spikes; with ``off`` it detects none.
 
-    The loss is that of all ranks and known before the gradients are, so all ranks find the same and a
-    spike never moves the weights. ``rewind`` is what PaLM's training did (arXiv 2204.02311, §5.1): weights,
-    moments and averages go back to the last checkpoint, and the rows since then are passed over; counters of
-    steps and rows go on, and so does the learning rate. A run that is killed and replays those rows meets
-    the same spike and does the same.
+    The loss is that of all ranks and is known before the backward pass, so all ranks detect the same spike
+    and it never changes the weights. ``rewind`` is what PaLM's training did (arXiv 2204.02311, §5.1):
+    weights, moments and averages return to the last checkpoint, and the rows since then are skipped. The
+    step and row counters and the learning rate schedule continue. A run that is killed and replays those
+    rows detects the same spike and does the same.
     """
 
     key = "SpikeGuard"
@@ -95,10 +95,10 @@ class SpikeGuard(Callback):
         return self._is_spike
 
     def on_step_end(self, run: Run, result: StepResult) -> None:
-        """Remember an accepted loss; act on a spike.
+        """Add an accepted loss, or handle a spike.
 
         Raises:
-            LossSpikeError: ``action`` is ``stop``, or too many spikes came in a row; on every rank.
+            LossSpikeError: ``action`` is ``stop``, or too many spikes in a row; on every rank.
         """
         if self.config.action == "off":
             return
@@ -120,15 +120,15 @@ class SpikeGuard(Callback):
                 f"{text}, {self._streak} in a row: lower optim.lr or optim.clip, look at those rows, or "
                 "raise spike.threshold; the last checkpoint is untouched"
             )
-        logger.warning("%s: step not taken%s", text, ", going back" * (self.config.action == "rewind"))
+        logger.warning("%s: step skipped%s", text, ", rewinding" * (self.config.action == "rewind"))
         if self.config.action == "rewind":
             run.rewind()
 
     def state_dict(self) -> dict[str, Any]:
-        """Accepted losses and spikes in a row."""
+        """Accepted losses and the number of spikes in a row."""
         return {**self.judge.state_dict(), "streak": self._streak} if self.config.action != "off" else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take a :meth:`state_dict` over."""
+        """Load a :meth:`state_dict`."""
         self.judge.load_state_dict(state)
         self._streak = state.get("streak", 0)

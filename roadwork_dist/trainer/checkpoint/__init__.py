@@ -1,1 +1,1 @@
-"""Training state on disk."""
+"""Saves, loads and inspects the training state on disk."""

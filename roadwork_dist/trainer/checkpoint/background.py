@@ -1,4 +1,4 @@
-"""Writing behind the back of training: a copy in host memory, and a thread that stores it."""
+"""Background saving: a copy in host memory, and a thread that stores it."""
 
 import threading
 import time
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class HostCopy:
-    """Copies of tensors in host memory, page-locked where there is a GPU; the memory is used again."""
+    """Copies of tensors in host memory, page-locked if there is a GPU; the memory is reused."""
 
     def __init__(self) -> None:
         self._stager: Any = None
@@ -33,18 +33,18 @@ class HostCopy:
         return copies
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         if self._stager is not None:
             self._stager.close()
             self._stager = None
 
 
 class Background:
-    """A thread that does one thing.
+    """A thread that runs one action.
 
     Args:
-        action: what to do; it may hold collectives through a group that no other thread uses.
-        device: on which this process computes.
+        action: to run; it may use collectives of a group that no other thread uses.
+        device: of this process.
         on_error: called in the thread if the action fails.
     """
 
@@ -59,10 +59,10 @@ class Background:
     def _run(self) -> None:
         started = time.perf_counter()
         try:
-            if self._device.type == "cuda":  # a thread starts on the first GPU, which is another rank's
+            if self._device.type == "cuda":  # a new thread uses the first GPU, which may be another rank's
                 torch.cuda.set_device(self._device)
             self._result = self._action()
-        except BaseException as error:  # to be raised where training can be ended
+        except BaseException as error:  # raised by wait(), where training can be ended
             self._error = error
             self._on_error()
         finally:
@@ -72,12 +72,12 @@ class Background:
         """What the action returned, once it is done.
 
         Raises:
-            TimeoutError: it is not done in so many seconds.
-            BaseException: what it raised.
+            TimeoutError: it is not done within ``timeout`` seconds.
+            BaseException: what the action raised.
         """
         self._thread.join(timeout)
         if self._thread.is_alive():
-            raise TimeoutError(f"not done in {timeout:g} s")
+            raise TimeoutError(f"not done within {timeout:g} s")
         if self._error is not None:
             raise self._error
         return self._result

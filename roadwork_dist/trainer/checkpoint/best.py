@@ -1,4 +1,4 @@
-"""The weights with the best validation figure."""
+"""Exports the weights with the best validation metric."""
 
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -14,17 +14,17 @@ from roadwork_dist.trainer.events.callback import Callback, Run
 
 @runtime_checkable
 class Pretrained(Protocol):
-    """A model that knows how it wants to be saved."""
+    """A model that defines how it is saved."""
 
     def saved_names(self) -> set[str]:
-        """Names in its state dict of the tensors it wants to save."""
+        """Names in its state dict of the tensors to save."""
 
     def save_pretrained(self, folder: Path, *, state: dict[str, Tensor]) -> None:
-        """Write all that is needed to load it again; ``state`` holds those tensors, whole."""
+        """Write everything needed to load the model; ``state`` holds those tensors, whole."""
 
 
 def export_model(model: nn.Module, engine: Engine, folder: Path) -> None:
-    """Write a model to a folder: by its own ``save_pretrained``, else its state as safetensors.
+    """Write a model to a folder, with its own ``save_pretrained`` or else its state dict as safetensors.
 
     All ranks call it together; the main process writes.
 
@@ -44,20 +44,20 @@ def export_model(model: nn.Module, engine: Engine, folder: Path) -> None:
     except OSError as error:
         raise CheckpointError(
             f"the best weights could not be written to {folder} ({error.strerror or error}): "
-            "make room or mend the folder, then start again to go on from the last checkpoint"
+            "make room or fix the folder, then start again to resume from the last checkpoint"
         ) from error
 
 
 class BestWeights(Callback):
-    """Keeps ``best/`` of the run folder: the validated weights, averaged where there is an average."""
+    """Writes ``best/`` in the run folder: the validated weights, averaged if there is an average."""
 
     def on_validation_end(self, run: Run, metrics: dict[str, float], improved: bool) -> None:
-        """Export when the monitored figure is the best so far."""
+        """Export when the monitored metric is the best so far."""
         if improved:
             export_model(run.model, run.engine, run.run_dir / "best")
 
     def on_fit_end(self, run: Run) -> None:
-        """Export the last weights where no validation has chosen any."""
+        """Export the last weights if no validation has selected any."""
         if run.state.best is None:
             with run.averaged():
                 export_model(run.model, run.engine, run.run_dir / "best")

@@ -1,9 +1,9 @@
-"""Saves the whole training state and takes it up again."""
+"""Saves the complete training state and resumes from it."""
 
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from roadwork_dist.common.errors import CheckpointError, ConfigError
-from roadwork_dist.common.random import RngState, capture_rng, derive_seed, restore_rng, seed_everything
+from roadwork_dist.common.random import capture_rng, derive_seed, restore_rng, seed_everything
 from roadwork_dist.trainer.checkpoint.checkpoint_store import CheckpointStore
+from roadwork_dist.trainer.checkpoint.module_state import ModuleState
 from roadwork_dist.trainer.checkpoint.tensors import StoredTensors, write_tensors, write_torch
 from roadwork_dist.trainer.checkpoint.together import on_main
 from roadwork_dist.trainer.checkpoint.weights import (
@@ -28,20 +29,21 @@ from roadwork_dist.trainer.engine.base import PrefixedSource
 from roadwork_dist.trainer.engine.collectives import host_group, rank, world_size
 from roadwork_dist.trainer.events.callback import Callback, Run
 from roadwork_dist.trainer.events.state import StepResult
+from roadwork_dist.trainer.undisturbed import write_buffer
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 2
-"""Version of what a checkpoint holds; raised when an older reader would misread it."""
+"""Version of a checkpoint's contents; increased when an older reader would misread them."""
 STATE = "state.json"
 
 
 class Checkpointer(Callback):
-    """Saves at the end of each epoch and every so many steps; resumes when training starts.
+    """Saves at the end of each epoch and every ``every_steps`` steps; resumes when training starts.
 
-    A checkpoint holds what training moves (weights, optimizer, average), the loop's and every
-    observer's state and each rank's random state; of the frozen weights only their hash. It names tensors
-    as the bare model does, so any number of processes under any engine can go on from it.
+    A checkpoint holds what training changes (weights, optimizer, average), the state of the loop and of every
+    callback, and each rank's random state; of the frozen weights only their hash. It names tensors as the
+    bare model does, so any number of processes under any engine can resume from it.
     """
 
     key = "Checkpointer"
@@ -51,6 +53,8 @@ class Checkpointer(Callback):
         self._frozen = ""
         self._shapes: dict[str, torch.Size] = {}
         self._figure: float | None = None
+        self._buffers: list[str] = []
+        self._modules: ModuleState | None = None
         self._planned: int | None = None
         self._group: dist.ProcessGroup | None = None
         self._writer = CheckpointWriter(config.asynchronous)
@@ -60,37 +64,40 @@ class Checkpointer(Callback):
         return CheckpointStore(run.run_dir / "checkpoints", self.config.keep)
 
     def on_setup(self, run: Run) -> None:
-        """Learn who the frozen weights are and what is trained, while all is whole."""
+        """Record the hash of the frozen weights and the shapes of the trained ones, before any sharding."""
         self._frozen = frozen_identity(run.model)
         self._shapes = {name: tensor.shape for name, tensor in trained_tensors(run.model).items()}
+        self._buffers = list(trained_buffers(run.model))  # by the modes of now: parts may change theirs
 
     def on_fit_start(self, run: Run) -> None:
-        """Go on from the newest whole checkpoint.
+        """Resume from the newest intact checkpoint.
 
         Raises:
             ConfigError: ``resume`` is ``never`` and the folder holds a checkpoint.
             CheckpointError: the checkpoint belongs to another model or another order of rows.
         """
-        self._group = self._group or host_group()  # every rank starts
+        self._group = self._group or host_group()  # a collective, which every rank reaches here
+        if self._modules is None:  # what the run started with, also for a second fit()
+            self._modules = ModuleState(run.model, run.engine, self._shapes)
         store = self.store(run)
         if run.config.resume == "never":
-            # Unreadable ones too: they are somebody's run.
+            # Unreadable ones too: they belong to somebody's run.
             there = on_main(lambda: [store.path(step).name for step in store.steps()], self._group)
             if there:
                 raise ConfigError(
                     f"resume is 'never' but {run.run_dir} holds the checkpoint {there[-1]}: choose another "
                     "output_dir, delete the folder, or leave resume at 'auto'"
                 )
-        # Every rank must go on from the same checkpoint, so one looks and tells.
+        # Every rank must resume from the same checkpoint, so one rank finds it for all.
         found = on_main(store.recover, self._group)
         if found is not None:
             self._load(run, found)
-            logger.info("going on from %s", found)
+            logger.info("resuming from %s", found)
 
     def on_step_end(self, run: Run, result: StepResult) -> None:
         """Save every ``every_steps`` steps, and when the run was asked to stop.
 
-        The former not in place of the save at the epoch's end, and not behind a skipped step.
+        The periodic save is omitted at the epoch's end, which saves anyway, and after a skipped step.
         """
         every = self.config.every_steps
         is_epoch_end = run.state.step_in_epoch == run.steps_per_epoch
@@ -99,59 +106,59 @@ class Checkpointer(Callback):
             self._save(run, planned=bool(is_due), wait=result.interrupted)
 
     def on_rewind(self, run: Run) -> None:
-        """Put weights, moments and observers' tensors back; nothing happens before the first checkpoint.
+        """Restore weights, moments and callbacks' tensors; before the first checkpoint do nothing.
 
-        Back to the last planned checkpoint: one that was saved because the run was asked to stop is not
-        there in a run that was not, and both are to end alike.
+        They are restored from the last planned checkpoint. One saved because the run was asked to stop does
+        not exist in an uninterrupted run, and both must give the same result.
         """
         self._writer.finish(run)
         store = self.store(run)
         planned, found = self._planned, None
         if planned is not None:
-            # Every rank must go back to the same one, so one looks and tells.
+            # Every rank must restore the same one, so one rank finds it for all.
             found = on_main(lambda: store.verified(planned) or store.newest(), self._group)
         if found is not None:
             self._load_tensors(run, StoredTensors(found), read_state(found))
-        logger.warning("back to %s", found.name if found else "nothing: there is no checkpoint yet")
+        logger.warning("restored %s", found.name if found else "nothing: there is no checkpoint yet")
 
     def state_dict(self) -> dict[str, Any]:
-        """Step of the last checkpoint that was not saved because the run was asked to stop."""
+        """Step of the last planned checkpoint (one not saved because the run was asked to stop)."""
         return {"planned": self._planned}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take a :meth:`state_dict` over."""
+        """Restore a :meth:`state_dict`."""
         self._planned = state.get("planned")
 
     def on_validation_end(self, run: Run, metrics: dict[str, float], improved: bool) -> None:
-        """Remember the monitored figure, to be found in the epoch's checkpoint."""
+        """Remember the monitored metric for the epoch's checkpoint."""
         self._figure = metrics[run.config.monitor.removeprefix("-")]
 
     def on_validation_interrupted(self, run: Run) -> None:
-        """Save as behind the epoch's last step; who goes on validates first."""
+        """Save as after the epoch's last step; a resumed run validates first."""
         self._save(run, planned=False, wait=True)
 
     def on_epoch_end(self, run: Run) -> None:
-        """Save with the validation behind it."""
-        # Behind the last epoch there is nothing that could go on meanwhile; and who says that all is saved
-        # has to know it.
+        """Save, with the validation already done."""
+        # After the last epoch there is no training to overlap with, and a caller that reports the state as
+        # saved has to be sure of it.
         is_last = run.state.epoch == run.config.epochs or run.state.should_stop
         self._save(run, planned=True, wait=is_last or run.is_leaving)
 
     def on_fit_end(self, run: Run) -> None:
-        """Give memory back; the last save was waited for."""
+        """Free memory; the last save has already finished."""
         self._writer.close()
 
     def on_exception(self, run: Run, error: BaseException) -> None:
-        """Let a save in the background come to its end."""
+        """Wait for a background save to finish."""
         self._writer.abandon()
 
     def _save(self, run: Run, *, planned: bool, wait: bool) -> None:
-        # Every rank reaches all of this: engines gather in their tensors, and every rank writes.
-        self._writer.finish(run)  # before the state is taken: it tells figures
+        # Every rank runs all of this: engines gather their tensors, and every rank writes.
+        self._writer.finish(run)  # before the state is taken: it reports figures to callbacks
         started = time.perf_counter()
         if planned:
             self._planned = run.state.step
-        step, state, rng = run.state.step, json.dumps(self._state(run), indent=1), capture_rng()
+        step, state, rng = run.state.step, json.dumps(self._state(run), indent=1), self._random_states()
         store, planned_step = self.store(run), self._planned
         best = run.state.best_step if run.state.best is not None else None
 
@@ -164,7 +171,9 @@ class Checkpointer(Callback):
                 group=self._group,
             )
 
-        self._writer.save(run, stored_tensors(run), write, started=started, wait=wait)
+        assert self._modules is not None  # made when training starts
+        tensors = stored_tensors(run, self._buffers) | self._modules.parameters()
+        self._writer.save(run, tensors, write, started=started, wait=wait)
 
     def _state(self, run: Run) -> dict[str, Any]:
         figure, self._figure = self._figure, None
@@ -196,30 +205,51 @@ class Checkpointer(Callback):
         engine = run.engine
         engine.fill(engine.weights(), source, "model/")
         engine.weights_changed()
-        PrefixedSource("model/", source).read(trained_buffers(run.model))
+        for name in self._buffers:
+            owner, _, attribute = name.rpartition(".")
+            write_buffer(run.model.get_submodule(owner), attribute, source.whole(f"model/{name}"))
+        if self._modules is not None:
+            self._modules.load_parameters(source)
         engine.load_moments(source, "optimizer/", state.get("optimizer"))
         run.load_tensors(PrefixedSource("callbacks/", source))
 
+    def _random_states(self) -> dict[str, Any]:
+        """Of this process's generators, and what modules keep that is no tensor."""
+        assert self._modules is not None  # made when training starts
+        return {**capture_rng(), "modules": self._modules.objects()}
+
     def _load_rng(self, run: Run, folder: Path) -> None:
-        path = folder / _rng_file(rank())
-        if path.exists():
-            restore_rng(torch.load(path, map_location="cpu", weights_only=True))
-        else:  # more processes than there were: this one draws from here on as no other does
+        states = [_read_rng(folder / _rng_file(number)) for number in (rank(), 0)]
+        own, main = states
+        if own is not None:
+            restore_rng(own)  # type: ignore[arg-type]
+        else:  # more processes than when it was saved: give this one a random stream of its own
             seed_everything(derive_seed(run.config.seed, "rank", rank(), "step", run.state.step))
+        if self._modules is not None and main is not None:
+            self._modules.load_objects(
+                None if own is None else own.get("modules", {}), main.get("modules", {})
+            )
 
 
-def stored_tensors(run: Run) -> dict[str, Tensor]:
-    """Everything a checkpoint stores of tensors, in stored form. All ranks call it together."""
+def _read_rng(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return state
+
+
+def stored_tensors(run: Run, buffers: Collection[str]) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, in stored form. All ranks call it together."""
     engine = run.engine
     tensors = {f"model/{name}": t for name, t in engine.stored(engine.weights()).items()}
-    if rank() == 0:  # ranks may differ in theirs; all go on with rank 0's, as validation does
-        tensors |= {f"model/{name}": t for name, t in trained_buffers(run.model).items()}
+    if rank() == 0:  # ranks' buffers may differ; all resume with rank 0's, which validation uses too
+        tensors |= {f"model/{name}": run.model.get_buffer(name).detach() for name in buffers}
     tensors |= {f"optimizer/{name}": t for name, t in engine.moments().items()}
     return tensors | {f"callbacks/{name}": t for name, t in run.tensors().items()}
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The loop's state and what a checkpoint says of itself.
+    """The loop's state and the checkpoint's description of itself.
 
     Raises:
         CheckpointError: it cannot be read or is of another version.
@@ -241,7 +271,7 @@ def _write(
     folder: Path,
     tensors: Mapping[str, Tensor],
     state: str,
-    rng: RngState,
+    rng: Mapping[str, Any],
     group: dist.ProcessGroup | None,
 ) -> list[str]:
     files = write_tensors(folder, tensors, group)

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there.
+"""Stores checkpoints atomically: each is complete or absent.
 
 A checkpoint is a folder ``step-<number>``. All ranks write it under a temporary name, every file is
 synced, a manifest with each file's size and SHA-256 is written last, and the folder is renamed.
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 _REPLACED = ".tmp-old-"
 DAMAGED = ".damaged"
-"""Ends the name of a checkpoint that was put aside."""
+"""Suffix of a damaged checkpoint that was put aside."""
 
 Files = dict[str, dict[str, int | str]]
 
@@ -34,15 +34,15 @@ class CheckpointStore:
     """The checkpoints of a run.
 
     Args:
-        folder: where they lie, for all ranks; made when the first is saved.
-        keep: newest ones that stay.
+        folder: that holds them, shared by all ranks; created at the first save.
+        keep: number of newest ones to keep.
     """
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
         self.folder, self.keep = folder, keep
 
     def steps(self) -> list[int]:
-        """Steps of the checkpoints that are there, oldest first (not verified)."""
+        """Steps of the existing checkpoints, oldest first (not verified)."""
         names = (path.name for path in self.folder.glob("step-*"))
         return sorted(int(match[1]) for name in names if (match := re.fullmatch(r"step-(\d{8,})", name)))
 
@@ -67,18 +67,17 @@ class CheckpointStore:
 
         Args:
             step: names the checkpoint; one of the same step is replaced.
-            write: fills the folder it is given with this rank's files and names them; may hold
-                collectives that fail on all ranks alike.
-            best_step: a checkpoint that pruning leaves besides the newest.
+            write: writes this rank's files to the folder it is given and returns their names; may use
+                collectives that fail on all ranks or none.
+            best_step: a checkpoint that pruning keeps besides the newest.
             spared: another one.
-            group: through which the ranks talk.
+            group: for the ranks' communication.
 
         Returns:
             Bytes of all files.
 
         Raises:
-            CheckpointError: on all ranks: one of them could not write; checkpoints that were there still
-                are.
+            CheckpointError: on all ranks if one of them could not write; existing checkpoints are kept.
         """
         final = self.path(step)
         temporary, replaced = self.folder / f".tmp-{final.name}", self.folder / f"{_REPLACED}{final.name}"
@@ -103,7 +102,7 @@ class CheckpointStore:
             raise CheckpointError(
                 f"checkpoint of step {step} could not be written to {self.folder} ({error}): "
                 + (f"the last good one is {last}; " if last else "there is none yet; ")
-                + "make room or mend the folder, then start again to go on from there"
+                + "make room or fix the folder, then start again to resume from there"
             ) from error
         if rank() == 0:
             self._clear()
@@ -111,21 +110,21 @@ class CheckpointStore:
         return sum(int(entry["bytes"]) for share in shares for entry in share.values())
 
     def _take_back(self) -> str | None:
-        """Undo a save that failed, and name the newest checkpoint that is left."""
+        """Undo a failed save, and return the name of the newest checkpoint that is left."""
         self._put_back()
         self._clear()
         left = self.steps()
         return self.path(left[-1]).name if left else None
 
     def _put_back(self) -> None:
-        """Undo what a save over the same step had begun when it failed or was killed."""
+        """Restore a checkpoint that a save of the same step was replacing when it failed or was killed."""
         for replaced in self.folder.glob(f"{_REPLACED}*"):
             final = self.folder / replaced.name.removeprefix(_REPLACED)
             if not final.exists():
                 replaced.rename(final)
 
     def _clear(self) -> None:
-        """Delete what a save that was killed left behind."""
+        """Delete the temporary files of a killed save."""
         for path in self.folder.glob(".tmp-*"):
             shutil.rmtree(path, ignore_errors=True)
 
@@ -135,18 +134,18 @@ class CheckpointStore:
         """Delete all but the newest and the best.
 
         Args:
-            newest: leave later ones as they are: they could not be read, or training would have gone on
-                from there, and they must not push out the good ones. None = there are none.
-            best_step: stays besides.
-            spared: stays too.
+            newest: ignore later ones: they could not be read, or training would have resumed from there,
+                and they must not displace the good ones. None = there are none.
+            best_step: is kept as well.
+            spared: is kept too.
 
         Returns:
-            What was deleted.
+            Folders that were deleted.
         """
-        gone = self.surplus(newest=newest, best_step=best_step, spared=spared)
-        for path in gone:
+        deleted = self.surplus(newest=newest, best_step=best_step, spared=spared)
+        for path in deleted:
             shutil.rmtree(path, ignore_errors=True)
-        return gone
+        return deleted
 
     def surplus(
         self, *, newest: int | None = None, best_step: int | None = None, spared: int | None = None
@@ -156,7 +155,7 @@ class CheckpointStore:
         return [self.path(step) for step in good[: -self.keep] if step not in (best_step, spared)]
 
     def verified(self, step: int | None) -> Path | None:
-        """The checkpoint of a step, if it is there and verifies."""
+        """The checkpoint of a step, if it exists and verifies."""
         try:
             if step is not None:
                 verify(self.path(step))
@@ -176,7 +175,7 @@ class CheckpointStore:
         return None
 
     def recover(self) -> Path | None:
-        """The newest checkpoint that verifies; each later one is renamed to ``….damaged`` and told.
+        """The newest checkpoint that verifies; each later one is renamed to ``….damaged`` and logged.
 
         Raises:
             OSError: one cannot be renamed.
@@ -204,7 +203,7 @@ def _free_name(path: Path) -> Path:
 
 
 def describe(folder: Path, names: Iterable[str]) -> Files:
-    """Sync files and tell their sizes and checksums."""
+    """Sync files and return their sizes and checksums."""
     files: Files = {}
     for name in sorted(names):
         with (folder / name).open("rb") as file:
@@ -217,14 +216,14 @@ def _seal(folder: Path, files: Files) -> None:
     """Write the manifest, which comes last.
 
     Raises:
-        CheckpointError: a file that another rank has written is not to be seen from here.
+        CheckpointError: a file that another rank has written is not visible here.
     """
     for name, entry in files.items():
         path = folder / name
         if not path.is_file() or path.stat().st_size != entry["bytes"]:
             raise CheckpointError(
-                f"{name} was written by its rank and is not to be seen from rank 0: output_dir has to lie on "
-                "a file system that all nodes share"
+                f"{name} was written by its rank but is not visible from rank 0: output_dir has to be on a "
+                "file system that all nodes share"
             )
     write_atomic(folder / MANIFEST, json.dumps({"format": 1, "files": files}, indent=1).encode())
 
@@ -259,9 +258,9 @@ def verify(folder: Path) -> None:
 
 
 def damage(folder: Path, files: Mapping[str, Mapping[str, int | str]]) -> list[str]:
-    """What is wrong with each file of a checkpoint that is not as its manifest says."""
+    """What is wrong with each file of a checkpoint that does not match its manifest."""
 
-    def look(name: str) -> str | None:
+    def check(name: str) -> str | None:
         expected = files[name]
         try:
             size = (folder / name).stat().st_size
@@ -275,5 +274,5 @@ def damage(folder: Path, files: Mapping[str, Mapping[str, int | str]]) -> list[s
             return f"{name!r} cannot be read ({error})"
         return None
 
-    with ThreadPoolExecutor(max_workers=8) as pool:  # hashing leaves Python's lock to the others
-        return [found for found in pool.map(look, files) if found is not None]
+    with ThreadPoolExecutor(max_workers=8) as pool:  # hashing releases the GIL
+        return [found for found in pool.map(check, files) if found is not None]

@@ -1,4 +1,4 @@
-"""From a checkpoint to weights that anything can load."""
+"""Exports a checkpoint's weights as one safetensors file."""
 
 import shutil
 from pathlib import Path
@@ -17,7 +17,7 @@ _AVERAGE = "callbacks/EmaCallback/"
 
 
 def whole_weights(checkpoint: Path, *, average: bool = False) -> dict[str, Tensor]:
-    """Trained weights and buffers by the bare model's names, whole, on the CPU.
+    """Whole trained weights and buffers on the CPU, by the bare model's names.
 
     Args:
         checkpoint: its folder, verified.
@@ -40,16 +40,16 @@ def whole_weights(checkpoint: Path, *, average: bool = False) -> dict[str, Tenso
 def consolidate(checkpoint: Path, output: Path, *, average: bool = False) -> Path:
     """Write a checkpoint's weights as one safetensors file.
 
-    Beside it goes the description of the model that the run has kept with its best weights, where there is
-    one, so that a detector can be loaded from the folder like from ``best/``.
+    The model description in the run's ``best/``, if any, is copied as well, so a detector can be loaded from
+    the folder just as from ``best/``.
 
     Args:
         checkpoint: its folder, verified.
-        output: folder to write to; made if needed.
+        output: folder to write to; created if needed.
         average: moving averages in place of the weights.
 
     Raises:
-        CheckpointError: the checkpoint cannot be read, or the folder not written.
+        CheckpointError: the checkpoint cannot be read, or the folder cannot be written.
     """
     weights = whole_weights(checkpoint, average=average)
     description = checkpoint.parent.parent / "best" / _DESCRIPTION

@@ -1,4 +1,4 @@
-"""Checkpoints looked at from outside a run: what there is, whether it is whole, what may go."""
+"""Lists, verifies and prunes checkpoints from outside a run."""
 
 import time
 from dataclasses import dataclass
@@ -9,23 +9,23 @@ from roadwork_dist.trainer.checkpoint.callback import read_state
 from roadwork_dist.trainer.checkpoint.checkpoint_store import MANIFEST, CheckpointStore, read_manifest, verify
 
 FOLDER = "checkpoints"
-"""Where a run folder keeps them."""
+"""Folder of the checkpoints in a run folder."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """A checkpoint in a line.
+    """Summary of a checkpoint.
 
     Attributes:
         path: its folder.
         size: bytes of its files.
         age: seconds since it was complete; None = not known.
-        wrong: why it does not count; empty = every file is there in its size (contents are not read).
-        step, epoch: where the run stood.
-        figure: the monitored one of the validation behind it; None = there was none.
-        monitor: name of that figure.
+        wrong: why it cannot be used; empty = every file exists in its size (contents are not read).
+        step, epoch: progress of the run.
+        figure: the monitored metric of its validation; None = there was none.
+        monitor: name of that metric.
         processes, engine: that saved it.
-        is_best: no validation before it had a better figure.
+        is_best: no earlier validation had a better metric.
     """
 
     path: Path
@@ -42,7 +42,7 @@ class Summary:
 
 
 def checkpoints_at(path: Path) -> list[Path]:
-    """Checkpoints of a run folder, oldest first, damaged ones that were put aside last; or the one at a path.
+    """Checkpoints of a run folder, oldest first, then those put aside as damaged; or the one at a path.
 
     Raises:
         CheckpointError: there is none.
@@ -52,7 +52,7 @@ def checkpoints_at(path: Path) -> list[Path]:
     store = _store(path)
     found = [store.path(step) for step in store.steps()] + store.put_aside()
     if not found:
-        what = "holds no checkpoint" if path.is_dir() else "is no folder"
+        what = "holds no checkpoint" if path.is_dir() else "is not a folder"
         raise CheckpointError(f"{path} {what}: expected a run folder, or a folder step-… of one")
     return found
 
@@ -62,11 +62,11 @@ def _store(path: Path) -> CheckpointStore:
 
 
 def chosen_checkpoint(path: Path, step: int | None = None) -> Path:
-    """The checkpoint of a step, else the newest one; it verifies.
+    """The checkpoint of a step, else the newest one; verified.
 
     Args:
         path: run folder, or folder of a checkpoint.
-        step: which one of a run; None = the newest that is whole.
+        step: which one of a run; None = the newest intact one.
 
     Raises:
         CheckpointError: there is none.
@@ -84,12 +84,12 @@ def chosen_checkpoint(path: Path, step: int | None = None) -> Path:
         return store.path(step)
     newest = store.newest()
     if newest is None:
-        raise CheckpointError(f"{path} has no whole checkpoint: roadwork-dist checkpoint verify says why")
+        raise CheckpointError(f"{path} has no intact checkpoint: roadwork-dist checkpoint verify says why")
     return newest
 
 
 def summary(folder: Path) -> Summary:
-    """What a checkpoint says of itself."""
+    """Summarize a checkpoint from its manifest and state."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     size = sum(path.stat().st_size for path in files)
     manifest = folder / MANIFEST
@@ -97,7 +97,7 @@ def summary(folder: Path) -> Summary:
     try:
         for name, entry in read_manifest(folder).items():
             if not (folder / name).is_file() or (folder / name).stat().st_size != entry["bytes"]:
-                raise CheckpointError(f"{name} is not as {MANIFEST} says")
+                raise CheckpointError(f"{name} does not match {MANIFEST}")
         state = read_state(folder)
         loop = state["state"]
         return Summary(
@@ -119,7 +119,7 @@ def summary(folder: Path) -> Summary:
 
 @dataclass(frozen=True)
 class Pruning:
-    """What a pruning would do: folders by what becomes of them."""
+    """Plan of a pruning: which folders are kept, deleted, or skipped as damaged."""
 
     kept: list[Path]
     gone: list[Path]
@@ -127,14 +127,14 @@ class Pruning:
 
 
 def plan_pruning(path: Path, keep: int) -> Pruning:
-    """Choose what may go: all but the newest whole ones, the best, and the one that a spike goes back to.
+    """Choose what to delete: all but the newest intact ones, the best, and the one a loss spike rewinds to.
 
-    Every one that stays among the newest is verified, so that a damaged one does not push a good one out;
-    damaged ones are left for a person to look at.
+    Each of the newest ones is verified before it is kept, so a damaged one does not displace a good one.
+    Damaged ones are left for a person to inspect.
 
     Args:
         path: run folder.
-        keep: newest whole ones that stay.
+        keep: number of newest intact ones to keep.
 
     Raises:
         CheckpointError: there is none.

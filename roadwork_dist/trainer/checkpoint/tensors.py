@@ -1,7 +1,7 @@
-"""Tensors of a checkpoint on disk, through ``torch.distributed.checkpoint``.
+"""Reads and writes a checkpoint's tensors through ``torch.distributed.checkpoint``.
 
-Every rank writes a file of its own: shards as they are, and of tensors that several ranks hold its share.
-What lies there is read back into any other layout.
+Every rank writes a file of its own: its shards, and its share of the tensors that several ranks hold.
+They can be read back into any other layout.
 """
 
 import io
@@ -37,10 +37,10 @@ def write_tensors(
     """Write tensors by name. A collective: all ranks call it together.
 
     Args:
-        folder: that all ranks see.
+        folder: shared by all ranks.
         tensors: plain tensors that are equal on every rank that holds them, and DTensors. Ranks may hold
             different names.
-        group: through which the ranks talk.
+        group: for the ranks' communication.
 
     Returns:
         Names of the files that this rank has written.
@@ -63,7 +63,7 @@ def write_tensors(
                 process_group=group,
                 no_dist=world_size() == 1,
             )
-    except CheckpointException as error:  # no Exception, and the same on all ranks
+    except CheckpointException as error:  # not a subclass of Exception; the same on all ranks
         failures: dict[int, Any] = error.failures
         number, (first, _) = min(failures.items(), key=lambda item: item[0])
         if rank() in failures:
@@ -78,14 +78,14 @@ def _writer(folder: Path) -> Any:
     from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
     class Writer(FileSystemWriter):
-        """Tells of a full disk as such."""
+        """Reports a full disk as such."""
 
         def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
             try:
                 return super().write_data(plan, planner)
             except RuntimeError as error:
-                # torch.save's own error behind a write that the system refused; here, because on its way
-                # to the other ranks an error loses what it came from.
+                # torch.save replaces the system's error of a refused write with its own. Undone here,
+                # because an error loses its context on the way to the other ranks.
                 if isinstance(error.__context__, OSError):
                     raise error.__context__ from error
                 raise
@@ -107,7 +107,7 @@ class StoredTensors:
     def _metadata(self) -> "Metadata":
         try:
             with (self.folder / METADATA).open("rb") as file:
-                contents = _TableOfContents(file).load()
+                contents = _MetadataUnpickler(file).load()
             _ = {name: entry.size for name, entry in contents.state_dict_metadata.items()}
             return contents  # type: ignore[no-any-return]
         except _FAULTS as error:
@@ -120,7 +120,7 @@ class StoredTensors:
 
     @cached_property
     def dtypes(self) -> dict[str, torch.dtype]:
-        """Number format of every tensor, by name."""
+        """The dtype of every tensor, by name."""
         return {
             name: entry.properties.dtype  # type: ignore[union-attr]
             for name, entry in self._metadata.state_dict_metadata.items()
@@ -137,9 +137,9 @@ class StoredTensors:
 
         for name, tensor in into.items():
             if self.shapes.get(name) != tensor.shape:
-                got = f"shape {tuple(self.shapes[name])}" if name in self.shapes else "nothing"
+                got = f"has shape {tuple(self.shapes[name])}" if name in self.shapes else "is missing"
                 raise CheckpointError(
-                    f"{self.folder} does not fit: {name} has {got}, expected {tuple(tensor.shape)}"
+                    f"{self.folder} does not fit: {name} {got}, expected shape {tuple(tensor.shape)}"
                 )
         if not into:
             return
@@ -151,7 +151,7 @@ class StoredTensors:
             raise CheckpointError(f"{self.folder} cannot be read ({error!r})") from error
 
     def whole(self, name: str) -> Tensor:
-        """A tensor as a whole, on the CPU."""
+        """A whole tensor, on the CPU."""
         tensor = torch.empty(self.shapes[name], dtype=self.dtypes[name])
         self.read({name: tensor})
         return tensor
@@ -163,7 +163,7 @@ class StoredTensors:
         known = self._metadata
 
         class Reader(FileSystemReader):
-            """Has read the table of contents before."""
+            """Uses the metadata that has already been read."""
 
             def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
                 return known
@@ -171,20 +171,20 @@ class StoredTensors:
         return Reader(self.folder)
 
 
-class _TableOfContents(pickle.Unpickler):
-    """Reads ``.metadata``, a pickle, and nothing in it but what torch writes: it can run no code."""
+class _MetadataUnpickler(pickle.Unpickler):
+    """Unpickles ``.metadata``, accepting only what torch writes, so that it cannot run code."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """A class of the table, a number format or a path.
+        """A class of the metadata, a dtype or a path.
 
         Raises:
             pickle.UnpicklingError: anything else.
         """
-        # Nothing else is even imported; a dotted name would reach what a module has imported.
+        # Other modules are not even imported. A dotted name would reach what a module has imported.
         if module in _MODULES and "." not in name:
             found = super().find_class(module, name)
             is_own = isinstance(found, type) and found.__module__ == module
-            if is_own and module in _TABLES:
+            if is_own and module in _METADATA_MODULES:
                 return found
             if is_own and issubclass(found, pathlib.PurePath):
                 return found
@@ -192,16 +192,16 @@ class _TableOfContents(pickle.Unpickler):
                 return found
             if (module, name) == ("torch.serialization", "_get_layout"):
                 return found
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in {METADATA}")
+        raise pickle.UnpicklingError(f"{module}.{name} is not allowed in {METADATA}")
 
 
-_TABLES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
-_MODULES = (*_TABLES, "torch", "torch.serialization", "pathlib", "pathlib._local")
+_METADATA_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+_MODULES = (*_METADATA_MODULES, "torch", "torch.serialization", "pathlib", "pathlib._local")
 
 
 @contextmanager
 def _without_warning_of_one_process() -> Iterator[None]:
-    """Torch warns where it is told to act without other ranks."""
+    """Suppress torch's warning that it runs without other ranks."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
@@ -209,7 +209,7 @@ def _without_warning_of_one_process() -> Iterator[None]:
 
 def write_torch(path: Path, value: Any) -> None:
     """Write what ``torch.load(weights_only=True)`` can read, such as states of random generators."""
-    # Through memory: torch.save to a file turns a full disk into an error that does not say so.
+    # Through memory: torch.save to a file reports a full disk as another error.
     buffer = io.BytesIO()
     torch.save(value, buffer)
     path.write_bytes(buffer.getbuffer())

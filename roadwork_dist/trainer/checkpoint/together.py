@@ -1,4 +1,4 @@
-"""What several ranks do together: all succeed, or all raise the same error."""
+"""Runs an action on all ranks: all succeed, or all raise the same error."""
 
 import socket
 from collections.abc import Callable
@@ -16,16 +16,16 @@ def together(action: Callable[[], T], group: dist.ProcessGroup | None = None) ->
     """Run an action on every rank. A collective: all ranks call it together.
 
     Args:
-        action: this rank's part. May hold collectives only if they fail on all ranks alike.
-        group: through which the ranks talk.
+        action: this rank's part. May use collectives only if they fail on all ranks or none.
+        group: for the ranks' communication.
 
     Returns:
         What every rank's action returned, by rank.
 
     Raises:
-        CheckpointError: on all ranks, if one of them met an error of the system or of a user; says what
-            and, where there are several, which rank.
-        Exception: a fault of the program: on its rank as it is, on the others as a RuntimeError.
+        CheckpointError: on all ranks, if one of them had a system or user error; says what and, if there
+            are several ranks, on which.
+        Exception: a program error: unchanged on its rank, as a RuntimeError on the others.
     """
     value, error = None, None
     try:
@@ -46,14 +46,14 @@ def together(action: Callable[[], T], group: dist.ProcessGroup | None = None) ->
 
 
 def on_main(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
-    """Run an action on rank 0 and tell all ranks what it returned; raises like :func:`together`."""
+    """Run an action on rank 0 and return its result on all ranks; raises like :func:`together`."""
     return together(lambda: action() if rank() == 0 else None, group)[0]  # type: ignore[return-value]
 
 
 def reason(error: BaseException) -> str:
-    """What went wrong, with the rank and its host where there are several."""
+    """What went wrong, with the rank and its host if there are several ranks."""
     if isinstance(error, RoadworkError):
-        return str(error)  # told by a rank already
+        return str(error)  # says already what went wrong
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     if not isinstance(error, OSError):
         text = f"{type(error).__name__}: {text}"

@@ -1,4 +1,4 @@
-"""Which tensors of a model training moves, and who the others are."""
+"""Separates a model's trained tensors from the frozen ones, and identifies the latter by a hash."""
 
 import hashlib
 import json
@@ -13,16 +13,16 @@ from roadwork_dist.trainer.engine.base import trained_parameters
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Tensors that training may move: trainable parameters, and buffers of modules in train mode.
+    """Tensors that training may change: trainable parameters, and buffers of modules in train mode.
 
-    Call it with the model in train mode. A frozen part that stays in eval mode then keeps its
-    buffers (running statistics) out.
+    Call it with the model in train mode. Buffers (running statistics) of a frozen part that stays in
+    eval mode are then excluded.
     """
     return {name: p.detach() for name, p in trained_parameters(model).items()} | trained_buffers(model)
 
 
 def trained_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Buffers that training may move; the model has to be in train mode."""
+    """Buffers that training may change; the model has to be in train mode."""
     tensors = {}
     stored = model.state_dict(keep_vars=True)
     for prefix, module in model.named_modules():
@@ -34,17 +34,17 @@ def trained_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 def frozen_identity(model: nn.Module) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of all stored tensors that training cannot move.
+    """SHA-256 over names, dtypes, shapes and bytes of all stored tensors that training cannot change.
 
-    A model that is trained from kept features does not hold the network they come from; it names it
-    in an attribute ``backbone_identity``, which counts too.
+    A model trained from stored features does not hold the network that computed them. It names that
+    network in an attribute ``backbone_identity``, which is hashed too.
     """
-    # By memory, not by name: weights that two modules share have two names, one of which moves.
+    # By memory, not by name: weights that two modules share have two names, one of which is trained.
     moved = {tensor.data_ptr() for tensor in trained_tensors(model).values() if tensor.numel()}
     elsewhere = json.dumps(getattr(model, "backbone_identity", None), sort_keys=True)
     digest = hashlib.sha256(elsewhere.encode())
     for name, tensor in sorted(model.state_dict().items()):
-        if not isinstance(tensor, Tensor):  # a module's extra state, which is its own affair
+        if not isinstance(tensor, Tensor):  # a module's extra state, which is not checked
             continue
         if not tensor.numel() or tensor.data_ptr() not in moved:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

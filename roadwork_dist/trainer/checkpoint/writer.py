@@ -1,4 +1,4 @@
-"""Saves of a run, in front of training or behind its back, and what they cost it."""
+"""Saves checkpoints in the foreground or background, and reports how long they blocked training."""
 
 import logging
 import time
@@ -13,10 +13,10 @@ from roadwork_dist.trainer.events.callback import Run
 logger = logging.getLogger(__name__)
 
 _PATIENCE_S = 300.0
-"""How long a run that ends with an error waits for a save that is under way."""
+"""How long a run that ends with an error waits for a save in progress."""
 
 Store = Callable[[Mapping[str, Tensor]], int]
-"""Stores tensors and tells the bytes; on all ranks together, failing on all alike."""
+"""Stores tensors and returns the bytes; all ranks call it together, and it fails on all or none."""
 
 
 @dataclass
@@ -27,10 +27,10 @@ class _Pending:
 
 
 class CheckpointWriter:
-    """Saves one checkpoint after the other and tells how long each kept training waiting.
+    """Saves one checkpoint at a time and reports how long each blocked training.
 
-    In the background only one is under way: the next waits for it. Its error is raised on all ranks at the
-    same point: before the next save, or behind the next step, where the ranks then agree to leave the loop.
+    A save waits for the background save in progress. The latter's error is raised on all ranks at the same
+    point: before the next save, or after the next step, where the ranks then agree to leave the loop.
 
     Args:
         in_background: training waits only until the tensors are copied to host memory.
@@ -45,33 +45,33 @@ class CheckpointWriter:
     def save(
         self, run: Run, tensors: Mapping[str, Tensor], store: Store, *, started: float, wait: bool
     ) -> None:
-        """Save what training has come to, behind :meth:`finish`. All ranks call it together.
+        """Save the current state, after :meth:`finish`. All ranks call it together.
 
         Args:
-            run: is told the figures, as kind ``checkpoint``.
+            run: receives the figures, as kind ``checkpoint``.
             tensors: of the checkpoint.
             store: stores them.
-            started: when this save began to keep training waiting.
+            started: when this save began to block training.
             wait: until it is stored, whatever the settings.
 
         Raises:
-            CheckpointError: on all ranks: it was not saved.
+            CheckpointError: on all ranks, if it was not saved.
         """
         step, device = run.state.step, run.accelerator.device
         if wait or not self.in_background:
             size = store(tensors)
             seconds = time.perf_counter() - started
-            self._tell(run, step, seconds, seconds, size)
+            self._report(run, step, seconds, seconds, size)
             return
         copies = self._copy(tensors)
-        job = Background(lambda: store(copies), device, lambda: _ask_to_leave(run))
+        job = Background(lambda: store(copies), device, lambda: _request_stop(run))
         self._pending = _Pending(step, job, time.perf_counter() - started)
 
     def finish(self, run: Run) -> None:
         """Wait for a save in the background. All ranks call it together.
 
         Raises:
-            CheckpointError: on all ranks: it failed.
+            CheckpointError: on all ranks, if it failed.
         """
         pending, self._pending = self._pending, None
         if pending is None:
@@ -80,13 +80,13 @@ class CheckpointWriter:
         try:
             size = pending.job.wait()
         except BaseException:
-            run.interrupt_requested = False  # it was this error that asked
+            run.interrupt_requested = False  # it was requested because of this error
             raise
         blocked = pending.blocked + time.perf_counter() - started
-        self._tell(run, pending.step, blocked, pending.blocked + pending.job.seconds, size)
+        self._report(run, pending.step, blocked, pending.blocked + pending.job.seconds, size)
 
     def abandon(self) -> None:
-        """Let a save in the background come to its end where training ended with an error."""
+        """Wait for a background save to finish after training ended with an error."""
         pending, self._pending = self._pending, None
         if pending is not None:
             try:
@@ -96,10 +96,10 @@ class CheckpointWriter:
         self._copy.close()
 
     def close(self) -> None:
-        """Give the memory of copies back."""
+        """Free the memory of copies."""
         self._copy.close()
 
-    def _tell(self, run: Run, step: int, blocked: float, total: float, size: int) -> None:
+    def _report(self, run: Run, step: int, blocked: float, total: float, size: int) -> None:
         now = time.perf_counter()
         since, self._last_save = now - self._last_save, now
         figures = {
@@ -112,6 +112,6 @@ class CheckpointWriter:
         run.tell("checkpoint", figures)
 
 
-def _ask_to_leave(run: Run) -> None:
-    """Every rank leaves the loop behind the step that is under way, where the error is raised."""
+def _request_stop(run: Run) -> None:
+    """Let every rank leave the loop after the current step, where the error is raised."""
     run.interrupt_requested = True

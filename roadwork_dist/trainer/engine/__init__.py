@@ -1,1 +1,1 @@
-"""Processes, devices and the libraries that spread a model over them."""
+"""Processes, devices, and the engines that distribute a model over them."""

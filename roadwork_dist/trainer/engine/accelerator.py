@@ -1,4 +1,4 @@
-"""The only place that builds an ``Accelerator``."""
+"""Builds the ``Accelerator`` of a run; nothing else does."""
 
 import atexit
 import os
@@ -17,28 +17,28 @@ from roadwork_dist.trainer.engine.launcher import watch_launcher
 
 
 def build_accelerator(*, device: Literal["auto", "cpu"] = "auto") -> Accelerator:
-    """An Accelerator for the processes and the engine that the launcher's environment names.
+    """An Accelerator for the processes and the engine set by the launcher's environment.
 
-    Started by ``torchrun`` or ``accelerate launch``, processes talk over NCCL on GPUs and over gloo on
-    CPUs. ``accelerate launch --config_file`` says which engine: none (one process, data parallel), FSDP2
-    or DeepSpeed. bf16 is the engine's autocast, not Accelerate's.
+    Processes started by ``torchrun`` or ``accelerate launch`` communicate over NCCL on GPUs and gloo on
+    CPUs. ``accelerate launch --config_file`` selects the engine: none (one process, data parallel), FSDP2
+    or DeepSpeed. bf16 is applied by the engine's autocast, not by Accelerate.
 
     Args:
         device: ``cpu`` ignores GPUs.
 
     Raises:
-        ConfigError: FSDP version 1 is asked for.
-        MissingDependencyError: DeepSpeed is asked for and not installed.
+        ConfigError: FSDP version 1 is configured.
+        MissingDependencyError: DeepSpeed is configured but not installed.
     """
-    watch_launcher()  # before this process waits for others that may never come
+    watch_launcher()  # before this process waits for others that may never start
     use_cpu = device == "cpu" or not torch.cuda.is_available()
-    was = PartialState._shared_state.get("device")
-    if was is not None and (was.type == "cpu") != use_cpu and not torch.distributed.is_initialized():
-        # Accelerate keeps the first device too: asked for a CPU later it raises, for a GPU it stays put.
+    kept = PartialState._shared_state.get("device")
+    if kept is not None and (kept.type == "cpu") != use_cpu and not torch.distributed.is_initialized():
+        # Accelerate keeps its first device: a later request for the CPU raises, one for a GPU is ignored.
         AcceleratorState._reset_state(reset_partial_state=True)
-    atexit.unregister(_leave)
-    atexit.register(_leave)
-    if use_cpu:  # Accelerate imports DeepSpeed where it is installed, which else guesses and warns
+    atexit.unregister(_leave_process_group)
+    atexit.register(_leave_process_group)
+    if use_cpu:  # Accelerate imports DeepSpeed if installed, which otherwise guesses the device and warns
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     kind = requested_engine()
     if kind == "replicated" or AcceleratorState._shared_state:
@@ -47,7 +47,7 @@ def build_accelerator(*, device: Literal["auto", "cpu"] = "auto") -> Accelerator
 
 
 def requested_engine() -> Literal["replicated", "fsdp2", "zero"]:
-    """The engine that the launcher's environment names; a single process needs none of the sharded ones."""
+    """The engine set by the launcher's environment; a single process is never sharded."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return "replicated"
     if _is_on("ACCELERATE_USE_DEEPSPEED"):
@@ -63,12 +63,12 @@ def _sharded_accelerator(kind: Literal["fsdp2", "zero"], use_cpu: bool) -> Accel
     if kind == "zero":
         deepspeed = require("deepspeed", extra="deepspeed", purpose="DeepSpeed ZeRO")
         if use_cpu:
-            # Else it compiles its shared memory collectives, which takes minutes and a C++ compiler, for
-            # inference alone.
+            # Otherwise it compiles its shared-memory collectives, which takes minutes, needs a C++ compiler
+            # and serves inference only.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if use_cpu:
-        # Accelerator(cpu=True) would drop both plugins. The processes' state alone has to know of the CPU;
-        # FSDP is taken up only beside what Accelerate calls MULTI_GPU.
+        # Accelerator(cpu=True) would drop both plugins, so only PartialState is set to the CPU. Accelerate
+        # applies FSDP only if the distributed type is MULTI_GPU.
         PartialState(cpu=True)
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     if kind == "fsdp2":
@@ -80,21 +80,21 @@ def _sharded_accelerator(kind: Literal["fsdp2", "zero"], use_cpu: bool) -> Accel
             )
         return Accelerator(mixed_precision="no", fsdp_plugin=plugin)
     accelerator = Accelerator(mixed_precision="no")
-    # Accelerate tells transformers of ZeRO-3, which would then cut every network it loads into shards, also
-    # those that run by themselves to compute features and sentence embeddings.
+    # Accelerate registers ZeRO-3 with transformers, which would then shard every network it loads, including
+    # the separate ones that compute features and sentence embeddings.
     accelerator.state.deepspeed_plugin.dschf = None
     import_module("transformers.integrations").unset_hf_deepspeed_config()
     return accelerator
 
 
 def share_cores(workers: int) -> None:
-    """Leave a core to each loader process, unless ``OMP_NUM_THREADS`` says how many threads to use.
+    """Leave one core to each loader process, unless ``OMP_NUM_THREADS`` sets the number of threads.
 
     Threads that outnumber the free cores wait for each other at every barrier: on two busy cores two
     threads took five times as long as one.
 
     Args:
-        workers: loader processes of this process.
+        workers: loader processes started by this process.
     """
     if "OMP_NUM_THREADS" not in os.environ:
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -102,12 +102,12 @@ def share_cores(workers: int) -> None:
         torch.set_num_threads(max(1, cores // processes - workers))
 
 
-def _leave() -> None:
-    """Leave the process group at exit; gloo's threads otherwise abort some processes that are done."""
+def _leave_process_group() -> None:
+    """Destroy the process group at exit; otherwise gloo's threads abort some finished processes."""
     if torch.distributed.is_initialized():
-        # A gloo thread frees the tensors of the last collective, for which it needs Python's lock: once the
-        # interpreter ends, asking for that aborts the process ("terminate called without an active
-        # exception"). The group may outlive its destruction, in the data parallel wrapper, so nothing
-        # joins the thread; asleep, this one leaves it the lock.
+        # A gloo thread frees the tensors of the last collective, for which it needs the GIL. Taking the GIL
+        # while the interpreter shuts down aborts the process ("terminate called without an active
+        # exception"). The data parallel wrapper may keep the group alive after its destruction, so nothing
+        # joins the thread; sleeping here releases the GIL to it.
         time.sleep(0.2)
         torch.distributed.destroy_process_group()

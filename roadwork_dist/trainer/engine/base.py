@@ -1,14 +1,14 @@
-"""What a training step, an average and a checkpoint need of the way a model is spread over processes.
+"""Interface to a model that is distributed over processes, for training steps, averages and checkpoints.
 
 An engine owns the working copy of a model: replicated (one process, or data parallel), sharded by
-FSDP2, or partitioned by DeepSpeed ZeRO. Who asks it never has to know which.
+FSDP2, or partitioned by DeepSpeed ZeRO. Callers do not depend on which.
 
 Three forms of a tensor that belongs to a trained parameter (the parameter itself, a moment of the
 optimizer, its average):
 
-- *local*: the part this process holds, in fp32, sharing memory with what trains;
-- *stored*: what this process gives to a checkpoint: whole tensors, or DTensors that know their place.
-  Names and shapes are those of the bare model, so that any engine can take them up;
+- *local*: the part this process holds, in fp32, sharing memory with the tensor in use;
+- *stored*: what this process writes to a checkpoint: whole tensors, or DTensors, which carry their position.
+  Names and shapes are those of the bare model, so any engine can load them;
 - *whole*: the full tensor on the CPU of the main process, for export.
 """
 
@@ -35,27 +35,26 @@ class TensorSource(Protocol):
 
     @property
     def shapes(self) -> Mapping[str, torch.Size]:
-        """Shape of every tensor that is there, the same on all ranks."""
+        """Shape of every available tensor, the same on all ranks."""
 
     def read(self, into: dict[str, Tensor]) -> None:
-        """Fill tensors in place, each by its name, resharding as they need. All ranks call it together."""
+        """Fill tensors in place by name, resharding as needed. All ranks call it together."""
 
 
 class Engine(ABC):
-    """A model on its processes.
+    """A model distributed over processes.
 
     Args:
         accelerator: processes and device.
-        model: the bare module; stays what it is for whoever holds it, though its parameters may come
-            to hold shards.
+        model: the bare module; it remains the same object, though its parameters may become shards.
         optimizer: over the model's trainable parameters.
-        config: precision and clipping; ``bf16`` is autocast of forward passes, weights stay in fp32.
+        config: precision and clipping; ``bf16`` autocasts forward passes, weights stay in fp32.
 
     Attributes:
         forward: the forward pass of training.
-        evaluate: that of a model in eval mode.
-        lockstep: a forward pass talks to the other ranks, so all ranks have to make equally many.
-        offers: what optimizers may need and this engine gives, besides single elements.
+        evaluate: the forward pass of a model in eval mode.
+        lockstep: a forward pass contains collectives, so all ranks must run equally many.
+        offers: what this engine provides to optimizers beyond element-wise updates.
     """
 
     name: ClassVar[str]
@@ -74,47 +73,47 @@ class Engine(ABC):
         self._groups_at_start = snapshot(optimizer)
 
     def accumulate(self) -> AbstractContextManager[Any]:
-        """A block of forward and backward passes whose gradients are only kept, not yet reduced."""
+        """Context of forward and backward passes whose gradients are accumulated but not yet reduced."""
         return nullcontext()
 
     @abstractmethod
     def backward(self, roots: Sequence[Tensor], factors: Tensor, *, is_last: bool) -> None:
-        """Add the gradients of ``sum(factors * roots)``; the last of a step makes them a mean over ranks."""
+        """Add the gradients of ``sum(factors * roots)``; the last call of a step averages them over ranks."""
 
     @abstractmethod
     def forget_gradients(self) -> None:
-        """Drop what backward passes left of a step that was not taken."""
+        """Discard the gradients of a step that is not taken."""
 
     @abstractmethod
     def step(self, lr: float) -> float:
-        """Clip, step unless a gradient is not finite, and forget the gradients.
+        """Clip, step unless a gradient is not finite, and discard the gradients.
 
         Args:
             lr: learning rate; a parameter group scales it by its ``lr_scale``.
 
         Returns:
-            The gradients' global L2 norm before clipping, the same on all ranks; not finite = not stepped.
+            The gradients' global L2 norm before clipping, the same on all ranks; not finite = no step taken.
         """
 
     def set_lr(self, lr: float) -> None:
-        """Give every parameter group its learning rate."""
+        """Set the learning rate of every parameter group."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
 
     @abstractmethod
     def weights(self) -> dict[str, Tensor]:
-        """Local tensors of the trained parameters, by name; of some a rank may hold nothing."""
+        """Local tensors of the trained parameters, by name; a rank may hold nothing of some of them."""
 
     def weights_changed(self) -> None:  # noqa: B027  (most engines keep no second copy)
-        """Tell that local weights were written; all ranks call it together."""
+        """Update the engine's other copies after local weights were written; all ranks call it together."""
 
     @abstractmethod
     def stored(self, local: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Stored form of local tensors that look like :meth:`weights`; all ranks call it together."""
+        """Stored form of local tensors laid out like :meth:`weights`; all ranks call it together."""
 
     @abstractmethod
     def fill(self, local: Mapping[str, Tensor], source: TensorSource, prefix: str) -> None:
-        """Read local tensors that look like :meth:`weights` from their stored form, in place.
+        """Read local tensors laid out like :meth:`weights` from their stored form, in place.
 
         All ranks call it together.
 
@@ -130,19 +129,19 @@ class Engine(ABC):
 
     @abstractmethod
     def optimizer_values(self) -> Values:
-        """What :meth:`moments` alone does not bring back, as JSON; all ranks call it together."""
+        """The optimizer's state that :meth:`moments` does not cover, as JSON; all ranks call it together."""
 
     @abstractmethod
     def load_moments(self, source: TensorSource, prefix: str, values: Values | None) -> None:
-        """Take :meth:`moments`, stored as ``prefix + name/moment``, and :meth:`optimizer_values` over.
+        """Load :meth:`moments`, stored as ``prefix + name/moment``, and :meth:`optimizer_values`.
 
-        All ranks call it together; ``values`` is None where the checkpoint is of version 0.1.
+        All ranks call it together; ``values`` is None if the checkpoint was written by version 0.1.
         """
 
     def whole_state(self, names: Collection[str] | None = None) -> dict[str, Tensor]:
-        """Tensors of the bare model's state dict, whole and on the CPU, on the main process.
+        """Whole tensors of the bare model's state dict, on the CPU of the main process.
 
-        All ranks call it together; one tensor at a time is gathered.
+        All ranks call it together; tensors are gathered one at a time.
 
         Args:
             names: which ones; None = all.
@@ -158,15 +157,28 @@ class Engine(ABC):
                         whole[name] = full.detach().to("cpu", copy=True).contiguous()
         return whole
 
+    def held(self, tensor: Tensor) -> Tensor:
+        """The part of a tensor of the model that this process holds."""
+        return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+    @torch.no_grad()
+    def put_whole(self, tensor: Tensor, whole: Tensor) -> None:
+        """Overwrite a parameter that does not learn; all ranks call it together with the same values."""
+        if isinstance(tensor, DTensor):
+            # Every rank has the whole tensor, so each takes its own part and none has to send.
+            placed = whole.to(tensor.device)
+            whole = distribute_tensor(placed, tensor.device_mesh, tensor.placements, src_data_rank=None)
+        tensor.copy_(whole)
+
     def _gathered(self, tensor: Tensor) -> AbstractContextManager[Tensor]:
-        """A block in which a tensor of the model is whole on the main process at least."""
+        """Context in which a tensor of the model is whole, at least on the main process."""
         return nullcontext(tensor)
 
 
 def lay_out_contiguously(model: nn.Module) -> None:
-    """Give every weight rows in order: what cuts weights into shards does not take ``channels_last``."""
+    """Make every weight row-major, since sharding does not support ``channels_last``."""
     for p in model.parameters():
-        # contiguous() would leave a 1x1 convolution as it is: strides of axes of length 1 do not count there.
+        # contiguous() would not change a 1x1 convolution: it ignores the strides of axes of length 1.
         if p.stride() != torch.empty(p.shape, device="meta").stride():
             p.data = p.data.clone(memory_format=torch.contiguous_format)
 
@@ -177,21 +189,21 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def moment_names(source: TensorSource, prefix: str, name: str) -> list[str]:
-    """Moments that a checkpoint holds of a parameter."""
+    """Names of the moments that a checkpoint holds for a parameter."""
     start = f"{prefix}{name}/"
     return [key.removeprefix(start) for key in source.shapes if key.startswith(start)]
 
 
 @dataclass(frozen=True)
 class PrefixedSource:
-    """The tensors of a source whose names start with a prefix, without it."""
+    """The tensors of a source whose names start with a prefix, by the names without it."""
 
     prefix: str
     source: TensorSource
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
-        """Shapes by the rest of the name."""
+        """Shapes, by name without the prefix."""
         return {
             name.removeprefix(self.prefix): shape
             for name, shape in self.source.shapes.items()
@@ -223,13 +235,13 @@ class WholeTensors:
         """
         for name, target in into.items():
             if name not in self.tensors or self.tensors[name].shape != target.shape:
-                got = f"shape {tuple(self.tensors[name].shape)}" if name in self.tensors else "nothing"
+                got = f"has shape {tuple(self.tensors[name].shape)}" if name in self.tensors else "is missing"
                 raise CheckpointError(
-                    f"the weights do not fit the model: {name} has {got}, expected {tuple(target.shape)}"
+                    f"the weights do not fit the model: {name} {got}, expected shape {tuple(target.shape)}"
                 )
             whole = self.tensors[name]
             if isinstance(target, DTensor):
-                # Every rank has the whole tensor, so each cuts out its own part and none has to send.
+                # Every rank has the whole tensor, so each takes its own part without communication.
                 whole = distribute_tensor(
                     whole.to(target.device), target.device_mesh, target.placements, src_data_rank=None
                 )

@@ -1,4 +1,4 @@
-"""Where a model repeats itself: the unit of sharding and of regional compilation."""
+"""Finds a model's repeated blocks: the unit of sharding and of regional compilation."""
 
 from collections import Counter
 
@@ -6,9 +6,9 @@ from torch import nn
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
-    """Modules that stand at least twice, with the same class, in one ``ModuleList`` or ``Sequential``.
+    """Modules whose class occurs at least twice in one ``ModuleList`` or ``Sequential``.
 
-    Those inside another such block are left out, and so are leaves (a ``Sequential`` of activations).
+    Blocks inside another block are excluded, and so are leaves (a ``Sequential`` of activations).
     """
     found: list[nn.Module] = []
 
@@ -32,13 +32,13 @@ def repeated_classes(model: nn.Module) -> set[type[nn.Module]]:
 
 
 def compile_model(model: nn.Module, mode: str, *, regional: bool = True) -> None:
-    """Compile in place, so that no name in the state dict gets a prefix.
+    """Compile in place, which adds no prefix to names in the state dict.
 
     Args:
         model: not yet wrapped by an engine.
         mode: of ``torch.compile``; ``default`` is torch's own.
-        regional: compile each repeated block, which share one compiled code, where there are any: a
-            compilation takes as long as one block's instead of the model's.
+        regional: compile the repeated blocks, if any, instead of the whole model. They share compiled code,
+            so compilation takes as long as for one block.
     """
     torch_mode = None if mode == "default" else mode
     regions = repeated_blocks(model) if regional else []

@@ -1,4 +1,4 @@
-"""From a model to the engine that the launcher asked for."""
+"""Builds the engine that the launcher's configuration selects."""
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
@@ -13,7 +13,7 @@ from roadwork_dist.trainer.engine.native import Replicated
 
 
 def engine_class(accelerator: Accelerator) -> type[Engine]:
-    """The engine that the launcher asked for."""
+    """The engine that the launcher's configuration selects."""
     if accelerator.distributed_type == DistributedType.FSDP:
         from roadwork_dist.trainer.engine.fsdp import Fsdp2
 
@@ -28,12 +28,12 @@ def engine_class(accelerator: Accelerator) -> type[Engine]:
 def build_engine(
     accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, config: TrainConfig
 ) -> Engine:
-    """Move a model to its device, compile it, and spread it over the processes.
+    """Move a model to its device, compile it, and distribute it over the processes.
 
     Args:
-        accelerator: says which engine.
+        accelerator: selects the engine.
         model: changed in place.
-        optimizer: over its trainable parameters; changed in place, and still the one that steps.
+        optimizer: over its trainable parameters; changed in place, not replaced.
         config: precision, clipping, compilation.
     """
     if config.precision == "fp8":

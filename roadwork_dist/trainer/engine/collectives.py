@@ -1,6 +1,6 @@
-"""What processes tell each other. With one process each function returns what it was given.
+"""Collective operations between ranks; with one process each returns its input.
 
-Every function here is a collective: all ranks call it, in the same order, or all hang.
+All ranks must call these functions in the same order, or all hang.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -30,12 +30,12 @@ def sum_over_ranks(values: Sequence[float], device: torch.device) -> list[float]
 
 
 def rank() -> int:
-    """Number of this process among those that train together."""
+    """Number of this process among those that train together, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def host_group() -> dist.ProcessGroup | None:
-    """A second way for all ranks to talk, through host memory, which another thread can use on its own.
+    """A second process group of all ranks, through host memory, for another thread to use independently.
 
     None with one process. All ranks call it together.
     """
@@ -43,7 +43,7 @@ def host_group() -> dist.ProcessGroup | None:
 
 
 def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
-    """``value`` of every rank, in the order of ranks (pickled: for small things)."""
+    """``value`` of every rank, in rank order (pickled: for small objects)."""
     if world_size() == 1:
         return [value]
     gathered: list[T] = [value] * world_size()
@@ -52,17 +52,18 @@ def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
 
 
 def gather_results(work: Callable[[], T]) -> list[T]:
-    """Do a share of work on every rank; what all of them came to, in the order of ranks.
+    """Do a share of work on every rank; returns the results of all, in rank order.
 
     Raises:
-        OSError, RoadworkError: of this rank's share, else of the first one that failed; on all ranks.
+        OSError, RoadworkError: on all ranks if any failed: the rank's own error, else that of the first
+            rank that failed.
     """
     result, error = None, None
     try:
         result = work()
     except (OSError, RoadworkError) as caught:
         error = caught
-    # Every rank gets here, also one that failed: nobody waits for a rank that has gone.
+    # A rank that failed gets here too, so the others do not wait for it in vain.
     shares = gather_objects((result, error))
     for _, failed in shares:
         if failed is not None:
@@ -71,7 +72,7 @@ def gather_results(work: Callable[[], T]) -> list[T]:
 
 
 def broadcast_object(value: T, source: int = 0) -> T:
-    """``value`` of rank ``source`` on every rank (pickled: for small things)."""
+    """``value`` of rank ``source`` on every rank (pickled: for small objects)."""
     if world_size() == 1:
         return value
     box: list[T] = [value]
@@ -87,7 +88,7 @@ def broadcast_tensors(tensors: Iterable[Tensor], source: int = 0) -> None:
 
 
 def gather_rows(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Concatenate each tensor over ranks along its first axis; ranks may hold different numbers.
+    """Concatenate each tensor over ranks along its first axis; ranks may hold different numbers of rows.
 
     Returns:
         Tensors on the CPU, rank 0's rows first. A rank without rows passes tensors of length 0,

@@ -1,4 +1,4 @@
-"""What the launcher, DeepSpeed's configuration and the experiment say of the same thing."""
+"""Checks that the launcher, DeepSpeed's configuration and the experiment agree on shared settings."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -11,18 +11,18 @@ from roadwork_dist.common.errors import ConfigError
 from roadwork_dist.trainer.config import TrainConfig
 
 _FREE = (None, "", "auto", "none", "no")
-"""What leaves a value to the experiment (``no`` is the launcher's default precision)."""
+"""Values that leave a setting to the experiment (``no`` is the launcher's default precision)."""
 
 
 def check_agreement(config: TrainConfig, accelerator: Accelerator) -> None:
-    """Compare every value that is said twice.
+    """Compare every setting that is given twice.
 
     Raises:
-        ConfigError: some differ; names all of them, with both values and which to change.
+        ConfigError: some differ; lists all of them, with both values and which to change.
     """
     found = list(_of_launcher(config, os.environ))
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        # Accelerate has put the launcher's values into it; what it adds by itself agrees with us.
+        # Accelerate has put the launcher's values into it; its own additions agree with ours.
         deepspeed = accelerator.state.deepspeed_plugin.deepspeed_config
         found += of_deepspeed(config, deepspeed, accelerator.num_processes)
     if found:
@@ -46,7 +46,7 @@ def _of_launcher(config: TrainConfig, environment: Mapping[str, str]) -> Iterato
 
 
 def of_deepspeed(config: TrainConfig, deepspeed: Mapping[str, Any], processes: int) -> Iterator[str]:
-    """What DeepSpeed's configuration says otherwise than the experiment, one line each."""
+    """Differences between DeepSpeed's configuration and the experiment, one line each."""
     ours = {
         "train_micro_batch_size_per_gpu": ("batch_size", config.batch_size),
         "gradient_accumulation_steps": ("accumulation", config.accumulation),

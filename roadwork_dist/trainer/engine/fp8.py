@@ -1,4 +1,4 @@
-"""8-bit floating point products of the linear layers of repeated blocks, through torchao."""
+"""fp8 matrix multiplication in the linear layers of repeated blocks, through torchao."""
 
 import torch
 from torch import nn
@@ -10,22 +10,22 @@ from roadwork_dist.trainer.engine.blocks import repeated_blocks
 LEAST_CAPABILITY = (8, 9)
 """Compute capability of the first GPUs with fp8 tensor cores (Ada, Hopper)."""
 _MULTIPLE = 16
-"""What the widths of an fp8 product are multiples of (cuBLASLt)."""
+"""The widths of an fp8 product have to be multiples of this (cuBLASLt)."""
 
 
 def use_fp8(model: nn.Module, device: torch.device, *, emulate: bool = False) -> list[str]:
-    """Multiply in fp8 with dynamic scales of whole tensors, in place; weights stay in fp32.
+    """Make layers multiply in fp8 with dynamic per-tensor scales, in place; weights stay in fp32.
 
-    The linear layers of repeated blocks whose widths are multiples of 16, where the products are large;
-    first and last layers stay as they are (as in torchao's own recipe). Parameters and their names stay.
+    Converts the linear layers of repeated blocks whose widths are multiples of 16, where the products are
+    large. First and last layers are unchanged (as in torchao's own recipe), and so are parameters and names.
 
     Args:
-        model: before an engine spreads it over processes.
+        model: not yet wrapped by an engine.
         device: where it will run.
-        emulate: compute with rounded fp32 numbers anywhere, to look at what fp8 does to the figures.
+        emulate: compute with rounded fp32 numbers on any device, to see the effect of fp8 on the metrics.
 
     Returns:
-        Names of the layers.
+        Names of the converted layers.
 
     Raises:
         ConfigError: the device has no fp8 units, or the model no such layer.
@@ -48,7 +48,7 @@ def use_fp8(model: nn.Module, device: torch.device, *, emulate: bool = False) ->
     float8.convert_to_float8_training(
         model,
         module_filter_fn=lambda _, name: name in names,
-        # Rows of a batch are an inner width in the backward pass and may be any number.
+        # In the backward pass the number of rows of a batch is an inner width, and it can be any number.
         config=float8.Float8LinearConfig(pad_inner_dim=True, emulate=emulate),
     )
     return names

@@ -21,13 +21,13 @@ from roadwork_dist.trainer.engine.precision import in_precision
 class Fsdp2(NativeEngine):
     """FSDP2 as Accelerate applies it: one unit per repeated block, one for the rest.
 
-    Weights are gathered and gradients reduced in fp32, so that a step is that of data parallel training;
-    bf16 is autocast's.
+    Weights are gathered and gradients reduced in fp32, so a step equals that of data parallel training;
+    bf16 is applied by autocast.
     """
 
     name = "fsdp2"
     lockstep = True
-    offers = frozenset({"whole matrices"})  # DTensors compute norms and products of the whole
+    offers = frozenset({"whole matrices"})  # DTensors compute norms and products of the whole matrix
 
     def __init__(
         self, accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, config: TrainConfig
@@ -44,25 +44,25 @@ class Fsdp2(NativeEngine):
         self.forward = self.evaluate = in_precision(model, config.precision, self.device)
 
     def accumulate(self) -> AbstractContextManager[Any]:
-        """No reduction inside."""
+        """Gradients are not reduced inside."""
         return _without_reduction(self.model)
 
     def _number(self, norm: Tensor) -> float:
-        # A collective: every rank has a shard of every gradient, be it an empty one.
+        # A collective: every rank has a shard of every gradient, possibly an empty one.
         return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def weights(self) -> dict[str, Tensor]:
-        """This rank's shards (of length 0 where a parameter is shorter than the number of ranks)."""
+        """This rank's shards (of length 0 where a parameter has fewer rows than there are ranks)."""
         return {name: _local(p.detach()) for name, p in self._named.items()}
 
     def weights_changed(self) -> None:
-        """Drop gathered copies: the root keeps its own after a forward pass without a backward one."""
+        """Free gathered copies: the root keeps its own after a forward pass without a backward pass."""
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
 
     def stored(self, local: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """DTensors around the local memory."""
+        """DTensors that wrap the local memory."""
         return {name: self._like(name, tensor) for name, tensor in local.items()}
 
     def _like(self, name: str, tensor: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ class Fsdp2(NativeEngine):
         )
 
     def fill(self, local: Mapping[str, Tensor], source: TensorSource, prefix: str) -> None:
-        """Straight into the shards' memory."""
+        """Read directly into the shards' memory."""
         source.read({prefix + name: tensor for name, tensor in self.stored(local).items()})
 
     def _gathered(self, tensor: Tensor) -> AbstractContextManager[Tensor]:

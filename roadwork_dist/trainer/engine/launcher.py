@@ -1,10 +1,10 @@
-"""A process whose launcher was killed does not go on unseen.
+"""Ends a rank whose launcher was killed.
 
-torchrun and ``accelerate launch`` start ranks in sessions of their own and tie them to nothing: ranks
-of a launcher that was killed (SIGKILL, out of memory) go on, with their GPUs and the run folder's lock,
-or wait minutes for a meeting that never comes. The kernel could signal them (``PR_SET_PDEATHSIG``), but
-the launcher would have to ask for it to leave no gap, and a process that hangs in a collective answers
-no signal; a thread that looks who its parent is needs neither.
+torchrun and ``accelerate launch`` start ranks in their own sessions, independent of the launcher's. If the
+launcher is killed (SIGKILL, out of memory), its ranks keep running and hold their GPUs and the run folder's
+lock, or wait minutes for a rendezvous that never happens. The kernel could signal them
+(``PR_SET_PDEATHSIG``), but only the launcher could request that without a gap, and a process that hangs in a
+collective handles no signal. A thread that checks its parent process has neither problem.
 """
 
 import atexit
@@ -20,10 +20,10 @@ logger = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 1.0
 GRACE_S = 120.0
-"""A process that was asked to leave and is still there so many seconds later is ended."""
+"""A process that is still running this long after it was asked to leave is ended."""
 EXIT_ORPHAN = 70
 """EX_SOFTWARE of sysexits.h, as for a hang."""
-# torchrun and accelerate's launcher for several processes; accelerate's for one.
+# Set by torchrun and by accelerate's launcher for several processes; by accelerate's for one process.
 _LAUNCHED = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")
 _LAUNCHERS = (b"python", b"torchrun", b"accelerate", b"deepspeed")
 
@@ -33,9 +33,9 @@ _ended = threading.Event()
 
 
 def watch_launcher() -> None:
-    """End this process when its launcher is gone; called again it changes nothing.
+    """End this process when its launcher is gone; further calls do nothing.
 
-    Where no launcher has started it, nothing is watched: what outlives its shell (``nohup``) is meant to.
+    A process without a launcher is not watched: if it outlives its shell (``nohup``), it is meant to.
     """
     if not _watches and any(name in os.environ for name in _LAUNCHED):
         _watches.append(
@@ -47,7 +47,7 @@ def watch_launcher() -> None:
 
 @contextmanager
 def asked_first(ask: Callable[[], None]) -> Iterator[None]:
-    """A block in which the process is not ended at once: ``ask`` is called, and it may leave in time."""
+    """Context in which the process is not ended at once: ``ask`` is called, and it has time to leave."""
     _to_ask.append(ask)
     try:
         yield
@@ -56,7 +56,7 @@ def asked_first(ask: Callable[[], None]) -> Iterator[None]:
 
 
 def _stop_watching() -> None:
-    """A thread that runs while Python ends may be torn out of a library, which then aborts the process."""
+    """Stop the thread before Python shuts down: if killed inside a library, it would abort the process."""
     _ended.set()
     _watches[0].join(LOOK_EVERY_S)
 
@@ -66,21 +66,21 @@ def _watch(parent: int) -> None:
         if _ended.wait(LOOK_EVERY_S):
             return
     asks = list(_to_ask)
-    what = "saving, then leaving" if asks else "leaving"
+    what = "saving, then exiting" if asks else "exiting"
     logger.warning("the launcher (process %d) is gone: %s", parent, what)
     for ask in asks:
         ask()
     if asks:
         time.sleep(GRACE_S)
-        logger.error("still here %.0f s behind the launcher's end: ended", GRACE_S)
+        logger.error("still running %.0f s after the launcher's end: exiting now", GRACE_S)
     logging.shutdown()
     os._exit(EXIT_ORPHAN)
 
 
 def _is_orphan(parent: int) -> bool:
-    """Whether the launcher has died, also before the first look: process 1 takes orphans, but starts none.
+    """Whether the launcher has died, possibly before the first check.
 
-    It may be a launcher itself, in a container.
+    Process 1 adopts orphans but starts no ranks, unless it is itself the launcher (in a container).
     """
     if os.getppid() != parent:
         return True

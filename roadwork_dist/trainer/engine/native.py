@@ -1,4 +1,4 @@
-"""Engines whose gradients and moments are torch's own, next to the parameters they belong to."""
+"""Engines that use torch's own gradients and optimizer state: data parallel, and the base of FSDP2."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ from roadwork_dist.trainer.engine.precision import in_precision
 
 
 class NativeEngine(Engine):
-    """Backward passes, clipping and moments as torch has them."""
+    """Backward passes, clipping and optimizer state of plain torch."""
 
     def __init__(
         self, accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, config: TrainConfig
@@ -28,7 +28,7 @@ class NativeEngine(Engine):
         self._named = trained_parameters(model)
 
     def backward(self, roots: Sequence[Tensor], factors: Tensor, *, is_last: bool) -> None:
-        """The weighted sum is never built: its gradient to each root is the root's factor."""
+        """The weighted sum is never built: its gradient with respect to each root is the root's factor."""
         torch.autograd.backward(roots, list(factors.unbind()))
 
     def step(self, lr: float) -> float:
@@ -45,7 +45,7 @@ class NativeEngine(Engine):
         return value
 
     def forget_gradients(self) -> None:
-        """Theirs are torch's."""
+        """Clear the parameters' ``grad``."""
         self.optimizer.zero_grad(set_to_none=True)
 
     def _number(self, norm: Tensor) -> float:
@@ -56,7 +56,7 @@ class NativeEngine(Engine):
         return self._packed()[0]
 
     def optimizer_values(self) -> Values:
-        """The same on all ranks: they step alike."""
+        """The same on all ranks, since all take the same steps."""
         return {"parameters": self._packed()[1], "groups": pack_groups(self.optimizer, self._groups_at_start)}
 
     def _packed(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -68,11 +68,11 @@ class NativeEngine(Engine):
         return tensors, {name: packed for name, packed in values.items() if packed}
 
     def load_moments(self, source: TensorSource, prefix: str, values: Values | None) -> None:
-        """Make the state that the steps so far have made, and read it."""
+        """Create the state that the optimizer's steps would have created, and read it."""
         templates: dict[str, Tensor] = {}
         for name, p in self._named.items():
             packed = {} if values is None else values["parameters"].get(name, {})
-            # unpack() calls it before the next turn of the loop.
+            # unpack() calls it before the next iteration.
             state = {
                 key: unpack(item, partial(_template, source, prefix, p, templates))
                 for key, item in packed.items()
@@ -101,10 +101,10 @@ def _template(
     dtype: torch.dtype,
     with_parameter: bool,
 ) -> Tensor:
-    """A tensor of zeros to read a part of the state of ``p`` into; it is put into ``templates``."""
+    """Zeros to read a tensor of the state of ``p`` into; also added to ``templates``."""
     shape = source.shapes[prefix + name]
     if with_parameter and shape == p.shape:
-        made = torch.zeros_like(p, dtype=dtype)  # with the parameter's shards
+        made = torch.zeros_like(p, dtype=dtype)  # sharded like the parameter
     else:
         made = torch.zeros(shape, dtype=dtype, device=p.device if with_parameter else "cpu")
     templates[prefix + name] = made
@@ -121,16 +121,15 @@ class Replicated(NativeEngine):
         self, accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, config: TrainConfig
     ) -> None:
         super().__init__(accelerator, model, optimizer, config)
-        # The optimizer is left as it is: without a loss scaler Accelerate's wrapper changes nothing
-        # but the time of a step.
+        # The optimizer is not wrapped: without a loss scaler Accelerate's wrapper only makes a step slower.
         self.wrapped: nn.Module = accelerator.prepare_model(model)
         self.forward = in_precision(self.wrapped, config.precision, self.device)
-        # Ranks may have different numbers of validation batches: the bare model's forward pass holds no
-        # collective, as the wrapper's may (buffers).
+        # Ranks may have different numbers of validation batches. The bare model's forward pass contains no
+        # collective, unlike the wrapper's (buffers).
         self.evaluate = in_precision(model, config.precision, self.device)
 
     def accumulate(self) -> AbstractContextManager[Any]:
-        """No reduction inside."""
+        """Gradients are not reduced inside."""
         return self.accelerator.no_sync(self.wrapped)  # type: ignore[no-any-return]
 
     def weights(self) -> dict[str, Tensor]:
@@ -138,9 +137,9 @@ class Replicated(NativeEngine):
         return {name: p.detach() for name, p in self._named.items()}
 
     def stored(self, local: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """As they are; every rank holds the same."""
+        """Unchanged; every rank holds the same."""
         return dict(local)
 
     def fill(self, local: Mapping[str, Tensor], source: TensorSource, prefix: str) -> None:
-        """Straight into their memory."""
+        """Read directly into their memory."""
         source.read({prefix + name: tensor for name, tensor in local.items()})

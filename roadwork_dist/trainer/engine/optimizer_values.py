@@ -1,7 +1,7 @@
-"""State of an optimizer that is no tensor like its parameter: counters, factors, entries of parameter groups.
+"""Optimizer state other than tensors like their parameter: counters, factors, parameter group entries.
 
-Tensors of a parameter's shape and dtype go into a checkpoint by themselves. Everything else is described here
-as JSON, in which a tensor of another shape, dtype or device has its place, so that it comes back as it was.
+Tensors of a parameter's shape and dtype go into a checkpoint directly. Everything else is described here as
+JSON, which refers to tensors of another shape, dtype or device by name and restores them exactly.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,23 +14,23 @@ from torch.optim import Optimizer
 from roadwork_dist.common.errors import CheckpointError
 
 Values = dict[str, Any]
-"""``parameters``: by name and key of the state; ``groups``: what each parameter group holds that changed."""
+"""``parameters``: by parameter name and state key; ``groups``: changed entries of each parameter group."""
 
 _SET_ELSEWHERE = {"params", "lr"}
-"""Entries of a group that the Trainer gives it: the schedule is a function of the step."""
+"""Group entries set by the Trainer: the learning rate is a function of the step."""
 
 
 def pack(value: Any, name: str, tensors: dict[str, Tensor], device: torch.device) -> Any:
-    """A value as JSON; tensors inside are put into ``tensors`` under names that start with ``name``.
+    """A value as JSON; tensors in it are added to ``tensors`` under names that start with ``name``.
 
     Args:
         value: of an optimizer's state.
-        name: what it is called.
-        tensors: gets the tensors.
-        device: of the parameter; a tensor elsewhere (a counter on the CPU) comes back to the CPU.
+        name: of the value.
+        tensors: receives the tensors.
+        device: of the parameter; a tensor elsewhere (a counter on the CPU) is restored to the CPU.
 
     Raises:
-        CheckpointError: it holds something that neither is JSON nor a tensor.
+        CheckpointError: it holds something that is neither JSON nor a tensor.
     """
     if isinstance(value, Tensor):
         tensors[name] = value
@@ -45,7 +45,7 @@ def pack(value: Any, name: str, tensors: dict[str, Tensor], device: torch.device
         return value
     raise CheckpointError(
         f"the optimizer keeps a {type(value).__name__} in its state ({name}), expected tensors, numbers, "
-        "texts or lists of them: it cannot be resumed exactly, so choose another optimizer"
+        "strings or lists of them: it cannot be resumed exactly, so choose another optimizer"
     )
 
 
@@ -54,7 +54,7 @@ def unpack(packed: Any, read: Callable[[str, torch.dtype, bool], Tensor]) -> Any
 
     Args:
         packed: from JSON.
-        read: (name, dtype, whether it was on the device of its parameter) -> tensor to be filled.
+        read: (name, dtype, whether it was on its parameter's device) -> tensor to fill.
     """
     if not isinstance(packed, dict):
         return packed
@@ -68,7 +68,7 @@ def unpack(packed: Any, read: Callable[[str, torch.dtype, bool], Tensor]) -> Any
 
 
 def is_plain(value: Any, key: str, p: Tensor) -> bool:
-    """Whether a checkpoint's tensor alone brings a value back: like the parameter, or torch's own counter."""
+    """Whether a stored tensor alone restores a value: one like its parameter, or torch's step counter."""
     if not isinstance(value, Tensor):
         return False
     if key == "step":
@@ -77,7 +77,7 @@ def is_plain(value: Any, key: str, p: Tensor) -> bool:
 
 
 def pack_state(state: Mapping[str, Any], name: str, p: Tensor, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """What is not plain in a parameter's state, by key; every tensor of it goes into ``tensors``."""
+    """Entries of a parameter's state that are not plain, by key; all its tensors go into ``tensors``."""
     packed = {}
     for key, value in state.items():
         if is_plain(value, key, p):
@@ -88,15 +88,15 @@ def pack_state(state: Mapping[str, Any], name: str, p: Tensor, tensors: dict[str
 
 
 def snapshot(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """Entries of the groups, to know later which have changed."""
+    """Entries of the groups, to determine later which have changed."""
     return [dict(_entries(group)) for group in optimizer.param_groups]
 
 
 def pack_groups(optimizer: Optimizer, before: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Entries of each group that are not what they were at the start.
+    """Entries of each group that have changed since the start.
 
     Raises:
-        CheckpointError: a group holds something that neither is JSON nor a number.
+        CheckpointError: a group holds something that is neither JSON nor a number.
     """
     packed = []
     for number, (group, old) in enumerate(zip(optimizer.param_groups, before, strict=True)):
@@ -108,7 +108,7 @@ def pack_groups(optimizer: Optimizer, before: Sequence[Mapping[str, Any]]) -> li
 
 
 def load_groups(optimizer: Optimizer, packed: Sequence[Mapping[str, Any]]) -> None:
-    """Take :func:`pack_groups` over."""
+    """Restore entries from :func:`pack_groups`."""
     for group, entries in zip(optimizer.param_groups, packed, strict=True):
         for key, entry in entries.items():
             group[key] = _unpack_entry(entry)

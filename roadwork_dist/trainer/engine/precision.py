@@ -1,4 +1,4 @@
-"""Arithmetic of forward passes."""
+"""Numeric precision of forward passes."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,15 +8,13 @@ from accelerate.utils import convert_outputs_to_fp32
 
 
 def in_precision(forward: Callable[..., Any], precision: str, device: torch.device) -> Callable[..., Any]:
-    """A forward pass in fp32 as it is, or under bf16 autocast with its results in fp32.
+    """The forward pass unchanged (fp32), or under bf16 autocast with its results in fp32.
 
-    What fp8 multiplies in 8 bits are layers of the module (:mod:`roadwork_dist.trainer.engine.fp8`); around
-    them it is bf16.
-
-    Weights stay what they are; nothing of the module is changed.
+    With fp8, layers of the module multiply in 8 bits (:mod:`roadwork_dist.trainer.engine.fp8`); everything
+    around them runs in bf16. Neither the weights nor the module are changed.
 
     Args:
-        forward: the module, or anything to call.
+        forward: the module, or any callable.
         precision: ``fp32``, ``bf16`` or ``fp8``.
         device: where it runs.
     """

@@ -1,7 +1,7 @@
 """Optimizer, gradients and parameters partitioned over ranks by DeepSpeed ZeRO 1, 2, 3.
 
-ZeRO (arXiv 1910.02054) keeps flat fp32 partitions. Of each parameter a rank holds one stretch of its
-flattened elements, or none (stages 1 and 2 cut the concatenation of all parameters, stage 3 each one).
+ZeRO (arXiv 1910.02054) keeps flat fp32 partitions. A rank holds one contiguous fragment of each flattened
+parameter, or none (stages 1 and 2 split the concatenation of all parameters, stage 3 each one).
 """
 
 import logging
@@ -37,14 +37,14 @@ from roadwork_dist.trainer.engine.optimizer_values import (
 
 
 @dataclass(frozen=True)
-class _Stretch:
-    """Where a rank's part of a parameter lies.
+class _Fragment:
+    """Position of a rank's part of a parameter.
 
     Attributes:
         flat: partition of many parameters; the key of the optimizer's state.
-        offset: of the stretch in ``flat``, in elements.
-        start: of the stretch in the flattened parameter, in elements.
-        length: elements that are the parameter's; stage 3 pads the last rank's.
+        offset: of the fragment in ``flat``, in elements.
+        start: of the fragment in the flattened parameter, in elements.
+        length: elements of the parameter, without the padding of the last rank in stage 3.
     """
 
     flat: Tensor
@@ -53,15 +53,15 @@ class _Stretch:
     length: int
 
     def of(self, flat: Tensor) -> Tensor:
-        """The same stretch of a tensor laid out like ``flat``."""
+        """The same fragment of a tensor laid out like ``flat``."""
         return flat.narrow(0, self.offset, self.length)
 
 
 class Zero(Engine):
-    """DeepSpeed's engine, stepped by us.
+    """DeepSpeed's engine, driven by the Trainer.
 
-    Accumulation, learning rate and the decision to skip are the Trainer's. Its gradients are a mean over
-    ranks of sums over micro-batches, as in data parallel training.
+    The Trainer controls accumulation, learning rate and the decision to skip. Gradients are means over ranks
+    of sums over micro-batches, as in data parallel training.
     """
 
     name = "zero"
@@ -81,7 +81,7 @@ class Zero(Engine):
         self.stage = int(self.deepspeed.zero_optimization_stage())
         self.lockstep = self.stage == 3  # type: ignore[misc]
         self._named = names
-        self._stretches = {name: s for name, p in names.items() if (s := self._stretch(p)) is not None}
+        self._fragments = {name: s for name, p in names.items() if (s := self._fragment(p)) is not None}
         self.forward = self.deepspeed
         self.evaluate = self.deepspeed
 
@@ -92,40 +92,40 @@ class Zero(Engine):
         self.deepspeed.backward(total, scale_wrt_gas=False)
 
     def step(self, lr: float) -> float:
-        """DeepSpeed clips, steps, and drops a step whose norm is not finite."""
+        """DeepSpeed clips, steps, and skips a step whose norm is not finite."""
         self.set_lr(lr)
         self.deepspeed.step()
         return float(self.deepspeed.get_global_grad_norm())
 
     def forget_gradients(self) -> None:
-        """Those of the working copy; the optimizer's own are buffers of DeepSpeed, which it overwrites."""
+        """Clear those of the working copy; DeepSpeed overwrites the optimizer's own in its buffers."""
         self.deepspeed.zero_grad()
 
-    def _stretch(self, p: Tensor) -> _Stretch | None:
+    def _fragment(self, p: Tensor) -> _Fragment | None:
         if self.stage == 3:
             group, offset, padded = self.partitions.grad_position[self.partitions.get_param_id(p)]
             start = padded * dist.get_rank()
             length = max(0, min(padded, p.ds_numel - start))  # type: ignore[attr-defined]
             flat = self.partitions.fp32_partitioned_groups_flat[group]
-            return _Stretch(flat, offset, start, length) if length else None
+            return _Fragment(flat, offset, start, length) if length else None
         mapping = p._hp_mapping  # type: ignore[attr-defined]
         if mapping is None:
             return None
         flat = self.partitions.single_partition_of_fp32_groups[mapping.param_group_index]
         place, address = mapping.hp_fragment_address, mapping.lp_fragment_address
-        return _Stretch(flat, place.start, address.start, address.numel)
+        return _Fragment(flat, place.start, address.start, address.numel)
 
     def weights(self) -> dict[str, Tensor]:
-        """This rank's stretches of the fp32 weights."""
-        return {name: s.of(s.flat.detach()) for name, s in self._stretches.items()}
+        """This rank's fragments of the fp32 weights."""
+        return {name: s.of(s.flat.detach()) for name, s in self._fragments.items()}
 
     @torch.no_grad()
     def weights_changed(self) -> None:
-        """Bring the working copies in line with the fp32 partitions."""
+        """Update the working copies from the fp32 partitions."""
         if self.stage == 3:
-            for name, s in self._stretches.items():
+            for name, s in self._fragments.items():
                 self._named[name].ds_tensor.view(-1)[: s.length].copy_(s.of(s.flat))  # type: ignore[attr-defined]
-            self.deepspeed.empty_partition_cache()  # what a forward pass has gathered and not yet released
+            self.deepspeed.empty_partition_cache()  # weights that a forward pass gathered and still holds
             kept = self.partitions.persistent_parameters  # small ones, whole on every rank
             if kept:
                 for p in kept:
@@ -137,17 +137,17 @@ class Zero(Engine):
             p.copy_(self._whole(name, local))
 
     def _whole(self, name: str, local: Mapping[str, Tensor]) -> Tensor:
-        """A full tensor on every rank, from stretches that do not overlap: their sum."""
+        """The full tensor on every rank: the sum of the ranks' fragments, which do not overlap."""
         shape = self.shapes[name]
         full = torch.zeros(shape.numel(), device=self.device)
         if name in local:
-            s = self._stretches[name]
+            s = self._fragments[name]
             full.narrow(0, s.start, s.length).copy_(local[name])
         dist.all_reduce(full)
         return full.view(shape)
 
     def stored(self, local: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Whole tensors on the CPU, dealt to the ranks in turn: each writes its share."""
+        """Whole tensors on the CPU, assigned to ranks round-robin: each rank writes its share."""
         mine = {}
         for number, name in enumerate(self._named):
             full = self._whole(name, local)  # every rank, in the same order
@@ -157,18 +157,18 @@ class Zero(Engine):
 
     @torch.no_grad()
     def fill(self, local: Mapping[str, Tensor], source: TensorSource, prefix: str) -> None:
-        """Whole tensors are read one after the other, so that one at a time is in memory."""
+        """Read whole tensors one at a time, so only one is in memory."""
         for name, shape in self.shapes.items():
             full = torch.empty(shape)
             source.read({prefix + name: full})
             if name in local:
-                s = self._stretches[name]
+                s = self._fragments[name]
                 local[name].copy_(full.view(-1).narrow(0, s.start, s.length))
 
     def _state(self, key: str) -> dict[str, Tensor]:
-        """Stretches of a moment; made of zeros where the optimizer has not made it yet."""
+        """Fragments of a moment, created as zeros where the optimizer has not created it yet."""
         found = {}
-        for name, s in self._stretches.items():
+        for name, s in self._fragments.items():
             state = self.optimizer.state[s.flat]
             if key not in state:
                 state[key] = torch.zeros_like(s.flat)
@@ -176,7 +176,7 @@ class Zero(Engine):
         return found
 
     def _keys(self) -> list[str]:
-        """The optimizer's moments on all ranks; ``step`` counts, the others are like parameters."""
+        """The optimizer's moments on all ranks; ``step`` is a counter, the others are like parameters."""
         states = self.optimizer.state.values()
         keys = {key for state in states for key, value in state.items() if isinstance(value, Tensor)}
         for flat, state in self.optimizer.state.items():
@@ -184,7 +184,7 @@ class Zero(Engine):
                 if state[key].shape != flat.shape:
                     raise CheckpointError(
                         f"the optimizer keeps {key} of shape {tuple(state[key].shape)} for a partition of "
-                        f"{tuple(flat.shape)}: it does not update each element alone, so ZeRO cannot serve it"
+                        f"{tuple(flat.shape)}: ZeRO supports only element-wise optimizers, choose one of them"
                     )
         gathered: list[set[str]] = [set()] * self.processes
         dist.all_gather_object(gathered, keys)
@@ -198,7 +198,7 @@ class Zero(Engine):
             if key != "step":
                 found |= {f"{name}/{key}": t for name, t in self.stored(self._state(key)).items()}
         if "step" in keys:
-            # All parameters have stepped equally often: a ZeRO partition steps as one.
+            # All parameters have taken equally many steps: a ZeRO partition steps as a whole.
             steps = [float(state["step"]) for state in self.optimizer.state.values() if "step" in state]
             gathered = [0.0] * self.processes
             dist.all_gather_object(gathered, max(steps, default=0.0))
@@ -206,9 +206,9 @@ class Zero(Engine):
         return found
 
     def optimizer_values(self) -> Values:
-        """Of a partition's state what is no tensor, for each parameter in it, and the groups' entries."""
+        """Non-tensor state of a partition, for each parameter in it, and the groups' entries."""
         own: dict[str, dict[str, Any]] = {}
-        for name, s in self._stretches.items():
+        for name, s in self._fragments.items():
             state = self.optimizer.state.get(s.flat, {})
             values = {key: value for key, value in state.items() if not isinstance(value, Tensor)}
             if values:
@@ -221,10 +221,10 @@ class Zero(Engine):
         return {"parameters": parameters, "groups": pack_groups(self.optimizer, self._groups_at_start)}
 
     def load_moments(self, source: TensorSource, prefix: str, values: Values | None) -> None:
-        """Make the state that the steps so far have made, and read it."""
+        """Create the state that the optimizer's steps would have created, and read it."""
         if values is not None:
             load_groups(self.optimizer, values["groups"])
-            for name, s in self._stretches.items():
+            for name, s in self._fragments.items():
                 for key, packed in values["parameters"].get(name, {}).items():
                     self.optimizer.state[s.flat][key] = unpack(packed, _no_tensor)
         keys = sorted({key for name in self._named for key in moment_names(source, prefix, name)})
@@ -236,8 +236,22 @@ class Zero(Engine):
             counters = {name: t for name, t in counters.items() if name in source.shapes}
             source.read(counters)
             count = torch.stack(list(counters.values())).max()
-            for s in self._stretches.values():
+            for s in self._fragments.values():
                 self.optimizer.state[s.flat]["step"] = count.clone()
+
+    def held(self, tensor: Tensor) -> Tensor:
+        """Stage 3 empties parameters and keeps a part of each in ``ds_tensor``."""
+        part: Tensor = getattr(tensor, "ds_tensor", tensor)
+        return part.detach()
+
+    @torch.no_grad()
+    def put_whole(self, tensor: Tensor, whole: Tensor) -> None:
+        """Gather the parameter, and let rank 0's values be dealt out again."""
+        from deepspeed.runtime.zero import GatheredParameters
+
+        held = [tensor] if hasattr(tensor, "ds_id") else []
+        with GatheredParameters(held, modifier_rank=0, enabled=bool(held)):
+            tensor.copy_(whole)
 
     @contextmanager
     def _gathered(self, tensor: Tensor) -> Iterator[Tensor]:
@@ -250,19 +264,19 @@ class Zero(Engine):
 
 def _no_tensor(name: str, dtype: torch.dtype, with_parameter: bool) -> Tensor:
     raise CheckpointError(
-        f"the checkpoint's optimizer keeps a tensor {name} that is not like its parameter, which ZeRO "
-        "cannot serve: resume under the engine that wrote it"
+        f"the checkpoint's optimizer state has a tensor {name} that does not match its parameter, which ZeRO "
+        "does not support: resume under the engine that wrote it"
     )
 
 
 def _fill(deepspeed: dict[str, Any], config: TrainConfig) -> None:
-    """Put the experiment's settings where DeepSpeed's configuration leaves them to us (``auto``)."""
+    """Set what DeepSpeed's configuration leaves to the experiment (``auto``)."""
     deepspeed |= {
         "train_micro_batch_size_per_gpu": config.batch_size,
         "gradient_accumulation_steps": config.accumulation,
         "gradient_clipping": config.optim.clip,
-        # Any optimizer that updates each element on its own; and torch's on the CPU as well, so that a
-        # step is the same with and without offload.
+        # Allow any element-wise optimizer, and use torch's on the CPU too, so that a step is the same with
+        # and without offload.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "torch_autocast": {
@@ -302,5 +316,5 @@ class _Moment:
     def read(self, into: dict[str, Tensor]) -> None:
         there = {f"{n}/{self.key}": t for n, t in into.items() if f"{n}/{self.key}" in self.source.shapes}
         for name in into.keys() - {n.removesuffix(f"/{self.key}") for n in there}:
-            into[name].zero_()  # a parameter that never had a gradient where it was saved
+            into[name].zero_()  # a parameter that had no gradient before the checkpoint was saved
         self.source.read(there)

@@ -1,1 +1,1 @@
-"""What the training loop tells its callbacks."""
+"""The callback interface of the training loop, and the state passed to callbacks."""

@@ -1,13 +1,13 @@
-"""The events of the training loop, in the order in which they happen.
+"""The callback interface of the training loop, with its events in the order of their calls.
 
 on_setup → on_fit_start → on_train_start → per epoch: (on_step_end)* → on_validation_start
-→ on_validation_end → on_epoch_end → on_fit_end. If anything is raised, on_exception comes instead of
-what is left. In a validation that is given up because the run was asked to stop, on_validation_interrupted
-comes in place of on_validation_end.
+→ on_validation_end → on_epoch_end → on_fit_end. After an error, on_exception replaces the remaining events.
+If a validation is aborted because the run was asked to stop, on_validation_interrupted replaces
+on_validation_end.
 
-Callbacks are called in the order in which they were given. Besides watching, a callback can refuse a step by
-its loss (:meth:`Callback.vetoes`) and put other weights in place for the validation
-(:meth:`Callback.validation_weights`), which are there from on_validation_start to on_validation_end.
+Callbacks are called in the given order. A callback can also veto a step because of its loss
+(:meth:`Callback.vetoes`) and swap in other weights for the validation
+(:meth:`Callback.validation_weights`), from on_validation_start to on_validation_end.
 """
 
 from collections.abc import Sequence
@@ -25,25 +25,25 @@ from roadwork_dist.trainer.events.state import StepResult, TrainState
 
 
 class Run(Protocol):
-    """What observers see of a running Trainer."""
+    """The running Trainer, as callbacks see it."""
 
     config: TrainConfig
     state: TrainState
     accelerator: Accelerator
-    model: nn.Module  # as given, not wrapped; its parameters may hold shards
+    model: nn.Module  # as given, not wrapped; its parameters may be sharded
     optimizer: Optimizer
     run_dir: Path
-    # Set on any rank, at any time (by a signal's handler, say): all ranks leave the loop behind the
-    # step that is under way, with a checkpoint.
+    # May be set on any rank at any time, for example by a signal handler: all ranks then save a checkpoint
+    # and leave the loop after the current step.
     interrupt_requested: bool
-    # All ranks have agreed at the end of an epoch to leave behind it.
+    # All ranks have agreed at the end of an epoch to leave after it.
     is_leaving: bool
-    # Counts every batch that is read, in training and validation: what changes as long as the run moves.
+    # Counts every batch read, in training and validation; increases as long as the run makes progress.
     batches_read: int
 
     @property
     def engine(self) -> Engine:
-        """The model on its processes."""
+        """The engine that runs the model on all processes."""
 
     @property
     def total_steps(self) -> int:
@@ -54,110 +54,110 @@ class Run(Protocol):
         """Optimizer steps of an epoch."""
 
     def averaged(self) -> AbstractContextManager[None]:
-        """Run a block with the averaged weights in ``model``; with its own where no average is kept."""
+        """Run a block with the averaged weights in ``model``, or with its own if there is no average."""
 
     def sample_ids(self, rows: Sequence[int]) -> list[str]:
-        """Ids of rows of the training data: its ``sample_id(row)`` where it has one, else the row."""
+        """Ids of rows of the training data: its ``sample_id(row)`` if it has that method, else the row."""
 
     def tell(self, kind: str, figures: dict[str, Any]) -> None:
-        """Hand figures to every observer (:meth:`Callback.on_figures`); every rank does, or one alone."""
+        """Pass figures to every callback (:meth:`Callback.on_figures`); on every rank or on one alone."""
 
     def rewind(self) -> None:
-        """Let every observer go back to the last checkpoint; all ranks call it together."""
+        """Let every callback return to the last checkpoint; all ranks call it together."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Loop state and the state of every observer, JSON-able."""
+        """Loop state and the state of every callback, JSON-serializable."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take a :meth:`state_dict` over."""
+        """Load a :meth:`state_dict`."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """Tensors of every observer, by ``observer/name``."""
+        """Tensors of every callback, by ``key/name``."""
 
     def load_tensors(self, source: TensorSource) -> None:
-        """Take :meth:`tensors` over."""
+        """Load :meth:`tensors`."""
 
 
 class Callback:
-    """An observer of the loop; override what is needed.
+    """Base class of callbacks; override the methods you need.
 
     Every method is called on every rank at the same point, so collectives are allowed in all of
-    them but :meth:`on_exception` and :meth:`on_figures`.
+    them except :meth:`on_exception` and :meth:`on_figures`.
 
     Attributes:
-        key: name of its state in checkpoints, another one for every callback that has state; empty = the name
-            of the class. Part of the format of checkpoints: say it before you rename the class.
-        former_keys: earlier names, under which older checkpoints hold the state.
+        key: key of its state in checkpoints, unique among callbacks with state; empty = the class name. It is
+            part of the checkpoint format: set it before you rename the class.
+        former_keys: earlier keys, under which older checkpoints hold the state.
     """
 
     key: str = ""
     former_keys: tuple[str, ...] = ()
 
     def on_setup(self, run: Run) -> None:
-        """Once: the model is as it was given, whole, not yet on its device."""
+        """Called once; the model is as given: not sharded and not yet on its device."""
 
     def on_fit_start(self, run: Run) -> None:
-        """The model is on its device, spread over the ranks; nothing is trained yet.
+        """The model is on its device, distributed over the ranks; nothing has been trained yet.
 
-        Here a run goes on from its checkpoint, and here a start is refused.
+        The checkpoint is loaded here, and errors that prevent the start are raised here.
         """
 
     def on_train_start(self, run: Run) -> None:
-        """Nobody has refused; ``run.state`` tells from where the run goes on."""
+        """Training starts: no callback has raised, and ``run.state`` is where the run starts or resumes."""
 
     def vetoes(self, run: Run, loss: float) -> bool:
-        """Whether the step with this loss must not be taken; asked before the backward pass.
+        """Whether to skip the step with this loss; called before the backward pass.
 
         Args:
             run: the Trainer.
-            loss: finite, over the rows of all ranks and so the same on all; so must the answer be.
+            loss: finite, over the rows of all ranks, hence the same on all; so must the answer be.
         """
         return False
 
     def on_step_end(self, run: Run, result: StepResult) -> None:
-        """An optimizer step was taken or skipped; ``run.state.step`` counts it."""
+        """An optimizer step was taken or skipped; ``run.state.step`` includes it."""
 
     def on_rewind(self, run: Run) -> None:
-        """Weights, moments and tensors of observers are to go back to the last checkpoint; counters not."""
+        """Weights, moments and callback tensors are to return to the last checkpoint; counters are not."""
 
     def validation_weights(self, run: Run) -> AbstractContextManager[None] | None:
-        """A block with other weights in ``run.model``, to validate and export; None = its own."""
+        """A context with other weights in ``run.model`` for validation and export; None = its own weights."""
         return None
 
     def on_validation_start(self, run: Run) -> None:
-        """The training rows of an epoch are done."""
+        """All training rows of an epoch have been processed."""
 
     def on_validation_end(self, run: Run, metrics: dict[str, float], improved: bool) -> None:
-        """The validation set was seen once; ``improved`` = its figure is the best so far."""
+        """The validation is complete; ``improved`` = the monitored figure is the best so far."""
 
     def on_validation_interrupted(self, run: Run) -> None:
-        """The run was asked to stop, so the validation is given up, to be done anew by who goes on."""
+        """The validation was aborted, since the run was asked to stop; repeated when the run resumes."""
 
     def on_figures(self, run: Run, kind: str, figures: dict[str, Any]) -> None:
-        """Another observer has figures of its own to tell, of this kind. No collectives."""
+        """Another callback reports figures of this kind. No collectives."""
 
     def on_epoch_end(self, run: Run) -> None:
-        """The epoch counts as complete."""
+        """The epoch is complete."""
 
     def on_fit_end(self, run: Run) -> None:
-        """Training ended by itself."""
+        """Training ended normally."""
 
     def on_exception(self, run: Run, error: BaseException) -> None:
         """Training ends with an error. Other ranks may not get here: no collectives."""
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able state for checkpoints."""
+        """JSON-serializable state for checkpoints."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take a :meth:`state_dict` over."""
+        """Load a :meth:`state_dict`."""
 
     def tensors(self) -> dict[str, Tensor]:
         """Tensors for checkpoints: the same on all ranks, or in the engine's stored form."""
         return {}
 
     def load_tensors(self, source: TensorSource) -> None:
-        """Take :meth:`tensors` over. All ranks read the same names in the same order, if any."""
+        """Load :meth:`tensors`. All ranks must read the same names in the same order."""
 
     def on_no_tensors(self) -> None:
-        """The checkpoint, whose weights are in place, has no tensors of this callback."""
+        """The checkpoint has no tensors of this callback; its weights are already loaded."""

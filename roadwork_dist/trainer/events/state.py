@@ -1,4 +1,4 @@
-"""Where a run stands, and what one optimizer step gave."""
+"""The state of the training loop, and the result of one optimizer step."""
 
 import math
 from dataclasses import asdict, dataclass, field, fields
@@ -7,11 +7,11 @@ from typing import Any
 
 @dataclass
 class TrainState:
-    """The whole loop state besides weights: what a checkpoint needs to go on exactly.
+    """The complete loop state besides weights: what a checkpoint needs for an exact resume.
 
     Attributes:
-        step: optimizer steps taken, skipped ones included.
-        epoch: passes over the data that are complete, validation included.
+        step: optimizer steps taken, including skipped ones.
+        epoch: completed passes over the data, including their validation.
         step_in_epoch: optimizer steps taken in the current epoch.
         best: best validation figure so far; None before the first validation.
         best_step: step of that validation.
@@ -30,7 +30,7 @@ class TrainState:
     should_stop: bool = False
 
     def observe(self, figure: float) -> bool:
-        """Take a validation figure in (higher is better); True if it is the best so far."""
+        """Record a validation figure (higher is better); True if it is the best so far."""
         improved = not math.isnan(figure) and (self.best is None or figure > self.best)
         if improved:
             self.best, self.best_step, self.stale_validations = figure, self.step, 0
@@ -39,11 +39,11 @@ class TrainState:
         return improved
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able fields."""
+        """JSON-serializable fields."""
         return asdict(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take fields over.
+        """Load the fields.
 
         Raises:
             KeyError: a field is missing.
@@ -54,23 +54,23 @@ class TrainState:
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step, figures over all ranks' rows.
+    """One optimizer step; figures are over the rows of all ranks unless stated otherwise.
 
     Attributes:
         loss: weighted sum of the parts.
-        parts: mean of each part over the rows that have a target; parts without one are absent.
+        parts: mean of each part over the rows that have a target; parts without such rows are absent.
         grad_norm: global norm before clipping.
         lr: learning rate of the step.
         rows: rows of the step over all ranks.
-        seconds: wall time of the step, waiting for data included (this rank).
+        seconds: wall time of the step, including waiting for data (this rank).
         data_wait: share of ``seconds`` spent waiting for data (this rank).
-        work_s: seconds from the start of the forward passes until this rank's own last gradient was ready,
-            which is before it waits for the others; 0 = not known.
+        work_s: seconds from the start of the forward passes until this rank's last gradient was ready,
+            before it waits for the other ranks; 0 = not known.
         operations: floating-point operations of the backbone in the step (this rank); 0 = not known.
-        skipped: the loss or the gradient was not finite, so the weights did not move.
-        bad_rows: rows of the data set in the micro-batches whose loss was not finite, of all ranks.
+        skipped: the weights did not change, because the loss or gradient was not finite or was vetoed.
+        bad_rows: data set rows of the micro-batches whose loss was not finite, of all ranks.
         interrupted: some rank was asked to stop; the same on all ranks.
-        vetoed: skipped because a callback refused the loss, though it is finite; the same on all ranks.
+        vetoed: skipped because a callback vetoed the finite loss; the same on all ranks.
     """
 
     loss: float

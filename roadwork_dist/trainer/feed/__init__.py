@@ -1,1 +1,1 @@
-"""From a data set to the batches of each rank, in an order that can be resumed."""
+"""Turns a data set into batches for each rank, in an order that can be resumed."""

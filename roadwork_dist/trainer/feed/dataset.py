@@ -1,14 +1,14 @@
-"""What a data set may offer besides its rows, and a base class for data sets around another one.
+"""Optional methods of data sets, and a base class for data sets that wrap another one.
 
 ``set_epoch(epoch)``     is called before each epoch
-``sample_id(row)``       id of a row: for messages, and to notice on resume that the rows have changed
+``sample_id(row)``       id of a row: for messages, and to detect on resume that the rows have changed
 ``pure``                 True = a row depends on (epoch, row) alone, so no generator has to be seeded for it
-``in_memory``            True = reading costs so little that loader processes would only be in the way
-``read_ahead(batches)``  gets the row numbers of all batches to come and yields them; may prefetch meanwhile
+``in_memory``            True = reading is so cheap that loader processes would only add overhead
+``read_ahead(batches)``  takes all upcoming batches of row numbers and yields them; may prefetch meanwhile
 ``__getitems__(rows)``   several rows at once
 
-All are optional. Of torch's own wrappers ``Subset`` (which ``random_split`` gives) forwards only the last and
-``ConcatDataset`` none. The functions here look through both, and :class:`WrappedDataset` forwards all.
+All are optional. Of torch's own wrappers, ``Subset`` (also from ``random_split``) forwards only the last and
+``ConcatDataset`` none. The functions here look inside both, and :class:`WrappedDataset` forwards all.
 """
 
 import hashlib
@@ -26,13 +26,13 @@ Row = TypeVar("Row")
 
 
 class MapDataset(Sized, Protocol):
-    """Anything with a length that gives a row for an index; see the module for what else it may offer."""
+    """Anything with a length that returns a row for an index; the module lists its optional methods."""
 
     def __getitem__(self, index: int, /) -> Any: ...
 
 
 def set_epoch(dataset: Any, epoch: int) -> None:
-    """Hand the epoch to a data set, or to those inside it that want it."""
+    """Pass the epoch to a data set, or to those inside it that accept it."""
     if _offers(dataset, "set_epoch"):
         dataset.set_epoch(epoch)
         return
@@ -57,7 +57,7 @@ def is_in_memory(dataset: Any) -> bool:
 
 
 def sample_id(dataset: Any, row: int) -> str:
-    """Id of a row: what the data set says, or the one inside it that has the row; else the row's number."""
+    """Id of a row, from the data set or the one inside it that has the row; else the row's number."""
     inner, number = dataset, row
     while not _offers(inner, "sample_id"):
         if not _parts(inner):
@@ -74,16 +74,16 @@ def has_ids(dataset: Any) -> bool:
 
 
 def ids_digest(dataset: MapDataset) -> str:
-    """Which rows a data set has, in which order: a hash of their ids; ``none`` where it has none."""
+    """Hash of the ids of a data set's rows, in order; ``none`` where it has no ids."""
     if not has_ids(dataset):
         return "none"
-    # Surrogates are bytes of file names that are not UTF-8.
+    # Surrogates stand for bytes of file names that are not UTF-8.
     text = "\n".join(sample_id(dataset, row) for row in range(len(dataset))).encode(errors="surrogatepass")
     return hashlib.sha256(text).hexdigest()[:12]
 
 
 def read_ahead(dataset: Any, batches: Iterable[list[int]]) -> Iterable[list[int]]:
-    """Let a data set, or those inside it, prefetch what batches to come need; yields the same batches."""
+    """Let a data set, or those inside it, prefetch upcoming batches; yields the same batches."""
     if _offers(dataset, "read_ahead"):
         ahead: Iterable[list[int]] = dataset.read_ahead(batches)
         return ahead
@@ -94,7 +94,7 @@ def read_ahead(dataset: Any, batches: Iterable[list[int]]) -> Iterable[list[int]
 
 
 def check_map_style(dataset: object, name: str) -> None:
-    """Refuse what has no length or gives no row for a number.
+    """Refuse what has no length or cannot be indexed by row.
 
     Raises:
         ConfigError: it is an iterable data set, a loader, an iterator, …
@@ -103,28 +103,28 @@ def check_map_style(dataset: object, name: str) -> None:
     if isinstance(dataset, IterableDataset) or not is_map:
         raise ConfigError(
             f"{name} is of type {type(dataset).__name__}, expected a map-style data set with __len__ and "
-            "__getitem__(row): only such rows can be dealt to processes once each and resumed in the "
-            "middle of an epoch; give the data set itself, not a loader, a list for a stream that fits into "
-            "memory, and a large stream as shards or Parquet on its server: their rows are found by number "
-            "(load_manifest of its URL, or of hf:owner/name:split?streaming)"
+            "__getitem__(row): only then can each row be assigned to one process and training resume in the "
+            "middle of an epoch. Pass the data set itself instead of a loader; a list instead of a stream "
+            "that fits into memory; for a larger stream, shards or Parquet on its server, whose rows have "
+            "numbers (load_manifest of its URL, or of hf:owner/name:split?streaming)"
         )
 
 
 class WrappedDataset(Dataset[Row], Generic[Row]):
-    """Base of data sets that choose or change the rows of another one.
+    """Base class of data sets that select or transform the rows of another one.
 
-    Everything that the module lists goes through to ``dataset``, so a wrapper never switches prefetching off
-    or hides ids. Override :meth:`inner_row` to choose rows, ``__getitem__`` to change them.
+    Everything that the module lists is forwarded to ``dataset``, so a wrapper never disables prefetching or
+    hides ids. Override :meth:`inner_row` to select rows, ``__getitem__`` to transform them.
 
     Args:
-        dataset: the data set inside.
+        dataset: the wrapped data set.
     """
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
 
     def inner_row(self, row: int) -> int:
-        """Number of a row in the data set inside."""
+        """Number of a row in the wrapped data set."""
         return row
 
     def __len__(self) -> int:
@@ -139,25 +139,25 @@ class WrappedDataset(Dataset[Row], Generic[Row]):
         return [self[row] for row in rows] if changes_rows else read_rows(self.dataset, self._inner(rows))
 
     def set_epoch(self, epoch: int) -> None:
-        """Hand the epoch on."""
+        """Forward the epoch."""
         set_epoch(self.dataset, epoch)
 
     def sample_id(self, row: int) -> str:
-        """Id of the row inside."""
+        """Id of the wrapped row."""
         return sample_id(self.dataset, self.inner_row(row))
 
     @property
     def pure(self) -> bool:
-        """Whether the data set inside is."""
+        """Whether the wrapped data set is."""
         return is_pure(self.dataset)
 
     @property
     def in_memory(self) -> bool:
-        """Whether the data set inside is."""
+        """Whether the wrapped data set is."""
         return is_in_memory(self.dataset)
 
     def read_ahead(self, batches: Iterable[list[int]]) -> Iterator[list[int]]:
-        """Let the data set inside prefetch the rows that it has to give."""
+        """Let the wrapped data set prefetch the rows that will be read."""
         own, theirs = tee(batches)
         for batch, _ in zip(own, read_ahead(self.dataset, map(self._inner, theirs)), strict=True):
             yield batch
@@ -167,13 +167,13 @@ class WrappedDataset(Dataset[Row], Generic[Row]):
 
 
 def read_rows(dataset: Any, rows: list[int]) -> Sequence[Any]:
-    """Several rows, together where the data set can."""
+    """Several rows, in one call if the data set supports it."""
     read_many: Callable[[list[int]], Sequence[Any]] | None = getattr(dataset, "__getitems__", None)
     return read_many(rows) if read_many else [dataset[row] for row in rows]
 
 
 def _parts(dataset: Any) -> list[Any]:
-    """What torch's own wrappers hold."""
+    """The data sets inside torch's own wrappers."""
     if isinstance(dataset, ConcatDataset):
         return list(dataset.datasets)
     return [dataset.dataset] if isinstance(dataset, Subset) else []
@@ -188,7 +188,7 @@ def _located(dataset: Any, row: int) -> tuple[int, int]:
 
 
 def _offers(dataset: Any, method: str) -> bool:
-    """Whether there is such a method; a list of ids that is called ``sample_id``, say, is none."""
+    """Whether there is such a method; another attribute (a list of ids named ``sample_id``) is none."""
     return callable(getattr(dataset, method, None))
 
 

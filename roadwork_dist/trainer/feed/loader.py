@@ -1,10 +1,10 @@
-"""Batches from any map-style data set, with random draws that do not depend on history.
+"""Loads batches from any map-style data set, with reproducible random draws.
 
-A data set that draws from Python's, numpy's or torch's global generator (a random crop, say) would
-give other draws after a resume, or with another number of workers. Here those generators are
-seeded for each batch from (seed, epoch, rows), collating included, and put back after it. A data
-set whose rows are pure functions of (epoch, row) says so with an attribute ``pure = True``, and so does a
-collate function (:func:`pure`), which saves that time.
+If a data set draws from Python's, numpy's or torch's global generator (a random crop, say), its draws would
+change after a resume, or with another number of workers. Here those generators are seeded for each batch from
+(seed, epoch, rows), collating included, and restored after it. A data set whose rows are pure functions of
+(epoch, row) declares this with an attribute ``pure = True``, and so does a collate function (:func:`pure`).
+Batches are then not seeded, which saves time.
 """
 
 from collections.abc import Callable, Iterable
@@ -54,7 +54,7 @@ class _SeededBatches:
             return self.collate(read_rows(self.dataset, rows))
 
 
-def _as_it_is(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
     return batch
 
 
@@ -74,26 +74,26 @@ def load_batches(
         dataset: map-style data set.
         batches: row numbers of each batch; nothing else is read.
         seed: of the random draws inside the data set.
-        epoch: handed to ``dataset.set_epoch`` and part of the seeds.
-        workers: loader processes; 0 = read in this process, as is always done with a data set that says
-            of itself ``in_memory = True``.
+        epoch: passed to ``dataset.set_epoch`` and part of the seeds.
+        workers: loader processes; 0 = read in this process, as is always done if the data set has
+            ``in_memory = True``.
         collate: list of rows -> batch; None = torch's ``default_collate``.
         pin_memory: page-locked host memory, for copies to a GPU.
 
     Returns:
-        An iterable, to be gone through once, with as many batches as were asked for.
+        An iterable over these batches, to be used once.
     """
     set_epoch(dataset, epoch)
     batches = read_ahead(dataset, batches)
-    # Rows in the memory of this process or of its GPU: no other process is nearer to them.
+    # Rows are in the memory of this process or of its GPU: loader processes would only add overhead.
     in_memory = is_in_memory(dataset)
     return DataLoader(
         _SeededBatches(dataset, collate, seed, epoch),  # type: ignore[arg-type]
         batch_sampler=batches,  # read once, in order
         num_workers=0 if in_memory else workers,
         worker_init_fn=shield_worker,
-        collate_fn=_as_it_is,
+        collate_fn=_identity,
         pin_memory=pin_memory and not in_memory,
-        # Its own generator, or making the iterator would draw from the global one that dropout uses.
+        # Its own generator: otherwise creating the iterator draws from the global one, which dropout uses.
         generator=torch_generator_for(seed, "loader", epoch),
     )

@@ -1,20 +1,20 @@
-"""An order of rows that keeps to shards, for data in which random access is expensive.
+"""Shuffles rows with few shards open at a time, for data in which random access is expensive.
 
-Rows in a globally shuffled order lie in another shard each; read from a server, every photo would cost a
-request, or a shard. Here the rows of an epoch, whichever they are, are put into an order in which few
-shards are open at a time, and each process has shards of its own:
+In a globally shuffled order, consecutive rows are in different shards; read from a server, every photo would
+cost a request, or a whole shard. Here the rows of an epoch, whichever they are, are ordered so that few
+shards are open at a time and each process has shards of its own:
 
-1. The shards are put in a random order, new in each epoch, and their rows behind each other in one line.
-2. The line is cut into L lanes, of as many rows as the lane gives to the optimizer steps of the epoch.
-3. In a lane, row i of the lane's j-th shard is read at the time ``j + window * u_i``, with ``u_i`` drawn
-   from [0, 1): a window of shards that slides on by one at a time, mixed in it.
-4. Each step takes its rows from all lanes, in equal parts, lane after lane. As a process gets a contiguous
-   part of a step, process r of L reads lane r and nothing else.
+1. The shards are put in a random order, new in each epoch, and their rows are concatenated.
+2. The result is cut into L lanes, each with as many rows as it contributes to the epoch's optimizer steps.
+3. In a lane, rows are sorted by ``j + window * u_i`` for row i of the lane's j-th shard, with ``u_i`` drawn
+   from [0, 1): rows are mixed within a window of shards that slides by one shard at a time.
+4. Each step takes equal parts from all lanes, lane after lane. Since a process gets a contiguous part of a
+   step, process r of L reads only lane r.
 
-What that bounds, with S shards that have rows in the epoch: a lane has at most ``window`` shards open at a
-time (between its first row of a shard and its last one), and the numbers of shards of all lanes sum to at
-most S + L - 1, for each of the L - 1 cuts can part one shard. Rows are never parted: each is in one lane.
-Every lane has rows to the last step, so no process ends an epoch before another one does.
+Bounds, with S shards that have rows in the epoch: a lane has at most ``window`` shards open at a time (from
+its first row of a shard to its last one), and the lanes' numbers of shards sum to at most S + L - 1, because
+each of the L - 1 cuts can split one shard. Rows are never split: each is in one lane. Every lane has rows
+until the last step, so no process ends an epoch before another one does.
 """
 
 from dataclasses import dataclass
@@ -29,14 +29,14 @@ Indices = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class ShardOrder:
-    """Which shard each row lies in, and how far rows are mixed.
+    """Which shard each row is in, and how far rows are mixed.
 
     Args:
         shards: ``[N]`` number of the shard of each row, from 0.
-        window: shards of a lane that are open at a time; 1 = rows are shuffled inside their shard only.
+        window: shards of a lane that are open at a time; 1 = rows are shuffled only within their shard.
 
     Raises:
-        ConfigError: the window is no window.
+        ConfigError: the window is smaller than 1.
     """
 
     shards: Indices
@@ -44,11 +44,11 @@ class ShardOrder:
 
     def __post_init__(self) -> None:
         if self.window < 1:
-            raise ConfigError(f"a window of {self.window} shards, expected 1 at least")
+            raise ConfigError(f"a window of {self.window} shards, expected at least 1")
 
 
 def part(length: int, parts: int, number: int) -> slice:
-    """Part ``number`` of ``length`` things in ``parts`` that differ by one at most, larger ones first."""
+    """Part ``number`` of ``length`` items in ``parts`` whose sizes differ by at most one, larger first."""
     size, extra = divmod(length, parts)
     start = number * size + min(number, extra)
     return slice(start, start + size + (number < extra))
@@ -57,17 +57,17 @@ def part(length: int, parts: int, number: int) -> slice:
 def keep_to_shards(
     rows: Indices, order: ShardOrder, *, lanes: int, rows_per_step: int, generator: np.random.Generator
 ) -> Indices:
-    """Rearrange the rows of an epoch so that each lane goes through shards of its own.
+    """Rearrange the rows of an epoch so that each lane reads shards of its own.
 
     Args:
-        rows: ``[M]`` rows of the epoch in random order; a row may be there more than once, or not at all.
+        rows: ``[M]`` rows of the epoch in random order; a row may occur more than once, or not at all.
         order: the shards and the window.
         lanes: L, processes that read.
         rows_per_step: rows of a full optimizer step.
         generator: of the epoch.
 
     Returns:
-        ``[M]`` the same rows: those of the steps one after another, in a step those of the lanes.
+        ``[M]`` the same rows, step after step; within a step, lane after lane.
     """
     place = generator.permutation(int(order.shards.max()) + 1)
     line = rows[np.argsort(place[order.shards[rows]], kind="stable")]
@@ -81,7 +81,7 @@ def keep_to_shards(
 
 
 def _slide(lane: Indices, order: ShardOrder, generator: np.random.Generator) -> Indices:
-    """Rows that lie shard by shard, mixed within a window that slides over the shards."""
+    """Mix rows that are grouped by shard, within a window that slides over the shards."""
     own = order.shards[lane]
     position = np.cumsum(np.diff(own, prepend=own[:1]) != 0)
     return lane[np.argsort(position + order.window * generator.random(len(lane)), kind="stable")]

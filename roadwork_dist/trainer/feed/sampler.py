@@ -1,10 +1,10 @@
-"""Which rows are read when: a pure function of (seed, epoch), dealt out to ranks.
+"""Assigns rows to optimizer steps as a pure function of (seed, epoch), and divides them among ranks.
 
-The unit is the optimizer step. Its rows (micro-batch x accumulation x ranks, fewer in the last step
-of an epoch) are fixed before they are dealt out, so a step trains on the same rows whatever the
-number of processes, and can be started at without reading what comes before. A run that goes on with
-another number of processes keeps the rows of its steps: they are dealt out as evenly as they can be, in
-micro-batches that are no larger than before.
+The unit is the optimizer step. Its rows (micro-batch x accumulation x ranks, fewer in the last step of an
+epoch) are fixed before they are divided. So a step trains on the same rows for any number of processes, and
+training can start at any step without reading earlier ones. A run that resumes with another number of
+processes keeps the rows of its steps: they are divided as evenly as possible, in micro-batches that are no
+larger than before.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,9 +24,8 @@ class MicroBatch:
 
     Attributes:
         indices: rows of the data set.
-        is_filler: the rows belong to another rank and count for nothing here. A rank without a
-            row of its own in a short last step reads one all the same, because every rank has to
-            reach the collectives of the step.
+        is_filler: the rows belong to another rank and do not count here. A rank without rows of its own in
+            a short last step still reads one, because every rank has to reach the step's collectives.
     """
 
     indices: list[int]
@@ -35,7 +34,7 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Sampler:
-    """Deals the rows of a data set to optimizer steps, ranks and micro-batches.
+    """Assigns the rows of a data set to optimizer steps, ranks and micro-batches.
 
     Args:
         length: rows of the data set.
@@ -44,13 +43,13 @@ class Sampler:
         rank: this process.
         world_size: processes.
         seed: order of the rows.
-        weights: chance of each row, for drawing with replacement (an epoch has ``length`` draws);
-            None = every row once, shuffled.
+        weights: relative probability of each row, for sampling with replacement (an epoch has ``length``
+            draws); None = every row once, shuffled.
         effective_batch: rows of a full optimizer step over all ranks; None = ``batch_size`` x
             ``accumulation`` x ``world_size``.
-        shard_order: where the rows lie, to keep each rank to few shards at a time; None = rows are
+        shard_order: the rows' shards, to limit each rank to few shards at a time; None = rows are
             shuffled over the whole data set.
-        lanes: ranks that the shards were dealt to when the run was started; None = ``world_size``.
+        lanes: number of ranks that shared the shards when the run was started; None = ``world_size``.
 
     Raises:
         ConfigError: the data set is empty, or the weights or the shards do not fit it.
@@ -71,7 +70,7 @@ class Sampler:
         if self.length < 1:
             raise ConfigError("the training data set has 0 rows, expected at least 1")
         if self.shard_order is not None and len(self.shard_order.shards) != self.length:
-            raise ConfigError(f"shards of {len(self.shard_order.shards)} rows for {self.length} rows")
+            raise ConfigError(f"shard numbers of {len(self.shard_order.shards)} rows, expected {self.length}")
         if self.weights is not None:
             self._check_weights(np.asarray(self.weights, dtype=np.float64))
 
@@ -84,7 +83,7 @@ class Sampler:
                 f"sampling weight of row {wrong[0]} is {weights[wrong[0]]}, expected a number >= 0"
             )
         if not weights.any():
-            raise ConfigError("all sampling weights are 0, expected one above 0 at least")
+            raise ConfigError("all sampling weights are 0, expected at least one above 0")
 
     @property
     def rows_per_step(self) -> int:
@@ -118,11 +117,11 @@ class Sampler:
         """This rank's micro-batches of each optimizer step of an epoch, from step ``start`` on."""
         order = self.order(epoch)
         for step in range(start, self.steps_per_epoch):
-            yield self._deal(order[step * self.rows_per_step : (step + 1) * self.rows_per_step])
+            yield self._micro_batches(order[step * self.rows_per_step : (step + 1) * self.rows_per_step])
 
-    def _deal(self, rows: Indices) -> list[MicroBatch]:
+    def _micro_batches(self, rows: Indices) -> list[MicroBatch]:
         largest_share = -(-len(rows) // self.world_size)
-        # Every rank runs the same number of micro-batches, so that only the last one syncs.
+        # Every rank runs the same number of micro-batches, so all reduce gradients after the last one only.
         chunks = -(-largest_share // self.batch_size)
         share = rows[part(len(rows), self.world_size, self.rank)].tolist()
         micros = (share[part(len(share), chunks, number)] for number in range(chunks))

@@ -1,35 +1,36 @@
-"""What a loader process does about signals that are meant for the process that trains."""
+"""Shields loader processes from signals that are meant for the training process."""
 
 import os
 import signal
 import sys
 import threading
 
-# Sent to all processes of a job at once by schedulers; the trainer answers them behind its step, and
-# needs its loader processes until then.
+# Schedulers send these to all processes of a job at once. The trainer handles them after its step, and needs
+# its loader processes until then.
 _FOR_THE_TRAINER = ("SIGTERM", "SIGUSR1")
 
 
 def shield_worker(number: int) -> None:
-    """Let a loader process outlive a request to stop, but not the process that it reads for.
+    """Let a loader process survive a request to stop, but not the process that it reads for.
 
     Linux only; elsewhere loader processes keep torch's behaviour and end at SIGTERM.
 
     Args:
-        number: of the worker; torch hands it to a ``worker_init_fn``.
+        number: of the worker; torch passes it to a ``worker_init_fn``.
     """
     if not sys.platform.startswith("linux"):
         return
     numbers = {getattr(signal, name) for name in _FOR_THE_TRAINER}
     parent = os.getppid()
     end_with_parent()
-    # Blocked rather than ignored: a waiting thread learns who has sent a signal, and the trainer's own
+    # Blocked rather than ignored: a waiting thread learns the sender of a signal, and the trainer's own
     # SIGTERM (multiprocessing ends its children with it) must still work. Threads inherit the mask.
     signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
-    threading.Thread(target=_obey, args=(numbers, parent), daemon=True, name="signals").start()
+    threading.Thread(target=_handle_signals, args=(numbers, parent), daemon=True, name="signals").start()
 
 
-def _obey(numbers: set[int], parent: int) -> None:
+def _handle_signals(numbers: set[int], parent: int) -> None:
+    """End this process at its parent's SIGTERM; discard all other signals."""
     while True:
         received = signal.sigwaitinfo(numbers)
         if received.si_signo == signal.SIGTERM and received.si_pid == parent:
@@ -37,10 +38,10 @@ def _obey(numbers: set[int], parent: int) -> None:
 
 
 def end_with_parent(parent: int | None = None) -> None:
-    """SIGKILL when the parent dies: torch looks for that every 5 s, and only between rows.
+    """Receive SIGKILL when the parent dies: torch checks for that every 5 s, and only between rows.
 
     Args:
-        parent: number of the process that started this one, if known: it may be dead by now.
+        parent: id of the process that started this one, if known: it may already be dead.
     """
     import ctypes
 

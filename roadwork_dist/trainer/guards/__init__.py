@@ -1,1 +1,1 @@
-"""Callbacks that protect a run from the machine, the scheduler and its peers."""
+"""Callbacks that handle hangs, preemption, lost launchers and concurrent runs, and explain torch's errors."""

@@ -1,4 +1,4 @@
-"""Says in one line what torch tells of a killed loader process, a lost rank or weights without a gradient."""
+"""Replaces torch's errors about killed loader processes, lost ranks and unused weights by clear messages."""
 
 import re
 import time
@@ -12,7 +12,7 @@ from roadwork_dist.common.errors import ConfigError, LoaderWorkerError, LostPeer
 # torch/csrc/DataLoader.cpp and torch/utils/data/dataloader.py
 _WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)")
 _SIGNAL = re.compile(r"killed by signal: ([^.]+)")
-# gloo's pairs, c10d's store, NCCL
+# messages of gloo's pairs, c10d's store and NCCL
 _PEER = re.compile(
     r"Connection closed by peer|Connection reset by peer|Broken pipe|Socket closed|recv failed|"
     r"remote process exited|ncclRemoteError|NCCL communicator was aborted|Connection refused"
@@ -24,7 +24,7 @@ _INDICES = re.compile(r"Parameter indices which did not receive grad for rank \d
 
 
 def explained(error: BaseException) -> BaseException:
-    """An error with a clear line in place of torch's; the same error where there is nothing to explain.
+    """A clearer error in place of torch's; the same error if there is nothing to explain.
 
     Args:
         error: what ended training.
@@ -42,15 +42,15 @@ def explained(error: BaseException) -> BaseException:
         found = _INDICES.search(str(error))
         which = _numbers(found[1]) if found else ""
         return ConfigError(
-            f"weights that are to be trained got no gradient on this rank{which}: freeze what the loss does "
-            "not use (requires_grad_(False)); give what only some batches use a part of every loss "
+            f"trainable weights got no gradient on this rank{which}: freeze weights that the loss never uses "
+            "(requires_grad_(False)); add weights that only some batches use to every loss "
             "(0 * weight.sum())"
         )
     is_about_peers = isinstance(error, torch.distributed.DistError) or "/gloo/" in str(error)
     if is_about_peers and (found := _PEER.search(str(error))):
         return LostPeerError(
             f"another rank has ended ({found[0]}): its own message, or the kernel's log on its host, says "
-            "why; the last checkpoint is untouched, start again to go on from there"
+            "why; the last checkpoint is untouched, start again to resume from it"
         )
     return error
 
@@ -67,11 +67,11 @@ def _is_from_loader(error: BaseException) -> bool:
 
 
 def _death_of_a_worker() -> RuntimeError | None:
-    """What torch says of a dead loader process, whose pipe breaks a moment before the kernel tells of it."""
+    """The error of torch about a dead loader process; its pipe breaks a moment before SIGCHLD arrives."""
     ended = time.monotonic() + 1.0
     try:
         while time.monotonic() < ended:
-            # torch's own handler of SIGCHLD calls it too.
+            # torch's own SIGCHLD handler calls it as well.
             signal_handling._error_if_any_worker_fails()  # type: ignore[attr-defined]
             time.sleep(0.02)
     except RuntimeError as death:
@@ -80,7 +80,7 @@ def _death_of_a_worker() -> RuntimeError | None:
 
 
 def _chain(error: BaseException | None) -> list[str]:
-    """Texts of an error and of those that led to it."""
+    """Messages of an error and of its causes."""
     texts: list[str] = []
     while error is not None and len(texts) < 10:
         texts.append(str(error))
@@ -91,14 +91,14 @@ def _chain(error: BaseException | None) -> list[str]:
 def _worker_line(pids: str, signal: str) -> str:
     if signal in ("", "Killed"):
         hint = (
-            "most likely by the kernel for want of memory (see `dmesg`): lower workers or batch_size, "
-            "or ask for more memory"
+            "most likely by the kernel because memory ran out (see `dmesg`): lower workers or batch_size, "
+            "or request more memory"
         )
     elif "Bus error" in signal:
         hint = "/dev/shm is probably full: lower workers, or give the container more shared memory"
     else:
-        hint = "see the message of that process above"
+        hint = "see its own message above"
     return (
         f"loader process {pids} was ended{f' by signal: {signal}' if signal else ''}, {hint}; the last "
-        "checkpoint is untouched, start again to go on from there"
+        "checkpoint is untouched, start again to resume from it"
     )

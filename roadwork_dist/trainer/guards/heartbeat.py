@@ -1,4 +1,4 @@
-"""What each rank tells of itself in the run folder, and who is to blame when nothing moves."""
+"""Heartbeat files of all ranks in the run folder, and which ranks are to blame for a hang."""
 
 import faulthandler
 import json
@@ -11,39 +11,39 @@ from pathlib import Path
 from typing import IO
 
 FRAMES = 8
-# Innermost lines of a process that may merely wait for another one, or for a GPU that does.
+# Innermost frame of a process that may only be waiting for another rank, or for a GPU that waits.
 _MAY_WAIT = (
     "/torch/_ops.py",
     "/torch/autograd/graph.py",
     "/torch/nn/utils/clip_grad.py",
     "/roadwork_dist/trainer/step.py",
 )
-# The same, a few lines further out.
+# The same, within the innermost four frames.
 _WAITS = (
     "/torch/distributed/",
     "/accelerate/",
     "/deepspeed/",
     "/roadwork_dist/trainer/engine/collectives.py",
 )
-# The two kinds of lines that faulthandler writes.
+# The two kinds of lines in faulthandler's output.
 _THREAD = re.compile(r"(?:Current thread|Thread) (?P<id>0x[0-9a-f]+)")
 _FRAME = re.compile(r'  File "(?P<file>.*)", line (?P<line>\d+) in (?P<name>.*)')
 
 
 @dataclass(frozen=True)
-class Pulse:
-    """A rank's word about itself.
+class Heartbeat:
+    """Where a rank is in the training loop.
 
     Attributes:
         rank: its number.
-        host: its machine.
-        pid: its process.
-        beat: counts up as long as the process runs at all.
+        host: name of its machine.
+        pid: its process id.
+        beat: increases as long as the process runs at all.
         step: optimizer steps taken.
-        batches: batches read, those of validations included.
-        phase: what the loop does.
-        where: innermost lines of the thread that trains, innermost first, as ``file:line in function``; empty
-            while the run moves.
+        batches: batches read, including those of validations.
+        phase: phase of the loop.
+        where: innermost frames of the training thread, innermost first, as ``file:line in function``; empty
+            while the run makes progress.
     """
 
     rank: int
@@ -57,7 +57,7 @@ class Pulse:
 
     @property
     def waits(self) -> bool:
-        """Whether it may merely wait for another rank."""
+        """Whether it may only be waiting for another rank."""
         inner = any(part in line for line in self.where[:1] for part in _MAY_WAIT)
         return inner or any(part in line for line in self.where[:4] for part in _WAITS)
 
@@ -75,16 +75,16 @@ def _shortened(line: str) -> str:
 
 
 def innermost_lines(thread: int) -> list[str]:
-    """Where a thread of this process is, innermost first; empty if it has ended or cannot be seen."""
-    # Not through sys._current_frames() and f_back: the collector may run while they make a frame object, let
-    # the other thread go on, and the object then belongs to a call that is over (CPython 3.11: wrong lines,
-    # or a crash much later). faulthandler reads the stack in one go and makes no objects.
+    """Frames of a thread of this process, innermost first; empty if it has ended or cannot be read."""
+    # Not with sys._current_frames() and f_back: while they create a frame object, the garbage collector may
+    # run and let the other thread continue, so the object can outlive its call (CPython 3.11: wrong lines,
+    # or a crash much later). faulthandler reads the whole stack at once and creates no objects.
     try:
         with _scratch() as file:
             faulthandler.dump_traceback(file, all_threads=True)
             file.seek(0)
             text = file.read().decode(errors="backslashreplace")
-    except OSError:  # no room for it; the pulse itself says more than none at all
+    except OSError:  # no space for it; a heartbeat without frames is better than none
         return []
     lines: list[str] = []
     inside = False
@@ -97,7 +97,7 @@ def innermost_lines(thread: int) -> list[str]:
 
 
 def _scratch() -> IO[bytes]:
-    """A file for a moment, in memory where the system has such: a full disk must not silence a rank."""
+    """A temporary file, in memory if possible, since a full disk must not silence a rank."""
     if hasattr(os, "memfd_create"):
         return os.fdopen(os.memfd_create("stacks"), "w+b")
     return tempfile.TemporaryFile()
@@ -107,26 +107,26 @@ def _path(folder: Path, rank: int) -> Path:
     return folder / f"rank-{rank}.json"
 
 
-def write_pulse(folder: Path, pulse: Pulse) -> None:
-    """Replace a rank's file; not synced, since it means nothing after a crash of the machine."""
-    temporary = folder / f".rank-{pulse.rank}.tmp"
-    temporary.write_text(json.dumps(asdict(pulse)))
-    temporary.replace(_path(folder, pulse.rank))
+def write_heartbeat(folder: Path, heartbeat: Heartbeat) -> None:
+    """Replace a rank's file; not synced, since it is worthless after a crash of the machine."""
+    temporary = folder / f".rank-{heartbeat.rank}.tmp"
+    temporary.write_text(json.dumps(asdict(heartbeat)))
+    temporary.replace(_path(folder, heartbeat.rank))
 
 
-def read_pulses(folder: Path, ranks: int) -> list[Pulse | None]:
-    """Every rank's file; None where there is none that can be read."""
-    pulses: list[Pulse | None] = []
+def read_heartbeats(folder: Path, ranks: int) -> list[Heartbeat | None]:
+    """The heartbeat of every rank; None if its file is missing or damaged."""
+    heartbeats: list[Heartbeat | None] = []
     for rank in range(ranks):
         try:
-            pulses.append(Pulse(**json.loads(_path(folder, rank).read_text())))
+            heartbeats.append(Heartbeat(**json.loads(_path(folder, rank).read_text())))
         except (OSError, ValueError, TypeError):
-            pulses.append(None)
-    return pulses
+            heartbeats.append(None)
+    return heartbeats
 
 
-def silent_ranks(before: Sequence[Pulse | None], now: Sequence[Pulse | None]) -> list[int]:
-    """Ranks whose process has not run between two looks."""
+def silent_ranks(before: Sequence[Heartbeat | None], now: Sequence[Heartbeat | None]) -> list[int]:
+    """Ranks whose process has not run between two readings."""
     return [
         rank
         for rank, (old, new) in enumerate(zip(before, now, strict=True))
@@ -134,21 +134,21 @@ def silent_ranks(before: Sequence[Pulse | None], now: Sequence[Pulse | None]) ->
     ]
 
 
-def blame(before: Sequence[Pulse | None], now: Sequence[Pulse | None]) -> tuple[list[int], str]:
-    """Ranks that hold the others up, and why they are named.
+def blame(before: Sequence[Heartbeat | None], now: Sequence[Heartbeat | None]) -> tuple[list[int], str]:
+    """Ranks that block the others, and the reason.
 
     Args:
-        before: what each rank told a few looks ago; None = nothing.
-        now: what each tells now.
+        before: heartbeat of each rank a few intervals ago; None = none.
+        now: current heartbeat of each rank.
     """
     if silent := silent_ranks(before, now):
         return silent, "shows no sign of life (dead, stopped, or its machine is gone)"
-    pulses = [pulse for pulse in now if pulse is not None]
-    busy = [pulse.rank for pulse in pulses if not pulse.waits]
-    if busy and (len(busy) < len(pulses) or len(pulses) == 1):
-        return busy, "does not come back from its own work"
-    fewest = min(pulse.batches for pulse in pulses)
-    behind = [pulse.rank for pulse in pulses if pulse.batches == fewest]
-    if len(behind) < len(pulses):
+    heartbeats = [heartbeat for heartbeat in now if heartbeat is not None]
+    busy = [heartbeat.rank for heartbeat in heartbeats if not heartbeat.waits]
+    if busy and (len(busy) < len(heartbeats) or len(heartbeats) == 1):
+        return busy, "does not return from its own work"
+    fewest = min(heartbeat.batches for heartbeat in heartbeats)
+    behind = [heartbeat.rank for heartbeat in heartbeats if heartbeat.batches == fewest]
+    if len(behind) < len(heartbeats):
         return behind, "is behind the others"
-    return behind, "stands where all others stand (look at the network, the GPUs and the file system)"
+    return behind, "hangs at the same point as all others (check the network, the GPUs and the file system)"

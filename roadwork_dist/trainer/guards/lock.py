@@ -1,15 +1,15 @@
-"""One run at a time in a run folder; a run that was killed does not keep the next one out.
+"""Run folder lock: one run at a time, and a killed run does not block the next one.
 
-The lock is the file ``run.lock``, which says whose it is. Three things tell a living owner from a dead
-one, none of which compares clocks:
+The lock is the file ``run.lock``, which names its owner. Three checks distinguish a living owner from a dead
+one; none of them compares clocks:
 
-1. ``flock``: the kernel drops it with the process, however it ends. Where it is held, the owner lives
-   (or a child of it that the kill has not reached yet: those are waited for).
-2. On the same machine: the owner's process number and start. That and the touches are all that there is
-   where files cannot be locked (Windows, some network file systems).
-3. On another machine, where the file system does not carry ``flock`` between machines: the owner
-   touches the file every few seconds, and the next start watches whether that goes on. The times it
-   sees are the file system's and are only compared with each other.
+1. ``flock``: the kernel releases it when the process ends, however it ends. If it is held, the owner lives
+   (or a child process that the kill has not reached yet; the lock waits for those).
+2. On the same machine: the owner's process id and start time. Where files cannot be locked (Windows, some
+   network file systems), only this and the touches below remain.
+3. On another machine, if the file system does not share ``flock`` between machines: the owner touches the
+   file every few seconds, and the next start watches whether it still does. The times are those of the file
+   system and are only compared with each other.
 """
 
 import json
@@ -33,15 +33,15 @@ logger = logging.getLogger(__name__)
 
 LOCK = "run.lock"
 TOUCH_EVERY_S = 5.0
-"""The owner touches the lock that often."""
+"""Interval at which the owner touches the lock."""
 SILENCE_S = 30.0
-"""An owner on another machine that has not touched the lock for so long is taken for dead."""
+"""After so long without a touch, an owner on another machine is considered dead."""
 _ORPHANS_S = 10.0
 
 
 @dataclass(frozen=True)
 class Owner:
-    """Whose a lock is."""
+    """The owner of a lock."""
 
     process: ProcessIdentity
     since: str  # UTC, for people
@@ -56,7 +56,7 @@ class FolderLock:
     Args:
         folder: exists and can be written to.
         touch_every: seconds between touches.
-        silence: seconds without a touch after which an owner on another machine is taken for dead.
+        silence: seconds without a touch after which an owner on another machine is considered dead.
     """
 
     def __init__(
@@ -65,13 +65,13 @@ class FolderLock:
         self.path, self.touch_every, self.silence = folder / LOCK, touch_every, silence
         self.owner = Owner(own_identity(), datetime.now(UTC).isoformat(timespec="seconds"))
         self.lost_to: Owner | None = None
-        """Who has taken the lock over, because this process stood still for too long."""
+        """Who has taken over the lock, because this process was stopped for too long."""
         self._handle: int | None = None
         self._ended = threading.Event()
         self._toucher: threading.Thread | None = None
 
     def acquire(self) -> None:
-        """Take the lock; waits where it cannot be seen at once whether the owner lives.
+        """Acquire the lock; waits if it is not immediately clear whether the owner lives.
 
         Raises:
             RunLockedError: another run uses the folder; names its host, process and start.
@@ -80,7 +80,7 @@ class FolderLock:
         try:
             self._refuse_if_owned(handle)
             _write(handle, self.owner)
-            if not is_exclusive:  # two may have written; the last one has it
+            if not is_exclusive:  # two may have written; the last writer owns the lock
                 time.sleep(1.0)
                 if (winner := _read(self.path)) != self.owner:
                     self._refuse(winner)
@@ -93,19 +93,19 @@ class FolderLock:
         self._toucher.start()
 
     def release(self) -> None:
-        """Give the lock back. Nothing happens where it is not held."""
+        """Release the lock, if it is held."""
         if self._handle is None:
             return
         self._ended.set()
         if self._toucher is not None:
-            self._toucher.join(1.0)  # it must not touch a number that another file has by then
+            self._toucher.join(1.0)  # it must not touch a closed handle whose number was reused
         if _read(self.path) == self.owner:
-            self.path.unlink(missing_ok=True)  # while it is held: nobody can take it in between
+            self.path.unlink(missing_ok=True)  # while still held, so no other run can acquire it in between
         give_back(self._handle)
         self._handle = None
 
     def _open(self) -> tuple[int, bool]:
-        """Open the file and hold its ``flock``; whether there is one."""
+        """Open the file and take its ``flock``; returns the handle and whether ``flock`` works here."""
         started = time.monotonic()
         while True:
             handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -118,7 +118,7 @@ class FolderLock:
                 return handle, held is Flock.HELD
             owner = _read(self.path)
             os.close(handle)
-            # A loader process that outlives its killed owner by a moment still holds the flock.
+            # A loader process that briefly outlives its killed parent still holds the flock.
             is_orphaned = owner is not None and is_here(owner.process) and not is_alive(owner.process)
             if held is Flock.OTHERS and not (is_orphaned and time.monotonic() - started < _ORPHANS_S):
                 self._refuse(owner)
@@ -126,15 +126,15 @@ class FolderLock:
 
     def _refuse_if_owned(self, handle: int) -> None:
         owner = _parse(os.pread(handle, 4096, 0))
-        if owner is None:  # nobody's
+        if owner is None:  # no owner
             return
         if is_here(owner.process):
             if is_alive(owner.process):
                 self._refuse(owner)
-            logger.warning("the lock of %s was left by a run that is dead: %s", self.path.parent, owner)
+            logger.warning("the lock of %s was left by a dead run: %s", self.path.parent, owner)
             return
         logger.warning(
-            "%s was used by %s: watching for %.0f s whether it still is",
+            "%s was in use by %s: checking for %.0f s whether it still is",
             self.path.parent,
             owner,
             self.silence,
@@ -143,11 +143,11 @@ class FolderLock:
             self._refuse(owner)
 
     def _is_touched(self) -> bool:
-        """Watch until the file is touched or replaced, or the time is over."""
-        first, started = _looks(self.path), time.monotonic()
+        """Whether the file is touched or replaced before the time is over."""
+        first, started = _snapshot(self.path), time.monotonic()
         while time.monotonic() - started < self.silence:
             time.sleep(min(1.0, self.touch_every / 5))
-            if _looks(self.path) != first:
+            if _snapshot(self.path) != first:
                 return True
         return False
 
@@ -164,12 +164,12 @@ class FolderLock:
                     self.lost_to = owner
                     return
                 os.utime(handle)  # the file system's own time, on NFS the server's
-            except OSError as error:  # released in this moment, or a file system that comes back
+            except OSError as error:  # just released, or a temporary file system failure
                 logger.debug("%s could not be touched: %s", self.path, error)
 
 
-def _looks(path: Path) -> tuple[int, int, bytes]:
-    """What a touch changes. Opened each time, because NFS asks its server then, and else after a minute."""
+def _snapshot(path: Path) -> tuple[int, int, bytes]:
+    """What a touch changes. Opened each time: NFS then queries its server, otherwise only after a minute."""
     try:
         with path.open("rb") as file:
             state = os.fstat(file.fileno())
@@ -185,25 +185,25 @@ def _write(handle: int, owner: Owner) -> None:
 
 
 def _read(path: Path) -> Owner | None:
-    return _parse(_looks(path)[2])
+    return _parse(_snapshot(path)[2])
 
 
 def _parse(content: bytes) -> Owner | None:
     try:
         fields = json.loads(content)
         return Owner(ProcessIdentity(**fields["process"]), fields["since"])
-    except (ValueError, KeyError, TypeError):  # empty, or its owner died while writing it
+    except (ValueError, KeyError, TypeError):  # empty, or its owner died while writing
         return None
 
 
 class RunLock(Callback):
-    """Holds the run folder's lock while a run trains (rank 0, for all)."""
+    """Holds the run folder's lock during training (rank 0, for all ranks)."""
 
     def __init__(self) -> None:
         self.lock: FolderLock | None = None
 
     def on_fit_start(self, run: Run) -> None:
-        """Take the lock, and remove what says that an earlier run was interrupted.
+        """Acquire the lock, and remove the note that an earlier run was interrupted.
 
         Raises:
             RunLockedError: another run uses the folder; on every rank.
@@ -218,30 +218,30 @@ class RunLock(Callback):
             except RunLockedError as error:
                 refused = str(error)
             except OSError as error:
-                refused = f"{lock.path} cannot be written ({error.strerror}): mend its permissions"
-        # All ranks get here, so all refuse together instead of waiting for one that is gone.
+                refused = f"{lock.path} cannot be written ({error.strerror}): fix its permissions"
+        # All ranks get here, so all raise together instead of waiting for one that is gone.
         refused = broadcast_object(refused)
         if refused is not None:
             raise RunLockedError(refused)
 
     def on_step_end(self, run: Run, result: StepResult) -> None:
-        """Leave the folder alone if it was taken over.
+        """Stop writing to the folder if another run has taken it over.
 
         Raises:
-            RunLockedError: it was (rank 0 only; the others follow it as they do a dead one).
+            RunLockedError: it was taken over (rank 0 only; the others end as they do when a rank dies).
         """
         if self.lock is not None and self.lock.lost_to is not None:
             raise RunLockedError(
-                f"{run.run_dir} was taken over by {self.lock.lost_to} while this run stood still for more "
-                f"than {self.lock.silence:.0f} s: it writes nothing more there"
+                f"{run.run_dir} was taken over by {self.lock.lost_to} while this run was stopped for more "
+                f"than {self.lock.silence:.0f} s: this run ends and writes nothing more there"
             )
 
     def on_fit_end(self, run: Run) -> None:
-        """Give the lock back."""
+        """Release the lock."""
         self._release()
 
     def on_exception(self, run: Run, error: BaseException) -> None:
-        """Give the lock back."""
+        """Release the lock."""
         self._release()
 
     def _release(self) -> None:

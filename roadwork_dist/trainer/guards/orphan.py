@@ -1,4 +1,4 @@
-"""A run whose launcher was killed saves before it leaves."""
+"""Lets a run whose launcher was killed save a checkpoint before it ends."""
 
 from contextlib import ExitStack
 
@@ -13,7 +13,7 @@ class LauncherWatch(Callback):
         self._stack = ExitStack()
 
     def on_fit_start(self, run: Run) -> None:
-        """From here on it is asked."""
+        """Request a stop from now on when the launcher dies."""
 
         def ask() -> None:
             run.interrupt_requested = True
@@ -21,9 +21,9 @@ class LauncherWatch(Callback):
         self._stack.enter_context(asked_first(ask))
 
     def on_fit_end(self, run: Run) -> None:
-        """What comes behind training saves nothing."""
+        """Stop watching; nothing is saved after training."""
         self._stack.close()
 
     def on_exception(self, run: Run, error: BaseException) -> None:
-        """What comes behind training saves nothing."""
+        """Stop watching; nothing is saved after training."""
         self._stack.close()

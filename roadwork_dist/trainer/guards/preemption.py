@@ -1,4 +1,4 @@
-"""A run that is asked to stop by a signal: all ranks agree, save and leave."""
+"""Preemption: on SIGTERM or SIGUSR1 all ranks agree to stop, save and leave."""
 
 import json
 import logging
@@ -22,26 +22,26 @@ STOP_SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)
 )  # Windows has no SIGUSR1
 INTERRUPTED = "interrupted.json"
-"""Lies in the folder of a run that stopped because it was asked to, until it is started again."""
+"""File in the run folder after a run stopped on request, until it is started again."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What one rank knows of a request to stop."""
+    """One rank's view of a request to stop."""
 
     rank: int
     host: str
-    signal: str | None  # None: asked in another way than by a signal
+    signal: str | None  # None = not requested by a signal
 
 
 class Preemption(Callback):
-    """Takes SIGTERM and SIGUSR1 as a request to stop while a run trains.
+    """Treats SIGTERM and SIGUSR1 as a request to stop during training.
 
-    The handler only notes it. Behind the step that is under way (its losses carry the request of any
-    rank to all of them), behind a batch of a validation, which is given up, or at the end of the epoch
-    the checkpointer saves, and every rank raises :class:`InterruptedRunError`. This callback therefore
-    stands behind the checkpointer. Further signals change nothing. What handled the signals before does
-    so again when training ends; off the main thread Python allows no handlers, so there are none.
+    The handler only records the request. The checkpointer then saves, and every rank raises
+    :class:`InterruptedRunError`: after the current step (the reduction of its losses shares the request with
+    all ranks), after a batch of a validation, which is aborted, or at the end of the epoch. So this callback
+    must come after the checkpointer. Further signals have no effect. The previous handlers are restored when
+    training ends. Python allows handlers only in the main thread, so none are installed in other threads.
     """
 
     def __init__(self) -> None:
@@ -52,11 +52,11 @@ class Preemption(Callback):
     def on_fit_start(self, run: Run) -> None:
         """Install the handlers."""
         if threading.current_thread() is not threading.main_thread():
-            logger.warning("training off the main thread: SIGTERM and SIGUSR1 do not save before they end it")
+            logger.warning("not training in the main thread: SIGTERM and SIGUSR1 end the run without saving")
             return
         self._signal, self._requests = None, []
 
-        # Nothing else here: it may run inside any line of Python, also one that holds a lock.
+        # Do nothing else here: the handler may interrupt any line of Python, even one that holds a lock.
         def ask(number: int, frame: FrameType | None) -> None:
             self._signal = number
             run.interrupt_requested = True
@@ -65,7 +65,7 @@ class Preemption(Callback):
             self._before[number] = signal.signal(number, ask)
 
     def on_step_end(self, run: Run, result: StepResult) -> None:
-        """Leave where a rank was asked to; the checkpointer has saved this step.
+        """Leave if any rank was asked to; the checkpointer has saved this step.
 
         Raises:
             InterruptedRunError: on every rank.
@@ -74,7 +74,7 @@ class Preemption(Callback):
             self._leave(run, gather_objects(self._request(run)))
 
     def on_validation_interrupted(self, run: Run) -> None:
-        """Leave where a rank was asked to during the validation; the checkpointer has saved.
+        """Leave if any rank was asked to during the validation; the checkpointer has saved.
 
         Raises:
             InterruptedRunError: on every rank.
@@ -82,7 +82,7 @@ class Preemption(Callback):
         self._leave(run, gather_objects(self._request(run)))
 
     def on_epoch_end(self, run: Run) -> None:
-        """Leave where a rank was asked to since the last question of the validation.
+        """Leave if any rank was asked to since the last check of the validation.
 
         Raises:
             InterruptedRunError: on every rank.
@@ -91,11 +91,11 @@ class Preemption(Callback):
             self._leave(run, gather_objects(self._request(run)))
 
     def on_fit_end(self, run: Run) -> None:
-        """Put the handlers back."""
+        """Restore the handlers."""
         self._put_back()
 
     def on_exception(self, run: Run, error: BaseException) -> None:
-        """Say in the run folder that the run stopped on request, and put the handlers back."""
+        """Note in the run folder that the run stopped on request, and restore the handlers."""
         try:
             if isinstance(error, InterruptedRunError) and run.accelerator.is_main_process:
                 self._write_note(run)
@@ -110,12 +110,12 @@ class Preemption(Callback):
 
     def _leave(self, run: Run, requests: list[Request | None]) -> None:
         self._requests = [request for request in requests if request is not None]
-        run.interrupt_requested = False  # fit() called again goes on
+        run.interrupt_requested = False  # so that another call of fit() continues
         names = sorted({request.signal for request in self._requests if request.signal})
         raise InterruptedRunError(
             f"asked to stop{' by ' + ', '.join(names) if names else ''}: state saved at step "
             f"{run.state.step} of {run.total_steps} in {run.run_dir}; start again with the same arguments "
-            "to go on from there"
+            "to resume from there"
         )
 
     def _write_note(self, run: Run) -> None:
@@ -133,5 +133,5 @@ class Preemption(Callback):
     def _put_back(self) -> None:
         while self._before:
             number, handler = self._before.popitem()
-            # None: a handler that was not installed from Python cannot be put back.
+            # None: a handler that was not installed from Python cannot be restored.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)

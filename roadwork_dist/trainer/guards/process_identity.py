@@ -1,4 +1,4 @@
-"""Which process this is, so that another start can tell whether it still runs."""
+"""Identity of a process, by which another start can check whether it still runs."""
 
 import os
 import socket
@@ -8,14 +8,14 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class ProcessIdentity:
-    """A process, told apart from later ones that get the same number.
+    """A process, distinguished from later ones with the same pid.
 
     Attributes:
         host: name of the machine.
-        pid: number of the process.
-        started: when it started, in clock ticks since the machine did (Linux; else ""): no clock that
-            can be set has a part in it.
-        realm: boot and pid namespace: the numbers of another container or boot mean other processes.
+        pid: process id.
+        started: start time in clock ticks since boot (Linux; else ""); independent of any clock that can be
+            set.
+        realm: boot id and pid namespace, since in another boot or container the same pid is another process.
     """
 
     host: str
@@ -30,7 +30,7 @@ def own_identity() -> ProcessIdentity:
 
 
 def is_here(process: ProcessIdentity) -> bool:
-    """Whether its number means something on this machine."""
+    """Whether its pid is valid on this machine, boot and pid namespace."""
     return (process.host, process.realm) == (socket.gethostname(), _realm())
 
 
@@ -40,17 +40,17 @@ def is_alive(process: ProcessIdentity) -> bool:
         os.kill(process.pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # somebody else's, but it is there
+    except PermissionError:  # belongs to another user, but exists
         pass
     return _start_of(process.pid) == process.started
 
 
 def _start_of(pid: int) -> str:
-    """Field 22 of ``/proc/<pid>/stat``; "gone" for a process that has ended, "" where there is no /proc."""
+    """Field 22 of ``/proc/<pid>/stat``; "gone" for a process that has ended, "" without /proc."""
     if not Path("/proc/self/stat").exists():
         return ""
     try:
-        # The name in parentheses may hold spaces and parentheses.
+        # The command name in parentheses may itself contain spaces and parentheses.
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return "gone"

@@ -1,4 +1,4 @@
-"""Exponential moving average of trained weights: torch_ema's, with an fp32 shadow and in few kernels."""
+"""Exponential moving average of trained weights: torch_ema's, with an fp32 shadow and foreach updates."""
 
 import copy
 from collections.abc import Iterable, Mapping
@@ -12,7 +12,7 @@ from roadwork_dist.trainer.config import EmaConfig
 
 
 class ExponentialMovingAverage(torch_ema.ExponentialMovingAverage):  # type: ignore[misc]
-    """fp32 shadow of trained weights, whatever their dtype (complex64 of complex ones).
+    """fp32 shadow of trained weights, whatever their dtype (complex64 for complex ones).
 
     ``shadow = d * shadow + (1 - d) * weight`` once per optimizer step, with
     ``d = min(decay, (1 + n) / (10 + n))`` after n updates while warming up (the rule of
@@ -20,10 +20,10 @@ class ExponentialMovingAverage(torch_ema.ExponentialMovingAverage):  # type: ign
     holds shards of the weights keeps the average of those shards.
 
     ``average_parameters``, ``store``, ``copy_to``, ``restore`` and ``state_dict`` are torch_ema's. Its own
-    shadow has the dtype of the weights: one in bf16 does not move at a decay of 0.9999.
+    shadow has the dtype of the weights; in bf16 it would not move at a decay of 0.9999.
 
     Args:
-        weights: by name; they share memory with what trains and are read at every update.
+        weights: by name; they share memory with the trained parameters and are read at every update.
         config: decay and warm-up.
     """
 
@@ -31,7 +31,7 @@ class ExponentialMovingAverage(torch_ema.ExponentialMovingAverage):  # type: ign
         super().__init__([], config.decay)
         self.config = config
         self._names = list(weights)
-        # Not weak references, as torch_ema has: these are views that nobody else keeps.
+        # Not weak references as in torch_ema: nothing else holds these views.
         self._weights = [weight.detach() for weight in weights.values()]
         self.shadow_params = [_precise(weight).clone() for weight in self._weights]
         self._is_fp32 = all(weight.dtype == torch.float32 for weight in self._weights)
@@ -44,7 +44,7 @@ class ExponentialMovingAverage(torch_ema.ExponentialMovingAverage):  # type: ign
 
     @torch.no_grad()
     def update(self, parameters: Iterable[Tensor] | None = None) -> None:
-        """Move the shadow towards the weights as they are now."""
+        """Move the shadow towards the current weights."""
         current = self._get_parameters(parameters)
         if self.shadow_params:  # a rank may hold no shard at all
             if not self._is_fp32 or parameters is not None:
@@ -53,18 +53,18 @@ class ExponentialMovingAverage(torch_ema.ExponentialMovingAverage):  # type: ign
         self.num_updates += 1
 
     def restart(self) -> None:
-        """Start again from the weights as they are now."""
+        """Start again from the current weights."""
         self.num_updates = 0
         for shadow, weight in zip(self.shadow_params, self._weights, strict=True):
             shadow.copy_(weight)
 
     def shadow(self) -> dict[str, Tensor]:
-        """The average by the weights' names, fp32, in its own memory."""
+        """The average in fp32, by the weights' names; shares memory with the shadow."""
         return dict(zip(self._names, self.shadow_params, strict=True))
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take a :meth:`state_dict` over, in the memory of the shadow and in fp32."""
+        """Load a :meth:`state_dict` into the existing shadow, in fp32."""
         self.decay, self.num_updates = state_dict["decay"], state_dict["num_updates"]
         self.collected_params = copy.deepcopy(state_dict["collected_params"])
         for shadow, loaded in zip(self.shadow_params, state_dict["shadow_params"], strict=True):

@@ -1,7 +1,7 @@
 """The learning rate as a pure function of the optimizer step.
 
-Nothing here counts or remembers, so the rate at step s is the same after a resume, with any
-number of processes and with any accumulation.
+Nothing here has state, so the rate at step s is the same after a resume, with any number of
+processes and with any accumulation.
 """
 
 import math
@@ -19,7 +19,7 @@ SHAPES: Registry[Shape] = Registry("schedule")
 
 @SHAPES.register("constant")
 def constant(step: int, total: int, config: ScheduleConfig) -> float:
-    """The peak, to the end."""
+    """The peak throughout."""
     return 1.0
 
 
@@ -56,7 +56,7 @@ class Schedule:
     config: ScheduleConfig
 
     def __post_init__(self) -> None:
-        # An unknown shape must not wait for the end of the warm-up.
+        # Report an unknown shape now rather than at the end of the warm-up.
         _ = SHAPES[self.config.name]
 
     @property

@@ -1,1 +1,1 @@
-"""Callbacks that write figures to disk, to the screen and to trackers."""
+"""Callbacks that report metrics to files, the console and experiment trackers."""

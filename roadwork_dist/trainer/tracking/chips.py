@@ -1,4 +1,4 @@
-"""What accelerators can do at most, from their makers' data sheets."""
+"""Peak bf16 throughput of accelerators, from the manufacturers' data sheets."""
 
 import re
 from dataclasses import dataclass
@@ -9,9 +9,9 @@ class Chip:
     """One accelerator.
 
     Attributes:
-        name: as people call it.
-        pattern: regular expression that is found in the device name that CUDA reports.
-        bf16: dense peak in bf16 with fp32 accumulation, floating-point operations a second.
+        name: common name.
+        pattern: regular expression to search for in the device name that CUDA reports.
+        bf16: dense peak in bf16 with fp32 accumulation, floating-point operations per second.
         source: where the figure is published.
     """
 
@@ -21,7 +21,7 @@ class Chip:
     source: str
 
 
-# NVIDIA's sheets give tensor-core peaks "with sparsity"; dense is half of that.
+# NVIDIA's sheets often give tensor-core peaks "with sparsity"; dense is half of that.
 CHIPS: tuple[Chip, ...] = (
     Chip("B200", r"\bB200\b", 2250e12, "NVIDIA HGX B200 data sheet: 4.5 PFLOP/s sparse"),
     Chip("H200 SXM", r"\bH200\b(?! NVL)", 989.4e12, "NVIDIA H200 data sheet: 1,979 TFLOP/s sparse"),
@@ -39,11 +39,11 @@ CHIPS: tuple[Chip, ...] = (
 
 
 def bf16_peak(device_name: str) -> float | None:
-    """Dense bf16 peak in operations a second of a device, such as ``torch.cuda.get_device_name()``.
+    """Dense bf16 peak of a device in operations per second, by its ``torch.cuda.get_device_name()``.
 
     Returns:
-        None for a chip that is not in :data:`CHIPS`, and for a part of one (MIG), whose peak depends
-        on how it was parted.
+        None for a chip that is not in :data:`CHIPS`, and for a MIG instance, whose peak depends on the
+        partitioning.
     """
     if "MIG" in device_name:
         return None

@@ -1,4 +1,4 @@
-"""Progress: a live bar on a terminal, plain lines elsewhere."""
+"""Progress on the console: a live bar in a terminal, plain lines elsewhere."""
 
 import time
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ _LINE_EVERY_S = 10.0
 
 
 class Console(Callback):
-    """Tells a person how training goes (rank 0)."""
+    """Shows training progress (rank 0)."""
 
     def __init__(self) -> None:
         self._console = RichConsole(highlight=False, markup=False, soft_wrap=True)
@@ -48,14 +48,14 @@ class Console(Callback):
             self._progress.start()
 
     def on_step_end(self, run: Run, result: StepResult) -> None:
-        """Move the bar, or print a line every ten seconds."""
+        """Update the bar, or print a line every ten seconds."""
         if not run.accelerator.is_main_process:
             return
         if self._progress is not None:
             self._progress.update(
                 self._progress.task_ids[0],
                 completed=run.state.step,
-                total=run.total_steps,  # may be known better once a checkpoint is loaded
+                total=run.total_steps,  # may change when a checkpoint is loaded
                 epoch=run.state.epoch + 1,
                 loss=f"{result.loss:.4f}",
                 wait=f"{result.data_wait:.0%}",
@@ -68,7 +68,7 @@ class Console(Callback):
             )
 
     def on_figures(self, run: Run, kind: str, figures: dict[str, Any]) -> None:
-        """Show the health of the run: in the bar, or as a line every ten seconds at most."""
+        """Show ``health`` figures in the bar, or as a line at most every ten seconds."""
         if not run.accelerator.is_main_process or kind != "health":
             return
         if self._progress is not None:
@@ -95,7 +95,7 @@ class Console(Callback):
             )
 
     def on_exception(self, run: Run, error: BaseException) -> None:
-        """Give the terminal back before the error is printed."""
+        """Release the terminal before the error is printed."""
         self._stop()
 
     def _stop(self) -> None:
@@ -105,13 +105,13 @@ class Console(Callback):
 
 
 def _class_name(model: nn.Module) -> str:
-    """Of the user's class: ``fully_shard`` puts one of its own in front of it."""
+    """Name of the user's class; ``fully_shard`` replaces it by a subclass of its own."""
     cls = type(model)
     return (cls.__bases__[1] if cls.__bases__[0] is FSDPModule else cls).__name__
 
 
 def health_text(figures: Mapping[str, Any]) -> str:
-    """Figures of kind ``health`` for a person, in one line."""
+    """Figures of kind ``health`` in one readable line."""
     parts = [
         f"{figures['samples_per_s']:.0f} samples/s ({figures['samples_per_s_per_rank']:.0f} a rank)",
         f"step {figures['step_s_p50'] * 1000:.0f} ms, p95 {figures['step_s_p95'] * 1000:.0f}",
@@ -119,7 +119,7 @@ def health_text(figures: Mapping[str, Any]) -> str:
     ]
     if "backbone_mfu" in figures:
         parts.append(f"backbone MFU {figures['backbone_mfu']:.0%}")
-    # Ranks are never quite even; below this it is noise.
+    # Ranks never take exactly the same time; below this it is noise.
     if figures.get("slowest_share", 0.0) >= 0.1:
         parts.append(
             f"others wait {figures['slowest_share']:.0%} for rank {figures['slowest_rank']} on "

@@ -1,4 +1,4 @@
-"""What is told of a step or a validation, under the same names everywhere."""
+"""Metrics of an optimizer step, with the same names for all trackers."""
 
 import resource
 import sys
@@ -15,14 +15,14 @@ _MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes, or KiB on Linux
 
 
 def peak_memory_mb(run: Run) -> float:
-    """Most memory used so far: of the device on a GPU, else resident memory of this process."""
+    """Peak memory in MiB so far: device memory on a GPU, else resident memory of this process."""
     if run.accelerator.device.type == "cuda":
         return torch.cuda.max_memory_allocated(run.accelerator.device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_UNIT / 2**20
 
 
 class MemoryGauge:
-    """Looks at the peak at most once a second: on a busy machine a look can cost a millisecond."""
+    """Reads the peak at most once a second, since reading it can cost a millisecond on a busy machine."""
 
     def __init__(self) -> None:
         self._next_look, self._value = 0.0, 0.0
@@ -52,5 +52,5 @@ def step_figures(run: Run, result: StepResult) -> dict[str, Any]:
 
 
 def numbers(figures: Mapping[str, Any]) -> dict[str, float]:
-    """The figures that can be drawn over steps; without texts."""
+    """The numeric figures, which can be plotted over steps."""
     return {name: value for name, value in figures.items() if isinstance(value, int | float)}

@@ -1,4 +1,4 @@
-"""How fast and how evenly a run goes: throughput, step times, memory, MFU, and which rank is slow."""
+"""Performance monitoring of a run: throughput, step times, memory, MFU, and the slowest rank."""
 
 import logging
 import socket
@@ -35,10 +35,10 @@ class RankHealth:
     """Means of one rank over the steps of a window.
 
     Attributes:
-        waited: seconds a step spent waiting for data.
-        worked: seconds a step from the start of its forward pass to its last gradient.
+        waited: seconds per step spent waiting for data.
+        worked: seconds per step from the start of its forward pass to its last gradient.
         allocated, reserved, peak: MiB of memory; reserved is 0 on the CPU.
-        operations: of the backbone a step.
+        operations: floating-point operations of the backbone per step.
     """
 
     waited: float
@@ -50,17 +50,17 @@ class RankHealth:
 
     @property
     def own(self) -> float:
-        """Seconds a step that the other ranks cannot shorten."""
+        """Seconds per step of this rank's own waiting and work, excluding waits for other ranks."""
         return self.waited + self.worked
 
 
 class Health(Callback):
-    """Tells of the steps since it last did, every so many steps and at the end of each epoch.
+    """Reports on the steps since the last report, every ``every`` steps and at the end of each epoch.
 
-    Figures go out as kind ``health`` to every observer (:meth:`Callback.on_figures`).
+    Figures are passed to every callback as kind ``health`` (:meth:`Callback.on_figures`).
 
     Args:
-        every: steps; 0 = at the end of each epoch only.
+        every: number of steps; 0 = only at the end of each epoch.
     """
 
     def __init__(self, every: int) -> None:
@@ -70,32 +70,32 @@ class Health(Callback):
         self._peak: float | None = None
 
     def on_fit_start(self, run: Run) -> None:
-        """Learn which host each rank is on, and what the device can do."""
-        self._hosts = gather_objects(socket.gethostname())  # every rank starts
+        """Collect the host of each rank and look up the peak of the device."""
+        self._hosts = gather_objects(socket.gethostname())
         device = run.accelerator.device
         if device.type == "cuda":
             name = torch.cuda.get_device_name(device)
             self._peak = bf16_peak(name)
             if self._peak is None and run.accelerator.is_main_process:
-                logger.info("the bf16 peak of %s is not known here, so no backbone_mfu is told", name)
+                logger.info("the bf16 peak of %s is not known, so backbone_mfu is not reported", name)
 
     def on_step_end(self, run: Run, result: StepResult) -> None:
-        """Take the step in; tell where it is time."""
+        """Record the step; report if it is time."""
         waited = result.data_wait * result.seconds
         self._steps.append(_Step(result.seconds, waited, result.work_s, result.rows, result.operations))
         is_epoch_end = run.state.step_in_epoch == run.steps_per_epoch
-        # Steps are counted alike on all ranks, so all of them tell at the same step.
+        # The report is a collective: all ranks count the same steps, so they report at the same step.
         if is_epoch_end or (self.every and run.state.step % self.every == 0):
-            self._tell(run)
+            self._report(run)
 
-    def _tell(self, run: Run) -> None:
+    def _report(self, run: Run) -> None:
         steps, self._steps = self._steps, []
         ranks = share_health(own_health(run, steps), run.accelerator.process_index, run.accelerator.device)
         run.tell("health", health_figures(steps, ranks, self._hosts, self._peak))
 
 
 def own_health(run: Run, steps: Sequence[_Step]) -> RankHealth:
-    """Means over this rank's steps, and its memory now."""
+    """Means over this rank's steps, and its current memory."""
     device = run.accelerator.device
     if device.type == "cuda":
         allocated, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
@@ -112,7 +112,7 @@ def own_health(run: Run, steps: Sequence[_Step]) -> RankHealth:
 
 
 def share_health(own: RankHealth, rank: int, device: torch.device) -> list[RankHealth]:
-    """Every rank's figures, by rank. A collective: one small all-reduce, each rank filling its own slots."""
+    """Every rank's figures, by rank. A collective: one small all-reduce; each rank fills its own slots."""
     own_slots = list(vars(own).values())
     slots = [0.0] * (world_size() * len(own_slots))
     slots[rank * len(own_slots) : (rank + 1) * len(own_slots)] = own_slots
@@ -124,13 +124,13 @@ def share_health(own: RankHealth, rank: int, device: torch.device) -> list[RankH
 def health_figures(
     steps: Sequence[_Step], ranks: Sequence[RankHealth], hosts: Sequence[str], peak: float | None
 ) -> dict[str, Any]:
-    """What is told of a window.
+    """The figures of a window.
 
     Args:
-        steps: this rank's; with synchronous gradients all ranks' take the same time.
-        ranks: every rank's means.
-        hosts: every rank's host.
-        peak: of each rank's chip in bf16, operations a second; None = not known.
+        steps: steps of this rank; with synchronous gradients they take the same time on all ranks.
+        ranks: means of every rank.
+        hosts: host of every rank.
+        peak: bf16 peak of each rank's chip in operations per second; None = not known.
     """
     seconds = [step.seconds for step in steps]
     total = sum(seconds)
@@ -143,7 +143,7 @@ def health_figures(
         "data_wait": round(fmean(rank.waited for rank in ranks) * len(steps) / total, 4),
         "step_s_p50": round(float(p50), 6),
         "step_s_p95": round(float(p95), 6),
-        # The fullest rank is the one that will not fit.
+        # The rank with the most memory in use runs out first.
         "memory_allocated_mb": round(max(rank.allocated for rank in ranks), 1),
         "memory_peak_mb": round(max(rank.peak for rank in ranks), 1),
     }
@@ -158,10 +158,10 @@ def health_figures(
 
 
 def straggler(ranks: Sequence[RankHealth], hosts: Sequence[str], step_seconds: float) -> dict[str, Any]:
-    """The rank that the others wait for, with the share of a step that they do.
+    """The rank that the others wait for, and the share of a step that they wait.
 
-    That is how much longer it works (waiting for its data included) than the median of the others.
-    With one rank there is none.
+    The wait is how much longer the slowest rank works (including waiting for its data) than the median of
+    the others. Empty with a single rank.
     """
     if len(ranks) < 2:
         return {}

@@ -1,4 +1,4 @@
-"""``metrics.jsonl``: one JSON object a line, each optimizer step once, also after a kill."""
+"""``metrics.jsonl``: one JSON object per line, and each optimizer step exactly once even after a kill."""
 
 import json
 import logging
@@ -17,8 +17,8 @@ logger = logging.getLogger(__name__)
 class JsonLines(Callback):
     """Writes a line per step and per validation (rank 0).
 
-    A checkpoint remembers how long the file was. Going on from it cuts off what was written later,
-    because those steps come again.
+    A checkpoint stores the length of the file. Resuming from it truncates what was written later, because
+    those steps are repeated.
     """
 
     key = "JsonLines"
@@ -29,7 +29,7 @@ class JsonLines(Callback):
         self._file: IO[bytes] | None = None
 
     def on_step_end(self, run: Run, result: StepResult) -> None:
-        """A line of kind ``train``, or ``skip`` with the ids of the rows that were not finite."""
+        """Write a line of kind ``train``, or ``skip`` with the ids of the rows that were not finite."""
         line: dict[str, Any] = {
             "kind": "skip" if result.skipped else "train",
             "step": run.state.step,
@@ -41,15 +41,15 @@ class JsonLines(Callback):
         self._write(run, line)
 
     def on_validation_end(self, run: Run, metrics: dict[str, float], improved: bool) -> None:
-        """A line of kind ``val``."""
+        """Write a line of kind ``val``."""
         self._write(run, {"kind": "val", "step": run.state.step, "epoch": run.state.epoch, **metrics})
 
     def on_figures(self, run: Run, kind: str, figures: dict[str, Any]) -> None:
-        """A line of that kind."""
+        """Write a line of that kind."""
         self._write(run, {"kind": kind, "step": run.state.step, "epoch": run.state.epoch, **figures})
 
     def on_epoch_end(self, run: Run) -> None:
-        """Let readers see the epoch."""
+        """Flush, so that readers see the epoch."""
         if self._file is not None:
             self._file.flush()
 
@@ -65,7 +65,7 @@ class JsonLines(Callback):
             logger.warning("%s is not complete: %s", run.run_dir / self.filename, close_error)
 
     def state_dict(self) -> dict[str, Any]:
-        """Length of the file in bytes, all of them on disk."""
+        """Length of the file in bytes, after syncing it to disk."""
         if self._file is not None:
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -73,7 +73,7 @@ class JsonLines(Callback):
         return {"offset": self._offset}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on writing at the remembered length."""
+        """Continue writing at the stored length."""
         self._offset = state["offset"]
 
     def _write(self, run: Run, line: dict[str, Any]) -> None:
@@ -85,8 +85,8 @@ class JsonLines(Callback):
             self._file.write(_to_json(line).encode() + b"\n")
         except OSError as error:
             raise RoadworkError(
-                f"{run.run_dir / self.filename} cannot be written ({error.strerror}): make room or mend the "
-                "folder, then start again to go on from the last checkpoint"
+                f"{run.run_dir / self.filename} cannot be written ({error.strerror}): free space or fix the "
+                "folder, then start again to resume from the last checkpoint"
             ) from error
 
     def _open(self, run: Run) -> IO[bytes]:
@@ -95,7 +95,7 @@ class JsonLines(Callback):
         size = file.seek(0, os.SEEK_END)
         if size < self._offset:
             logger.warning(
-                "%s has %d bytes, the checkpoint knew %d: lines are missing", path, size, self._offset
+                "%s has %d bytes, the checkpoint expects %d: lines are missing", path, size, self._offset
             )
         file.truncate(min(size, self._offset))
         file.seek(0, os.SEEK_END)
@@ -111,7 +111,7 @@ _encode = json.JSONEncoder(allow_nan=False).encode
 
 
 def _to_json(line: dict[str, Any]) -> str:
-    """JSON, with NaN and infinities, which JSON does not have, as text."""
+    """JSON, with NaN and infinities as strings, since JSON has no such numbers."""
     try:
         return _encode(line)
     except ValueError:

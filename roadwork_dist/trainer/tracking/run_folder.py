@@ -1,4 +1,4 @@
-"""The folder of a run: made, checked and described before anything is trained."""
+"""Creates and checks the run folder, and writes the resolved configuration to it."""
 
 from pathlib import Path
 
@@ -10,10 +10,10 @@ from roadwork_dist.trainer.yaml import to_yaml
 
 
 def make_run_folder(path: Path) -> None:
-    """Make a folder and prove that files can be written to it.
+    """Create a folder and check that files can be written to it.
 
     Raises:
-        ConfigError: it cannot be made or written to.
+        ConfigError: it cannot be created or written to.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -23,15 +23,15 @@ def make_run_folder(path: Path) -> None:
     except OSError as error:
         raise ConfigError(
             f"output_dir {path} cannot be written to ({error.strerror or error}): "
-            "choose another with --output_dir, or mend its permissions"
+            "choose another with --output_dir, or fix its permissions"
         ) from error
 
 
 class RunFolder(Callback):
-    """Makes the run folder before anything is written to it."""
+    """Creates the run folder before anything is written to it."""
 
     def on_fit_start(self, run: Run) -> None:
-        """Make it.
+        """Create it.
 
         Raises:
             ConfigError: the folder cannot be written to; on every rank.
@@ -42,17 +42,14 @@ class RunFolder(Callback):
                 make_run_folder(run.run_dir)
             except ConfigError as error:
                 refused = str(error)
-        # All ranks get here, so all refuse together instead of waiting for one that is gone.
+        # All ranks get here, so all raise together instead of waiting for one that is gone.
         refused = broadcast_object(refused)
         if refused is not None:
             raise ConfigError(refused)
 
 
 class ResolvedConfig(Callback):
-    """Keeps the resolved configuration in the run folder.
-
-    A refused start leaves the folder as it was.
-    """
+    """Writes the resolved configuration to the run folder, once no callback has refused the start."""
 
     def on_train_start(self, run: Run) -> None:
         """Write ``config.yaml``."""

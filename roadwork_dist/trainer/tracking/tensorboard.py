@@ -1,4 +1,4 @@
-"""TensorBoard events."""
+"""Logging to TensorBoard event files."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -11,26 +11,26 @@ if TYPE_CHECKING:
 
 
 class TensorBoard(Callback):
-    """Writes events to ``tensorboard/`` of the run folder (rank 0)."""
+    """Writes events to ``tensorboard/`` in the run folder (rank 0)."""
 
     def __init__(self) -> None:
         self._writer: SummaryWriter | None = None
         self._purge: int | None = None
 
     def on_train_start(self, run: Run) -> None:
-        """Steps behind the one gone on from come again: the viewer drops the earlier ones."""
+        """Purge later steps: a resumed run repeats them, so the viewer drops the earlier ones."""
         self._purge = run.state.step + 1
 
     def on_step_end(self, run: Run, result: StepResult) -> None:
-        """Scalars ``train/…``."""
+        """Write scalars ``train/…``."""
         self._add(run, "train", step_figures(run, result))
 
     def on_validation_end(self, run: Run, metrics: dict[str, float], improved: bool) -> None:
-        """Scalars ``val/…``."""
+        """Write scalars ``val/…``."""
         self._add(run, "val", metrics)
 
     def on_figures(self, run: Run, kind: str, figures: dict[str, Any]) -> None:
-        """Scalars ``<kind>/…`` of what is a number."""
+        """Write the numeric figures as scalars ``<kind>/…``."""
         self._add(run, kind, numbers(figures))
 
     def on_fit_end(self, run: Run) -> None:

@@ -1,4 +1,4 @@
-"""Weights & Biases: one run for all ranks, and the same one after a resume."""
+"""Logging to Weights & Biases: one run for all ranks, continued after a resume."""
 
 import hashlib
 from dataclasses import asdict
@@ -24,7 +24,7 @@ class WeightsAndBiases(Callback):
         self._run: Any = None
 
     def on_train_start(self, run: Run) -> None:
-        """Open the run; its id is a function of the run folder, so a resume finds it again."""
+        """Open the run; its id is derived from the run folder, so a resumed run continues it."""
         if run.accelerator.is_main_process:
             identity = hashlib.sha256(str(run.run_dir.resolve()).encode()).hexdigest()[:16]
             self._run = self._wandb.init(
@@ -39,15 +39,15 @@ class WeightsAndBiases(Callback):
             )
 
     def on_step_end(self, run: Run, result: StepResult) -> None:
-        """Figures ``train/…``."""
+        """Log ``train/…``."""
         self._log(run, "train", step_figures(run, result))
 
     def on_validation_end(self, run: Run, metrics: dict[str, float], improved: bool) -> None:
-        """Figures ``val/…``."""
+        """Log ``val/…``."""
         self._log(run, "val", metrics)
 
     def on_figures(self, run: Run, kind: str, figures: dict[str, Any]) -> None:
-        """Figures ``<kind>/…`` that are numbers."""
+        """Log the numeric figures as ``<kind>/…``."""
         self._log(run, kind, numbers(figures))
 
     def on_fit_end(self, run: Run) -> None:

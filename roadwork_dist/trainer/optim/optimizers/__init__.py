@@ -1,4 +1,4 @@
-"""Optimizers by name. Every module of this folder may register some."""
+"""Optimizers by name. Every module in this folder may register some."""
 
 from roadwork_dist.common.registry import import_modules
 from roadwork_dist.trainer.optim.optimizers.base import OPTIMIZERS, build_optimizer, check_needs

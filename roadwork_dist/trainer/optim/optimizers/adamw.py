@@ -1,4 +1,4 @@
-"""AdamW, torch's own."""
+"""AdamW from torch."""
 
 import torch
 from torch import nn

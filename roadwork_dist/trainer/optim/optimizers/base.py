@@ -1,4 +1,4 @@
-"""What an optimizer declares, and the registry of optimizers."""
+"""Registry of optimizers, and what each of them declares."""
 
 from collections.abc import Callable, Set
 from dataclasses import dataclass
@@ -15,9 +15,9 @@ Build = Callable[[nn.Module, OptimConfig], Optimizer]
 """(model, settings) -> optimizer over the model's trainable parameters."""
 
 Need = Literal["whole matrices", "state of other shapes"]
-"""What not every engine can give an optimizer that does more than update each element on its own: the whole
-matrix that a step is computed from, and state (factors, preconditioners) that has not its parameter's shape
-and so no shards."""
+"""What an optimizer that is not element-wise may need and not every engine provides: the whole matrix that a
+step is computed from, and state (factors, preconditioners) that differs in shape from its parameter and so is
+not sharded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +26,8 @@ class OptimizerEntry:
 
     Attributes:
         build: makes it.
-        state_bytes: of a trained parameter, for the search of the largest batch.
-        needs: what an engine has to give; empty = each element is updated on its own.
+        state_bytes: bytes of state per trained parameter, for the search for the largest batch.
+        needs: what an engine has to provide; empty = the optimizer is element-wise.
     """
 
     build: Build
@@ -76,12 +76,12 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
 
 
 def check_needs(config: OptimConfig, engine: str, offers: Set[str]) -> None:
-    """Refuse an optimizer that an engine cannot serve.
+    """Refuse an optimizer that an engine does not support.
 
     Args:
         config: names the optimizer.
         engine: its name, for the message.
-        offers: what the engine gives beyond elements.
+        offers: what the engine provides beyond element-wise updates.
 
     Raises:
         ConfigError: something that the optimizer needs is missing.
@@ -91,5 +91,5 @@ def check_needs(config: OptimConfig, engine: str, offers: Set[str]) -> None:
         served = [name for name in OPTIMIZERS if OPTIMIZERS[name].needs <= offers]
         raise ConfigError(
             f"optim.name is {config.name!r}, which needs {' and '.join(missing)}, but {engine} "
-            f"gives an optimizer shards: choose one of {', '.join(served)}, or another engine"
+            f"gives an optimizer only shards: choose one of {', '.join(served)}, or another engine"
         )

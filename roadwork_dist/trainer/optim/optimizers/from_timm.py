@@ -1,4 +1,4 @@
-"""Optimizers as timm keeps them (``timm.optim``)."""
+"""Optimizers from timm (``timm.optim``)."""
 
 from torch import nn
 from torch.optim import Optimizer
@@ -10,7 +10,7 @@ from roadwork_dist.trainer.optim.optimizers.base import OPTIMIZERS
 
 @OPTIMIZERS.register("lion", state_bytes=4)
 def lion(model: nn.Module, config: OptimConfig) -> Optimizer:
-    """Lion (Chen et al., arXiv 2302.06675); a third to a tenth of AdamW's learning rate suits it."""
+    """Lion (Chen et al., arXiv 2302.06675); use a third to a tenth of AdamW's learning rate."""
     from timm.optim.lion import Lion
 
     groups = parameter_groups(model, config.weight_decay, config.layer_decay)
@@ -28,7 +28,7 @@ def lamb(model: nn.Module, config: OptimConfig) -> Optimizer:
 
 @OPTIMIZERS.register("muon", state_bytes=8, needs=frozenset({"whole matrices"}))
 def muon(model: nn.Module, config: OptimConfig) -> Optimizer:
-    """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon); AdamW of what is no matrix."""
+    """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon); AdamW for non-matrices."""
     from timm.optim.muon import Muon
 
     groups = parameter_groups(model, config.weight_decay, config.layer_decay)
