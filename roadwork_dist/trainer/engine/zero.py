@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from roadwork_dist.common.errors import CheckpointError
+from roadwork_dist.common.errors import CheckpointError, ConfigError
 from roadwork_dist.trainer.config import TrainConfig
 from roadwork_dist.trainer.engine.base import (
     Engine,
@@ -95,7 +95,19 @@ class Zero(Engine):
         """DeepSpeed clips, steps, and skips a step whose norm is not finite."""
         self.set_lr(lr)
         self.deepspeed.step()
+        if self.stage == 3:
+            self._refuse_counters_of_groups()
         return float(self.deepspeed.get_global_grad_norm())
+
+    def _refuse_counters_of_groups(self) -> None:
+        """Stage 3 steps one partition after the other, and each time the optimizer goes over all groups."""
+        packed = pack_groups(self.optimizer, self._groups_at_start)
+        changed = sorted({key for group in packed for key in group})
+        if changed:
+            raise ConfigError(
+                f"{type(self.optimizer).__name__} changes {', '.join(changed)} of its parameter groups in a "
+                "step, which ZeRO-3 makes it do once for every partition: choose another optimizer or engine"
+            )
 
     def forget_gradients(self) -> None:
         """Clear those of the working copy; DeepSpeed overwrites the optimizer's own in its buffers."""

@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -55,10 +56,12 @@ BUILDS = dict(itertools.chain(of_torch(), of_timm()))
 
 def model_of() -> nn.Module:
     torch.manual_seed(3)
-    return nn.Sequential(nn.Linear(6, 20), nn.LayerNorm(20), nn.GELU(), nn.Linear(20, 20), nn.Linear(20, 2))
+    return nn.Sequential(
+        nn.Linear(6, 20), nn.LayerNorm(20), nn.GELU(), nn.Linear(20, 20), nn.GELU(), nn.Linear(20, 2)
+    )
 
 
-def fit(run_dir: Path, *callbacks: Any, name: str = "under test", batch_size: int = 8) -> Trainer:
+def fit(run_dir: Path, *callbacks: Any, name: str = "under test", batch_size: int = 64) -> Trainer:
     config = toy_config(
         run_dir,
         epochs=1,
@@ -67,7 +70,7 @@ def fit(run_dir: Path, *callbacks: Any, name: str = "under test", batch_size: in
         ema=EmaConfig(enabled=False),
         tracking=TrackingConfig(progress=False),
     )
-    return Trainer(model_of(), config, toy_data(64), callbacks=callbacks, task=None).fit()
+    return Trainer(model_of(), config, toy_data(512), callbacks=callbacks, task=None).fit()
 
 
 @pytest.mark.filterwarnings("ignore:It is highly recommended to have 'opt_einsum'")  # timm's kron
@@ -107,19 +110,18 @@ def test_state_that_cannot_be_saved_is_refused(tmp_path: Path, monkeypatch: pyte
 
 def weights_by(run_dir: Path, name: str) -> dict[str, torch.Tensor]:
     """Whole weights after training with half the rows on each of two ranks, the same after a stop."""
-    undisturbed = fit(run_dir / "undisturbed", name=name, batch_size=4).engine.whole_state()
+    undisturbed = fit(run_dir / "undisturbed", name=name, batch_size=32).engine.whole_state()
     with pytest.raises(Stop):
-        fit(run_dir / "stopped", StopAt(5), name=name, batch_size=4)
-    resumed = fit(run_dir / "stopped", name=name, batch_size=4).engine.whole_state()
+        fit(run_dir / "stopped", StopAt(5), name=name, batch_size=32)
+    resumed = fit(run_dir / "stopped", name=name, batch_size=32).engine.whole_state()
     assert_same_tensors(resumed, undisturbed)
     return resumed
 
 
+ELEMENT_WISE = [name for name in OPTIMIZERS if not OPTIMIZERS[name].needs]
 SERVED = [
-    *(("ddp", name) for name in OPTIMIZERS),
-    *(("fsdp2", name) for name in OPTIMIZERS),
-    *(("zero1", name) for name in ("sgd", "lion")),
-    *(("zero3", name) for name in ("sgd", "lion")),
+    *((engine, name) for engine in ("ddp", "fsdp2") for name in OPTIMIZERS),
+    *((engine, name) for engine in ("zero1", "zero3") for name in ELEMENT_WISE),
 ]
 
 
@@ -128,9 +130,9 @@ def test_engines_serve_what_an_optimizer_needs(engine: str, name: str, tmp_path:
     expected = weights(fit(tmp_path / "one", name=name))
     found = run(train_with, engine, weights_by, tmp_path, name, world_size=2)[0]
     first = model_of().state_dict()
-    # Muon orthogonalises in bf16, where the order of sums decides in directions without a gradient. Shards
-    # that are taken for whole matrices are off by as much as the weights have moved.
-    tolerance = 0.25 if (engine, name) == ("fsdp2", "muon") else 1e-3
+    # Muon orthogonalises in bf16, so the last bit of a sum shows. Shards that are taken for whole matrices
+    # are off by a third.
+    tolerance = 0.05 if (engine, name) == ("fsdp2", "muon") else 1e-3
     for key, tensor in expected.items():
         moved = (tensor - first[key]).norm()
         assert (found[key] - tensor).norm() <= tolerance * moved, key
@@ -145,8 +147,33 @@ def refusal(run_dir: Path, name: str) -> str:
 @pytest.mark.parametrize("name", ["lamb", "muon"])
 def test_an_engine_that_cannot_serve_an_optimizer_refuses_it_at_the_start(name: str, tmp_path: Path) -> None:
     for told in run(train_with, "zero2", refusal, tmp_path, name, world_size=2):
-        assert told == (
-            f"optim.name is {name!r}, which needs whole matrices, but zero gives an optimizer only shards: "
-            "choose one of adamw, lion, sgd, or another engine"
-        )
+        assert f"optim.name is {name!r}, which needs whole matrices, but zero gives an optimizer" in told
+        choices = re.search(r"choose one of (.*), or another engine", told)
+        assert choices
+        assert set(choices[1].split(", ")) == set(ELEMENT_WISE)
     assert not list(tmp_path.iterdir())
+
+
+class Counting(torch.optim.SGD):
+    """Counts its steps in the parameter group, as timm's Adan and LAMB do."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+        super().step()
+
+
+def counted(run_dir: Path) -> str:
+    OPTIMIZERS.register("under test")(lambda model, config: Counting(model.parameters(), lr=config.lr))
+    try:
+        trainer = fit(run_dir, batch_size=32)
+    except ConfigError as error:
+        return str(error)
+    return str(trainer.optimizer.param_groups[0]["step"])
+
+
+def test_a_counter_in_a_group_is_right_or_refused(tmp_path: Path) -> None:
+    assert run(train_with, "zero1", counted, tmp_path / "one", world_size=2) == ["8", "8"]
+    for told in run(train_with, "zero3", counted, tmp_path / "three", world_size=2):
+        assert "changes step of its parameter groups in a step" in told

@@ -110,3 +110,28 @@ def test_a_group_keeps_its_own_rate_through_the_schedule(
     for lr, first, others in Rates.seen:
         assert first == pytest.approx(1e-3 * lr)
         assert others == pytest.approx(0.5 * lr)
+
+
+def test_muon_steps_matrices_and_adamw_the_rest() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(2, 3, 1), nn.Linear(4, 4))
+    gradients = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    expected = {name: nn.Parameter(p.detach().clone()) for name, p in model.named_parameters()}
+    own = build_optimizer(model, OptimConfig(name="muon", lr=0.1, weight_decay=0.2))
+    by_hand = [
+        torch.optim.Muon([expected["1.weight"]], lr=0.1, weight_decay=0.2, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW([expected["0.weight"]], lr=0.1, weight_decay=0.2),
+        torch.optim.AdamW([expected["0.bias"], expected["1.bias"]], lr=0.1, weight_decay=0.0),
+    ]
+    for _ in range(3):
+        for name, p in model.named_parameters():
+            p.grad, expected[name].grad = gradients[name].clone(), gradients[name].clone()
+        for optimizer in (own, *by_hand):
+            optimizer.step()
+    for name, p in model.named_parameters():
+        assert torch.equal(p, expected[name]), name
+    own.load_state_dict(own.state_dict())
+    own.param_groups[0]["lr"] = 0.0
+    before = model[1].weight.detach().clone()
+    own.step()
+    assert torch.equal(before, model[1].weight)  # the parts still see the groups

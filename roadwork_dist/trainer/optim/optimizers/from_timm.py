@@ -24,12 +24,3 @@ def lamb(model: nn.Module, config: OptimConfig) -> Optimizer:
 
     groups = parameter_groups(model, config.weight_decay, config.layer_decay)
     return Lamb(groups, lr=config.lr, betas=config.betas, eps=config.eps, max_grad_norm=None)
-
-
-@OPTIMIZERS.register("muon", state_bytes=8, needs=frozenset({"whole matrices"}))
-def muon(model: nn.Module, config: OptimConfig) -> Optimizer:
-    """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon); AdamW for non-matrices."""
-    from timm.optim.muon import Muon
-
-    groups = parameter_groups(model, config.weight_decay, config.layer_decay)
-    return Muon(groups, lr=config.lr, betas=config.betas, eps=config.eps)
