@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from os import PathLike, fspath
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, dataclass_transform, get_args, get_origin, get_type_hints
 
@@ -16,7 +17,8 @@ T = TypeVar("T")
 def settings(group: str = "") -> Callable[[type[T]], type[T]]:
     """Decorator that makes a frozen dataclass of keyword arguments, and refuses values of another type.
 
-    Values are checked before ``__post_init__``, which checks ranges. numpy's scalars are taken as Python's.
+    Values are checked before ``__post_init__``, which checks ranges. numpy's scalars are taken as Python's,
+    and paths as texts.
 
     Args:
         group: dotted name of the settings, for messages; empty = they belong to no group.
@@ -48,6 +50,9 @@ def _check_types(config: Any, group: str) -> None:
         if hasattr(value, "dtype") and hasattr(value, "item") and getattr(value, "ndim", 1) == 0:
             value = value.item()
             object.__setattr__(config, item.name, value)  # frozen, but not yet made
+        if isinstance(value, PathLike) and hints[item.name] in (str, str | None):
+            value = fspath(value)
+            object.__setattr__(config, item.name, value)
         if not _fits(value, hints[item.name]):
             name = f"{group}.{item.name}" if group else item.name
             raise ConfigError(f"{name} is {value!r}, expected {_in_words(hints[item.name])}")

@@ -1,23 +1,61 @@
 """What is refused before anything is trained, because it would train something else than its user thinks."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from roadwork_dist.common.errors import ConfigError
+from roadwork_dist.trainer.events.callback import Callback
 from roadwork_dist.trainer.task import Task
 
 RESERVED = frozenset({"kind", "step", "epoch"})
 """Keys of every line of ``metrics.jsonl``: a figure of that name would replace them."""
 
 
-def check_model(model: nn.Module) -> None:
-    """Refuse weights that small steps would not move.
+def check_kinds(**arguments: tuple[object, type, str]) -> None:
+    """Refuse arguments of another kind.
+
+    Args:
+        arguments: by the argument's name: what was given, what it has to be an instance of, and an example.
 
     Raises:
-        ConfigError: a trained parameter has 16 bits: at lr 2e-5 nearly all updates round to nothing.
+        ConfigError: names the argument, what came and what was expected.
     """
+    for name, (given, kind, example) in arguments.items():
+        if isinstance(given, type) and issubclass(given, kind):
+            raise ConfigError(f"{name} is the class {given.__name__}, expected an instance of it: {example}")
+        if not isinstance(given, kind):
+            raise ConfigError(
+                f"{name} is of type {type(given).__name__}, expected {kind.__name__}: {example}"
+            )
+
+
+def check_callbacks(callbacks: object) -> None:
+    """Refuse what is no sequence of callbacks.
+
+    Raises:
+        ConfigError: says what came.
+    """
+    if not isinstance(callbacks, Sequence) or isinstance(callbacks, str):
+        raise ConfigError(f"callbacks is of type {type(callbacks).__name__}, expected a list of callbacks")
+    for number, callback in enumerate(callbacks):
+        check_kinds(**{f"callbacks[{number}]": (callback, Callback, "callbacks=[MyCallback()]")})
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse weights that small steps would not move, or that have no shape yet.
+
+    Raises:
+        ConfigError: a trained parameter has 16 bits, where at lr 2e-5 nearly all updates round to nothing; or
+            a lazy layer has not seen a batch.
+    """
+    lazy = [name for name, p in model.named_parameters() if isinstance(p, UninitializedParameter)]
+    if lazy:
+        raise ConfigError(
+            f"{lazy[0]} has no shape yet (a lazy layer), expected weights: pass a batch through it first"
+        )
     small = {torch.bfloat16, torch.float16}
     found = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype in small]
     if found:
@@ -41,6 +79,15 @@ def check_task(task: Task, model: nn.Module, monitor: str | None) -> None:
         ConfigError: it has trainable parameters that the model lacks, a figure has a reserved name, or
             ``monitor`` is no figure.
     """
+    missing = [
+        name for name in ("weights", "figures", "count", "metrics", "__call__") if not hasattr(task, name)
+    ]
+    if missing or isinstance(task, type):
+        what = f"the class {task.__name__}" if isinstance(task, type) else f"of type {type(task).__name__}"
+        raise ConfigError(
+            f"task is {what}, expected an object with weights, figures, count(batch), metrics(rows) and "
+            "__call__(forward, batch), such as ClassificationTask(): see roadwork_dist.trainer.task.Task"
+        )
     own = {id(p) for p in model.parameters()}
     foreign = [name for name, p in _parameters_of(task) if p.requires_grad and id(p) not in own]
     if foreign:

@@ -4,9 +4,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from roadwork_dist.common.errors import DataError
 from roadwork_dist.metrics.classification import mcc_accuracy
 
 
@@ -68,16 +70,77 @@ class ClassificationTask:
     figures = ("mcc", "accuracy")
 
     def count(self, batch: tuple[Tensor, Tensor]) -> dict[str, int]:
-        """Rows of the batch."""
-        return {"cross_entropy": len(batch[1])}
+        """Rows of the batch.
+
+        Raises:
+            DataError: the batch is not inputs and labels.
+        """
+        return {"cross_entropy": len(_inputs_and_labels(batch)[1])}
 
     def __call__(self, forward: Callable[..., Any], batch: tuple[Tensor, Tensor]) -> TaskOutput:
-        """Logits and their summed cross-entropy."""
-        inputs, labels = batch
-        logits = forward(inputs).float()
+        """Logits and their summed cross-entropy.
+
+        Raises:
+            DataError: the batch or the model's output is of another kind; says what came.
+        """
+        inputs, labels = _inputs_and_labels(batch)
+        logits = _logits(forward(inputs), labels)
         loss = F.cross_entropy(logits, labels, reduction="sum")
         return TaskOutput({"cross_entropy": loss}, {"logits": logits, "label": labels})
 
     def metrics(self, rows: Mapping[str, Tensor]) -> dict[str, float]:
         """MCC (Gorodkin 2004 for K > 2) and accuracy of the most likely class."""
         return mcc_accuracy(rows["label"].numpy(), rows["logits"].float().numpy())
+
+
+_OWN_TASK = "or give the Trainer a task of your own (roadwork_dist.trainer.task.Task)"
+
+
+def _inputs_and_labels(batch: Any) -> tuple[Any, Tensor]:
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        keys = f" with the keys {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else ""
+        size = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
+        raise DataError(
+            f"a batch is a {type(batch).__name__}{size}{keys}, expected (inputs, labels): let the data set "
+            f"return such pairs, {_OWN_TASK}"
+        )
+    inputs, labels = batch
+    if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.dtype not in _WHOLE:
+        got = f"a {type(labels).__name__}"
+        if isinstance(labels, Tensor):
+            got = f"{str(labels.dtype).removeprefix('torch.')} {list(labels.shape)}"
+        raise DataError(
+            f"labels are {got}, expected int64 [batch], the number of each row's class: let the data set "
+            f"return a whole number a row, {_OWN_TASK}"
+        )
+    if labels.device.type == "cpu" and len(labels) and int(labels.min()) < 0:
+        raise DataError(
+            f"a label is {int(labels.min())}, expected the number of a class, from 0: leave rows without a "
+            f"label out, {_OWN_TASK}"
+        )
+    return inputs, labels.long()
+
+
+_WHOLE = {torch.int64, torch.int32, torch.int16, torch.uint8}
+
+
+def _logits(output: Any, labels: Tensor) -> Tensor:
+    if (
+        not isinstance(output, Tensor)
+        or output.ndim != 2
+        or len(output) != len(labels)
+        or output.shape[1] < 2
+    ):
+        got = f"a {type(output).__name__}"
+        if isinstance(output, Tensor):
+            got = f"a tensor {list(output.shape)}"
+        raise DataError(
+            f"the model returned {got} for {len(labels)} rows, expected logits [{len(labels)}, classes] of "
+            f"two classes or more: return those, {_OWN_TASK}"
+        )
+    if labels.device.type == "cpu" and int(labels.max()) >= output.shape[1]:
+        raise DataError(
+            f"a label is {int(labels.max())}, but the model tells {output.shape[1]} classes, 0 to "
+            f"{output.shape[1] - 1}: give it as many outputs as there are classes, {_OWN_TASK}"
+        )
+    return output.float()

@@ -37,7 +37,7 @@ from roadwork_dist.trainer.guards.explain import explained
 from roadwork_dist.trainer.optim.optimizers import build_optimizer, check_needs
 from roadwork_dist.trainer.optim.schedules import Schedule
 from roadwork_dist.trainer.row_plan import keep_row_plan, row_plan
-from roadwork_dist.trainer.start_checks import check_model, check_task
+from roadwork_dist.trainer.start_checks import check_callbacks, check_kinds, check_model, check_task
 from roadwork_dist.trainer.step import LoadedBatch, OptimizerStep
 from roadwork_dist.trainer.task import ClassificationTask, Task, operations_of
 from roadwork_dist.trainer.undisturbed import moving_buffers, undisturbed
@@ -82,7 +82,13 @@ class Trainer:
         collate: Callable[[list[Any]], Any] | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
-        self.model, self.config, self.task = model, config, task or ClassificationTask()
+        check_kinds(
+            model=(model, nn.Module, "Trainer(model, config, train_data)"),
+            config=(config, TrainConfig, "TrainConfig(output_dir='runs/mine', epochs=5)"),
+        )
+        check_callbacks(callbacks)
+        self.model, self.config = model, config
+        self.task: Task = ClassificationTask() if task is None else task
         self.train_data, self.val_data, self.collate = train_data, val_data, collate
         check_model(model)
         check_map_style(train_data, "train_data")
@@ -166,6 +172,8 @@ class Trainer:
             self._emit("on_fit_start")
             self._check_weights()
             self._emit("on_train_start")
+            if self.val_data is not None:  # a row that does not fit is found now and not after an epoch
+                self.task.count(next(iter(load_batches(self.val_data, [[0]], collate=self.collate))))
             while self.state.epoch < self.config.epochs and not self.state.should_stop:
                 self._train_epoch(step)
                 if self.val_data is not None:

@@ -148,7 +148,7 @@ def test_every_config_is_a_frozen_dataclass_of_keywords() -> None:
         (TrainConfig, "device", "cuda", "device is 'cuda', expected 'auto' or 'cpu'"),
         (TrainConfig, "epochs", 1.5, "epochs is 1.5, expected a whole number"),
         (TrainConfig, "epochs", True, "epochs is True, expected a whole number"),
-        (TrainConfig, "output_dir", Path("runs"), "expected a text"),
+        (TrainConfig, "output_dir", 1, "output_dir is 1, expected a text"),
         (TrainConfig, "optim", {"lr": 1.0}, "expected OptimConfig"),
         (OptimConfig, "betas", [0.9, 0.99], "optim.betas is [0.9, 0.99], expected tuple[float, float]"),
         (OptimConfig, "lr", "1e-3", "optim.lr is '1e-3', expected a number"),
@@ -173,3 +173,4 @@ def test_scalars_of_numpy_and_whole_numbers_for_numbers_are_taken() -> None:
     assert type(config.epochs) is int
     assert type(config.optim.eps) is float
     assert config.optim.lr == 1
+    assert TrainConfig(output_dir=Path("runs") / "mine").output_dir == "runs/mine"  # type: ignore[arg-type]

@@ -1,8 +1,8 @@
 """What forward passes and callbacks change in a model besides the weights that learn.
 
-Frozen parameters that are moved (momentum encoders, mean teachers), buffers of parts in eval mode or that are
-not persistent, tensors that are plain attributes: such a tensor goes into a checkpoint once it is not what the
-run started with. Every checkpoint also holds modules' extra state and their random generators.
+Such are frozen parameters (momentum encoders, mean teachers), buffers that are not persistent or of parts in
+eval mode, and tensors that are plain attributes. Each goes into a checkpoint once it is not what the run
+started with. Every checkpoint also holds modules' extra state and their random generators.
 """
 
 import io

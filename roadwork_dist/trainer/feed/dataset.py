@@ -13,7 +13,7 @@ All are optional. Of torch's own wrappers, ``Subset`` (also from ``random_split`
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from functools import partial
 from itertools import tee
 from typing import Any, Generic, Protocol, TypeVar
@@ -99,6 +99,11 @@ def check_map_style(dataset: object, name: str) -> None:
     Raises:
         ConfigError: it is an iterable data set, a loader, an iterator, …
     """
+    if isinstance(dataset, Mapping):
+        raise ConfigError(
+            f"{name} is a dict of {', '.join(map(str, list(dataset)[:4]))}, expected one data set: give one "
+            "of them, or torch.utils.data.ConcatDataset of several"
+        )
     is_map = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
     if isinstance(dataset, IterableDataset) or not is_map:
         raise ConfigError(

@@ -7,11 +7,12 @@ change after a resume, or with another number of workers. Here those generators 
 Batches are then not seeded, which saves time.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 from torch.utils.data import DataLoader, default_collate
 
+from roadwork_dist.common.errors import DataError
 from roadwork_dist.common.random import derive_seed, isolated_rng, torch_generator_for
 from roadwork_dist.trainer.feed.dataset import (
     MapDataset,
@@ -49,9 +50,31 @@ class _SeededBatches:
 
     def __getitems__(self, rows: list[int]) -> Any:
         if self.is_pure:
-            return self.collate(read_rows(self.dataset, rows))
+            return self._batch(rows)
         with isolated_rng(derive_seed(self.seed, "rows", self.epoch, *rows)):
-            return self.collate(read_rows(self.dataset, rows))
+            return self._batch(rows)
+
+    def _batch(self, rows: list[int]) -> Any:
+        read = self._read(rows)
+        try:
+            return self.collate(read)
+        except (TypeError, RuntimeError, ValueError, KeyError) as error:
+            raise DataError(
+                f"the rows {_in_words(rows)} cannot be put into one batch ({type(error).__name__}: {error}), "
+                "expected tensors, arrays, numbers or texts, of one shape in all rows: change the rows, "
+                "or give the Trainer a function collate(rows)"
+            ) from error
+
+    def _read(self, rows: list[int]) -> Sequence[Any]:
+        try:
+            return read_rows(self.dataset, rows)
+        except Exception as error:
+            error.add_note(f"while reading the rows {_in_words(rows)} of a {type(self.dataset).__name__}")
+            raise
+
+
+def _in_words(rows: list[int]) -> str:
+    return ", ".join(map(str, rows[:8])) + (", …" if len(rows) > 8 else "")
 
 
 def _identity(batch: Any) -> Any:
