@@ -285,8 +285,8 @@ class LossConfig:
     """Terms of the loss and their weights."""
 
     weights: dict[str, float] | Literal["auto"] = "auto"
-    """Weight of focal, consistency, weather, dice; auto = 0.40/0.25/0.15/0.20 with masks, \
-0.50/0.30/0.20 without."""
+    """Weight of each part: focal, consistency, weather, dice, or any other registered one; auto = \
+0.40/0.25/0.15/0.20 with masks, 0.50/0.30/0.20 without."""
     gamma: float = 2.0
     """Focusing exponent of the focal loss."""
     alpha: float = 0.25

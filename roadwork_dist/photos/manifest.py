@@ -107,7 +107,12 @@ class Manifest:
                 f"{self.name}: no row has a label, expected 0 or 1 in the label column: "
                 "name the column with data.columns.label, or use the set for prediction only"
             )
-        return self if len(indices) == len(self) else self.subset(indices)
+        if len(indices) == len(self):
+            return self
+        logger.warning(
+            "%s: %d of %d rows have no label and are left out", self.name, len(self) - len(indices), len(self)
+        )
+        return self.subset(indices)
 
 
 def build_manifest(
