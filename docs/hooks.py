@@ -1,4 +1,4 @@
-"""Hooks of the documentation's build: reference pages from the packages that are there, worked-out tables."""
+"""MkDocs hooks: generate the reference pages from the package and insert computed tables."""
 
 import configparser
 import re
@@ -15,7 +15,7 @@ PACKAGE = ROOT / "roadwork_dist"
 
 
 def public_modules(package: Path = PACKAGE) -> Iterator[str]:
-    """Dotted names of all modules that are public and say something, packages before their modules."""
+    """Dotted names of all public modules, packages before their modules."""
     for path in sorted(package.rglob("*.py"), key=lambda p: (p.parent, p.name != "__init__.py", p.name)):
         parts = path.relative_to(package.parent).with_suffix("").parts
         if parts[-1] == "__init__":
@@ -25,7 +25,7 @@ def public_modules(package: Path = PACKAGE) -> Iterator[str]:
 
 
 def pages() -> dict[str, list[str]]:
-    """Modules of each reference page, by the page's name: one page per package of the first level."""
+    """Modules of each reference page, by page name: one page per top-level subpackage."""
     grouped: dict[str, list[str]] = {}
     for module in public_modules():
         package, _, below = module.partition(".")
@@ -34,7 +34,7 @@ def pages() -> dict[str, list[str]]:
 
 
 def on_config(config: Any) -> Any:
-    """Append the reference to the navigation, from the lowest layer of imports up."""
+    """Append the reference pages to the navigation, from the lowest import layer up."""
     names = sorted(pages(), key=lambda name: (_height(name), name))
     config.nav.append({"Reference": [{name: f"reference/{name}.md"} for name in names]})
     return config
@@ -50,23 +50,23 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Put the tables of :mod:`roadwork_dist.planning.tables` where a page asks for them."""
+    """Insert the tables of :mod:`roadwork_dist.planning.tables` at a page's placeholders."""
     return re.sub(r"<!-- planning: (\w+) -->", lambda found: TABLES[found[1]](), markdown)
 
 
 def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
-    """Drop the role of Sphinx references, which docstrings use and Markdown does not know."""
+    """Remove the roles of Sphinx references, which docstrings use and Markdown does not support."""
     return re.sub(r":(?:func|class|meth|mod|attr|data|exc):<code>~?([^<]*)</code>", r"<code>\1</code>", html)
 
 
 def _options(module: str) -> str:
-    # A package's own page part shows its docstring; what it re-exports is shown where it is written.
+    # For a package show only its docstring; its members are documented in the modules that define them.
     is_package = (ROOT / module.replace(".", "/") / "__init__.py").is_file()
     return "\n    options:\n      members: false" if is_package else ""
 
 
 def _height(name: str) -> int:
-    """Layer of the import contract that a room is in, from the lowest; the package itself comes first."""
+    """Layer of a subpackage in the import contract, counted from the lowest; the package itself is -1."""
     contract = configparser.ConfigParser()
     contract.read(ROOT / "setup.cfg")
     layers = contract["importlinter:contract:rooms"]["layers"].strip().splitlines()

@@ -1,4 +1,4 @@
-"""Settings of any schema, from presets, YAML files and dotted overrides."""
+"""Loads settings of any schema from presets, YAML files and dotted overrides."""
 
 import re
 from collections.abc import Sequence
@@ -21,13 +21,13 @@ C = TypeVar("C", bound=TrainConfig)
 
 
 def presets() -> dict[str, Path]:
-    """The presets that come with the package, by name."""
+    """The presets included in the package, by name."""
     folder = Path(str(files("roadwork_dist.config").joinpath("presets")))
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def resolve_config(name: str) -> Path:
-    """The file that ``--config`` means: an existing file, or a preset's.
+    """The file that ``--config`` refers to: an existing file, or that of a preset.
 
     Raises:
         ConfigError: it is neither.
@@ -49,19 +49,19 @@ def build_parser(schema: type[TrainConfig], prog: str, default: str | None = Non
 
     Args:
         schema: the dataclass whose fields are the settings.
-        prog: the command, for the help.
-        default: preset that is read where no ``--config`` is given; None = the defaults of the schema.
+        prog: the command, for the help text.
+        default: preset to read if no ``--config`` is given; None = the defaults of the schema.
     """
-    # The texts below the fields of the schema are the help of the options.
+    # The docstrings below the fields of the schema become the help of the options.
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
         prog=prog,
         usage=f"{prog} [--config NAME] [--print_config] [--SETTING VALUE ...]",
         exit_on_error=False,
-        allow_abbrev=False,  # --epoch is a typing error, not --epochs
-        description="Settings come from the preset or file given with --config "
-        f"(without one: {default or 'the defaults'}), then from the options, left to right, wherever "
-        "--config stands.",
+        allow_abbrev=False,  # --epoch is a typo, not --epochs
+        description="Settings are read from the preset or file given with --config "
+        f"(without one: {default or 'the defaults'}), then overridden by the options, left to right, "
+        "regardless of the position of --config.",
     )
     parser.add_argument("--config", action="config", help=f"YAML file or preset: {', '.join(presets())}")
     parser.add_class_arguments(schema, None, fail_untyped=True)
@@ -76,11 +76,11 @@ def parse_settings(
     Args:
         schema: the dataclass whose fields are the settings.
         arguments: words of the command line, without the command.
-        prog: the command, for the help.
-        default: preset that is read where no ``--config`` is given; None = the defaults of the schema.
+        prog: the command, for the help text.
+        default: preset to read if no ``--config`` is given; None = the defaults of the schema.
 
     Raises:
-        ConfigError: an unknown key (the message names the nearest), a wrong type or a broken rule.
+        ConfigError: an unknown key (the message names the nearest), a wrong type or an invalid value.
         SystemExit: after ``--help`` or ``--print_config``.
     """
     parser = build_parser(schema, prog, default)
@@ -94,7 +94,7 @@ def parse_settings(
 
 
 def parse_experiment(arguments: Sequence[str], *, prog: str = "roadwork-dist pretrain") -> ExperimentConfig:
-    """Settings of an experiment; without a ``--config`` those of the demo. See :func:`parse_settings`."""
+    """Settings of an experiment; without ``--config``, those of the demo. See :func:`parse_settings`."""
     return parse_settings(ExperimentConfig, arguments, prog=prog, default=DEFAULT_PRESET)
 
 
@@ -102,15 +102,15 @@ def load_experiment(path: Path) -> ExperimentConfig:
     """Settings from a YAML file alone, for example a run folder's ``config.yaml``.
 
     Raises:
-        ConfigError: as :func:`parse_settings`.
+        ConfigError: as for :func:`parse_settings`.
     """
     return parse_experiment(["--config", str(path)])
 
 
 def _with_config_files(schema: type, arguments: Sequence[str], default: str | None) -> list[str]:
-    """The files of all configs, in their order, then the other words; the default preset if there is none.
+    """All config files in their order, or the default preset if there is none, then the other words.
 
-    A config behind an option must not undo that option.
+    Configs come first because a config that follows an option must not override that option.
     """
     names: list[str] = []
     others: list[str] = []
@@ -129,19 +129,19 @@ def _with_config_files(schema: type, arguments: Sequence[str], default: str | No
 
 
 def _readable(schema: type, path: Path) -> str:
-    """The path itself, once it is known to hold settings: the parser's own errors name no file."""
+    """The path itself, after checking that it contains settings; the parser's own errors name no file."""
     try:
         settings = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
-        raise ConfigError(f"{path} holds no settings: expected lines like `epochs: 3`, got {settings!r}")
+        raise ConfigError(f"{path} contains no settings: expected lines like `epochs: 3`, got {settings!r}")
     _check_groups(path, settings, schema)
     return str(path)
 
 
 def _check_groups(path: Path, settings: dict[str, Any], schema: type, prefix: str = "") -> None:
-    """Refuse a group of settings that is given as one value; unknown keys are the parser's to tell."""
+    """Refuse a group of settings that is given as a single value; the parser reports unknown keys."""
     for name, group in _groups(schema).items():
         value = settings.get(name, {})
         if not isinstance(value, dict):
@@ -165,7 +165,7 @@ def setting_names(schema: type, prefix: str = "") -> list[str]:
 
 
 def _groups(schema: type) -> dict[str, type]:
-    """The settings of a schema that hold settings themselves, with their schemas."""
+    """The groups of settings in a schema, with their schemas."""
     defaults = {
         item.name: item.default_factory() if callable(item.default_factory) else item.default
         for item in fields(schema)
@@ -173,7 +173,7 @@ def _groups(schema: type) -> dict[str, type]:
     return {name: type(default) for name, default in defaults.items() if is_dataclass(default)}
 
 
-# What jsonargparse says of a value of the wrong type, and of a key that does not exist.
+# jsonargparse's messages about a value of the wrong type and about an unknown key.
 _WRONG_TYPE = (
     re.compile(r"Parser key \"(?P<name>[\w.]+)\": Expected an? (?P<expected>.*)\. Got value: (?P<got>.*)"),
     re.compile(

@@ -1,1 +1,1 @@
-"""Data sets of photos: rows of a manifest as batches for the detector."""
+"""Data sets that turn the rows of a manifest into batches for the detector."""

@@ -1,4 +1,4 @@
-"""Rows that know where their views lie on the photo."""
+"""Adds the position of each view on the photo to the rows of a data set."""
 
 from dataclasses import replace
 
@@ -13,7 +13,7 @@ from roadwork_dist.trainer.feed.dataset import WrappedDataset
 
 
 class BoxedRows(WrappedDataset[Row]):
-    """The rows of a data set with ``boxes``, by which crops are selected.
+    """The rows of a data set with ``boxes``, which the crop selection needs.
 
     Args:
         dataset: the rows.
@@ -38,9 +38,9 @@ class BoxedRows(WrappedDataset[Row]):
 
 
 def view_boxes(views: PhotoViews, width: int, height: int) -> Tensor:
-    """[V, 4] left, top, width and height of all views that a photo may have, in shares of the photo.
+    """[V, 4] left, top, width and height of all views that a photo may have, as fractions of its size.
 
-    Also those that a small photo does not get, so that rows have one shape.
+    Includes views that a small photo does not get, so all rows have the same shape.
     """
     boxes = photo_boxes(replace(views.geometry, policy="all"), width, height)
     return torch.tensor(boxes, dtype=torch.float32) / torch.tensor([width, height, width, height])

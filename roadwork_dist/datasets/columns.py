@@ -1,6 +1,6 @@
-"""What a batch says of its photos besides the pixels: a row at a time, or whole columns at once.
+"""Metadata of the photos of a batch, encoded row by row or as whole columns at once.
 
-N rows of a manifest. Both ways give the same, to the bit; null is never NaN.
+Both ways give bit-identical results. Missing values are never NaN.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from roadwork_dist.photos.manifest import Manifest, Sample
 
 
 def metadata_of(sample: Sample) -> dict[str, Any]:
-    """Label, place and vocabulary fields of one photo as :class:`Batch` encodes them, without the axis B."""
+    """Label, GPS and vocabulary fields of one photo as encoded in :class:`Batch`, without the axis B."""
     known = sample.latitude is not None and sample.longitude is not None
     place = [sample.latitude, sample.longitude] if known else [0.0, 0.0]
     row: dict[str, Any] = {
@@ -50,7 +50,7 @@ class MetadataColumns:
             self._columns[name] = torch.tensor(column, dtype=torch.int64)
 
     def rows(self, rows: Sequence[int]) -> dict[str, Any]:
-        """Fields of some rows, with the axis B; also their ids and numbers."""
+        """Fields of some rows, with the axis B; also their ids and row numbers."""
         index = torch.tensor(rows, dtype=torch.int64)
         picked: dict[str, Tensor] = {name: column[index] for name, column in self._columns.items()}
         return {"id": [self.ids[row] for row in rows], "index": index, **picked}

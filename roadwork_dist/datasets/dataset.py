@@ -1,7 +1,7 @@
-"""Rows of a manifest as training rows, and rows as a batch.
+"""The data set of a manifest's photos, as views or stored features, and its collate function.
 
-A row is what :class:`Batch` holds without the axis B. Rows of stored features are read a batch at a
-time, which gives the same to the bit. V views · S side in px · D width of the backbone
+A row has the fields of :class:`Batch` without the axis B. Stored features are read a whole batch at a
+time, with bit-identical results. V views · S side in px · D width of the backbone
 """
 
 from collections.abc import Iterable, Sequence
@@ -31,18 +31,18 @@ Row = dict[str, Any]
 class RoadworkDataset(Dataset[Row]):
     """The photos of a manifest, as views or as stored features, with their metadata.
 
-    Every row is a pure function of (epoch, row): loaders need not seed anything.
+    Every row is a pure function of (epoch, row), so loaders need not seed anything.
 
     Args:
         manifest: the samples.
-        views: how a photo becomes views; with ``store``, only which copy an epoch uses.
+        views: how a photo becomes views; with ``store``, only which augmented copy an epoch uses.
         store: read features from here; ``None`` = decode photos.
-        hashes: content of each photo, as of :func:`content_hashes`; needed with ``store``.
-        text: embeddings of the descriptions; ``None`` = every description counts as null.
+        hashes: content hash of each photo, from :func:`content_hashes`; required with ``store``.
+        text: embeddings of the descriptions; ``None`` = all descriptions count as unknown.
         masks: targets of the mask head; ``None`` = rows have no masks.
 
     Raises:
-        ValueError: a table has another length than the manifest, or ``store`` comes without ``hashes``.
+        ValueError: a table has another length than the manifest, or ``store`` is given without ``hashes``.
     """
 
     pure = True
@@ -70,10 +70,10 @@ class RoadworkDataset(Dataset[Row]):
         self._columns = None if store is None else MetadataColumns(manifest)
 
     def make_resident(self, device: torch.device) -> bool:
-        """Put all stored features into the memory of a device, if they fit; whether they do.
+        """Load all stored features into the memory of a device; returns whether they fit.
 
         Raises:
-            DataError: features are absent or damaged.
+            DataError: features are missing or damaged.
         """
         if self.store is None or self.hashes is None:
             return False
@@ -83,7 +83,7 @@ class RoadworkDataset(Dataset[Row]):
 
     @property
     def in_memory(self) -> bool:
-        """Whether reading a batch costs so little that loader processes would only be in the way."""
+        """Whether reading a batch is so cheap that loader processes would only slow it down."""
         return self.resident is not None
 
     def set_epoch(self, epoch: int) -> None:
@@ -94,11 +94,11 @@ class RoadworkDataset(Dataset[Row]):
         return len(self.manifest)
 
     def sample_id(self, index: int) -> str:
-        """Id of a row, for messages about it."""
+        """Id of a row, for messages."""
         return self.manifest[index].id
 
     def read_ahead(self, batches: Iterable[list[int]]) -> Iterable[list[int]]:
-        """Pass batches of rows on; photos on a server are fetched before reading gets to them."""
+        """Yield the batches of rows unchanged, while photos on a server are prefetched."""
         if self.store is not None:
             return batches
         return read_ahead_of([sample.image for sample in self.manifest], batches)
@@ -120,7 +120,7 @@ class RoadworkDataset(Dataset[Row]):
         return row | self._pixels_or_features(sample, index)
 
     def __getitems__(self, indices: list[int]) -> Sequence[Row]:
-        """Several rows; with a store :func:`collate` reads them together.
+        """Several rows; with a store, :func:`collate` reads them together.
 
         Raises:
             DataError: a photo or its features cannot be read; the message names it.
@@ -128,12 +128,12 @@ class RoadworkDataset(Dataset[Row]):
         return [self[index] for index in indices] if self.store is None else StoredRows(self, indices)
 
     def batch(self, indices: Sequence[int]) -> Batch:
-        """Rows of stored features as :func:`collate` stacks them, read together.
+        """A batch of rows with stored features, read together; the same as :func:`collate` of single rows.
 
         Raises:
-            DataError: features are absent or damaged; the message names the sample.
+            DataError: features are missing or damaged; the message names the sample.
         """
-        assert self._columns is not None  # StoredRows are made with a store only
+        assert self._columns is not None  # StoredRows exist only with a store
         batch: Batch = self._columns.rows(indices)  # type: ignore[assignment]
         if self.text is None:
             batch["text"] = torch.zeros(len(indices), TEXT_WIDTH)
@@ -147,7 +147,7 @@ class RoadworkDataset(Dataset[Row]):
         return batch
 
     def _features(self, indices: Sequence[int]) -> tuple[Tensor, Ints]:
-        """Views of rows one behind the other [sum of V, D], and V of each."""
+        """Features of the views of all rows, concatenated [sum of V, D], and V of each row."""
         assert self.store is not None
         copy = self.views.copy_of_epoch(self.epoch)
         contents = [self._content(index) for index in indices]
@@ -169,15 +169,15 @@ class RoadworkDataset(Dataset[Row]):
         if self.store is None:
             return self.views.row(sample.image, sample.id, copy)
         content = self._content(index)
-        # Rows are for who computes with them, as mixing does: on the CPU, so that bits do not depend on
-        # where the features are kept.
+        # Single rows are read for computations on them, such as mixing. They stay on the CPU, so that
+        # results do not depend on where the features are kept.
         if self.resident is not None and self.resident.device.type == "cpu":
             return {"features": self.resident.row(index, copy)}
         return {"features": self.store.get(content, sample.id, copy)}
 
 
 class StoredRows(Sequence[Row]):
-    """Rows of a data set with a feature store, read when they are asked for: singly or together.
+    """Rows of a data set with a feature store, read lazily: one by one or all together.
 
     Args:
         dataset: the data set.
@@ -205,13 +205,13 @@ class StoredRows(Sequence[Row]):
         """All rows as one batch.
 
         Raises:
-            DataError: features are absent or damaged; the message names the sample.
+            DataError: features are missing or damaged; the message names the sample.
         """
         return self.dataset.batch(self.indices)
 
 
 def _pad_views(values: Tensor, count: int) -> Tensor:
-    """The views [V, …] of a row, and zeros up to ``count``."""
+    """The views [V, …] of a row, padded with zeros to ``count``."""
     if len(values) == count:
         return values
     return torch.cat([values, values.new_zeros((count - len(values), *values.shape[1:]))])
@@ -219,9 +219,9 @@ def _pad_views(values: Tensor, count: int) -> Tensor:
 
 @pure
 def collate(rows: Sequence[Row]) -> Batch:
-    """Stack rows; photos with fewer views are padded with zeros, marked in ``view_mask``.
+    """Stack rows into a batch; photos with fewer views are padded with zeros and marked in ``view_mask``.
 
-    What views drew for an augmentation on the device becomes ``augment``.
+    The views' random draws for augmentation on the device become ``augment``.
     """
     if isinstance(rows, StoredRows):
         return rows.together()
@@ -229,7 +229,7 @@ def collate(rows: Sequence[Row]) -> Batch:
     per_row = [row[kind] for row in rows]
     counts = torch.tensor([len(item) for item in per_row])
     most = int(counts.max())
-    # Torch's own function stacks into memory that the processes share: one copy, not two.
+    # default_collate stacks directly into shared memory in loader processes: one copy instead of two.
     padded: Tensor = default_collate([_pad_views(item, most) for item in per_row])
     batch: Batch = default_collate(
         [{k: v for k, v in row.items() if k not in (kind, "draws")} for row in rows]

@@ -1,9 +1,9 @@
 """Mixing of training photos: MixUp (arXiv 1710.09412) and CutMix (arXiv 1905.04899).
 
-A photo is mixed with a partner drawn from all training rows, not from its batch: who stands in a
-batch depends on the number of processes, and losses must not. The larger share is always the row's
-own, lambda' = max(lambda, 1 - lambda) (equation 9 of arXiv 1905.02249), so its id, label, metadata
-and weather go on standing for it, and only what the loss needs is added: ``soft_label``.
+A photo is mixed with a partner drawn from all training rows, not from its batch, since the composition of
+a batch depends on the number of processes and losses must not. The row always keeps the larger share,
+lambda' = max(lambda, 1 - lambda) (equation 9 of arXiv 1905.02249), so its id, label, metadata and weather
+stay valid. Only what the loss needs is added: ``soft_label``.
 
 V views · S side of a view in px · D width of the backbone · M mask classes
 """
@@ -24,26 +24,25 @@ from roadwork_dist.photos.augment.operations import blend
 from roadwork_dist.trainer.feed.dataset import MapDataset, WrappedDataset
 
 AUTO_ALPHA = {"mixup": 0.2, "cutmix": 1.0}
-"""Parameter of the Beta distribution in the ImageNet settings of the two papers."""
+"""Parameter of the Beta distribution, from the ImageNet settings of the two papers."""
 
 Row = dict[str, Any]
 
 
 class MixedRows(WrappedDataset[Row]):
-    """Training rows of which some are mixed with another one.
+    """Training rows, a random share of which is mixed with another row.
 
-    Every row is a pure function of (seed, epoch, sample id), as are those it is made of. Each has two
-    fields more: ``soft_label``, the share of class 1, and ``views_of_two``, whether its views come
-    from two photos. A row stays as it is where it or its partner is unlabelled, where the partner
-    is the row itself, cannot be read or has another number of views, and by chance (``mix_share``).
+    Every row is a pure function of (seed, epoch, sample id), as are those it is made of. Two fields are
+    added: ``soft_label``, the share of class 1, and ``views_of_two``, whether the views come from two photos.
+    A row stays unmixed if it or its partner is unlabelled, if the partner is the row itself, cannot be read
+    or has another number of views, or if the random draw says so (``mix_share``).
 
     Args:
-        rows: the rows to train on, and the partners; nothing else is read. Only the rows themselves are
-            prefetched.
+        rows: the rows to train on and to draw partners from. Partners are not prefetched.
         labels: label of each row: 0, 1 or UNLABELLED.
-        config: which way of mixing (not ``off``), how often and how strongly.
+        config: kind (not ``off``), share and strength of the mixing.
         seed: seed of the run.
-        weights: sampling weight of each row, which partners are drawn by as well; None = all alike.
+        weights: sampling weight of each row, also used to draw partners; None = equal weights.
 
     Raises:
         ValueError: ``labels`` or ``weights`` have another length than ``rows``.
@@ -96,7 +95,7 @@ class MixedRows(WrappedDataset[Row]):
         return row | cut(row, partner, keep, rng)
 
     def _partner(self, index: int, rng: np.random.Generator) -> Row | None:
-        """A labelled row drawn by weight; ``None`` for the row itself and for one that cannot be read."""
+        """A labelled row drawn by weight; ``None`` if it is the row itself or cannot be read."""
         if not len(self._partners):
             return None
         place = np.searchsorted(self._cumulative, rng.random() * self._cumulative[-1], side="right")
@@ -105,9 +104,9 @@ class MixedRows(WrappedDataset[Row]):
             return None
         try:
             partner = self.dataset[chosen]
-        except DataError:  # who needs that row for itself tells; here it is one mixed photo less
+        except DataError:  # reported when the row is read for itself; here this row just stays unmixed
             return None
-        # Partners are drawn from labelled rows: this one is the blank of a photo that cannot be read.
+        # Partners have labels, so an unlabelled one is the placeholder of a photo that cannot be read.
         return None if partner["label"] == UNLABELLED else partner
 
 
@@ -125,7 +124,7 @@ def mixup(row: Row, partner: Row, keep: float) -> Row:
         keep: share of ``row``.
 
     Returns:
-        The fields that change; features in their type.
+        The fields that change; features keep their dtype.
     """
     if "views" in row:
         mixed = {"views": blend(row["views"], partner["views"].float(), torch.tensor(1 - keep))}
@@ -138,9 +137,9 @@ def mixup(row: Row, partner: Row, keep: float) -> Row:
 def cutmix_views(row: Row, partner: Row, keep: float, rng: np.random.Generator) -> Row:
     """Paste one box of the partner, the same in every view, into ``views`` [V, 3, S, S].
 
-    With the same box the partner's share of the area is the same in every view, so the soft label
-    holds for each of them. As in the paper it is computed from the box after clipping. The mask
-    target gets the box as well; like every mask target it is that of views not yet augmented.
+    With the same box, the partner's share of the area is equal in all views, so the soft label is valid for
+    each of them. As in the paper, it is computed from the clipped box. The box is also pasted into the mask
+    target, which like every mask target ignores the augmentation of the views.
 
     Returns:
         The fields that change.
@@ -155,10 +154,10 @@ def cutmix_views(row: Row, partner: Row, keep: float, rng: np.random.Generator) 
 
 
 def cutmix_features(row: Row, partner: Row, keep: float, rng: np.random.Generator) -> Row:
-    """Replace some of the views by the partner's: CutMix where only ``features`` [V, D] are at hand.
+    """Replace some views by the partner's: CutMix when only ``features`` [V, D] are available.
 
-    The global view (the first) is always the row's own, and so the mask target stays. The soft label
-    goes by the number of views. A photo of one view is not mixed.
+    The global view (the first) is always the row's own, so the mask target does not change. The soft label
+    follows from the number of replaced views. A photo with a single view is not mixed.
 
     Returns:
         The fields that change.
@@ -173,10 +172,10 @@ def cutmix_features(row: Row, partner: Row, keep: float, rng: np.random.Generato
 
 
 def draw_box(side: int, keep: float, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """A square of sqrt(1 - keep) · side about a random pixel, clipped (equation 2 of the CutMix paper).
+    """A square of side sqrt(1 - keep) · side around a random pixel, clipped (equation 2 of the CutMix paper).
 
     Returns:
-        top, bottom, left and right in px, ends excluded.
+        top, bottom, left and right in px; bottom and right are exclusive.
     """
     extent = int(side * math.sqrt(1 - keep))
     top, left = (rng.integers(side, size=2) - extent // 2).tolist()
@@ -184,7 +183,7 @@ def draw_box(side: int, keep: float, rng: np.random.Generator) -> tuple[int, int
 
 
 def _covered(start: int, end: int, side: int) -> Tensor:
-    """Share of each of the MASK_SIDE cells of an axis of ``side`` px that lies in ``start`` … ``end``."""
+    """Share of each of the MASK_SIDE cells of an axis of ``side`` px that is in ``start`` … ``end``."""
     edges = torch.arange(MASK_SIDE + 1) * (side / MASK_SIDE)
     inside = edges.clamp(start, end)
     return inside.diff() / (side / MASK_SIDE)
@@ -195,7 +194,7 @@ def _soft_label(row: Row, partner: Row, keep: float) -> Row:
 
 
 def _mask(row: Row, partner: Row, share: Tensor) -> Row:
-    """Mask target [M, MASK_SIDE, MASK_SIDE] with the partner's share of each cell; unknown if either is."""
+    """Mixed mask target [M, MASK_SIDE, MASK_SIDE]; ``share`` is the partner's; unknown if either mask is."""
     if "mask" not in row:
         return {}
     mask = torch.lerp(row["mask"], partner["mask"], share)

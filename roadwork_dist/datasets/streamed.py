@@ -1,9 +1,9 @@
-"""Training rows of photos on a server, which nobody has looked at before.
+"""Training data set of photos on a server, which are not checked before training.
 
-Photos on this machine are all decoded once before training, and unreadable ones are left out. Of a set on a
-server that would be a pass over all of it before the first step. Here a row whose photo cannot be read
-stays in its place, so that every process goes on to have the same number of batches, and counts for
-nothing: no label, no weather, no mask, and a single black view, which needs to agree with none.
+Local photos are all decoded once before training, and unreadable ones are left out. For photos on a server
+that would mean reading the whole set before the first step. Here the row of an unreadable photo is kept, so
+that every process still has the same number of batches, but it contributes nothing to the loss: no label, no
+weather, no mask, and a single black view, which has no consistency target.
 """
 
 import logging
@@ -24,24 +24,23 @@ from roadwork_dist.storage.remote.retry import ServerDownError
 
 logger = logging.getLogger(__name__)
 
-_TOLD = 5
-"""Unreadable photos that a process names; of the others it tells the number, at each power of two."""
+_MAX_NAMED = 5
+"""Unreadable photos that a process names; after that it logs only their number, at each power of two."""
 
 
 class StreamedDataset(RoadworkDataset):
-    """Photos of a server, as views.
+    """Photos on a server, as views.
 
-    Each process counts the photos that it and its loader processes could not read; clearly more than its part
-    of ``max_share`` end the run. A server that is down altogether ends it at once: there is nothing to go on
-    with.
+    Each process counts the photos that it and its loader processes could not read. If they clearly exceed its
+    part of ``max_share``, the run ends. If the server is down altogether, the run ends at once.
 
     Args:
         manifest: the samples.
         views: how a photo becomes views.
-        text: embeddings of the descriptions; ``None`` = every description counts as null.
-        masks: rows bring targets of the mask head, decoded when they are read.
+        text: embeddings of the descriptions; ``None`` = all descriptions count as unknown.
+        masks: rows include targets of the mask head, decoded when they are read.
         max_share: share of unreadable photos above which the run stops.
-        processes: that train on the rows together.
+        processes: number of processes that train on the rows together.
     """
 
     def __init__(
@@ -56,7 +55,7 @@ class StreamedDataset(RoadworkDataset):
     ) -> None:
         super().__init__(manifest, views=views, text=text)
         self.reads_masks, self.max_share, self.processes = masks, max_share, processes
-        # In shared memory: loader processes, which are new ones in every epoch, count together.
+        # In shared memory, since loader processes, which are restarted every epoch, count together.
         counts = torch.zeros(len(manifest), dtype=torch.uint8)
         self._is_unreadable: Tensor = counts.share_memory_()  # type: ignore[no-untyped-call]
 
@@ -85,9 +84,10 @@ class StreamedDataset(RoadworkDataset):
 
     @property
     def most_unreadable(self) -> float:
-        """Unreadable photos that one of the processes may meet.
+        """Number of unreadable photos that one process may encounter.
 
-        Its part of all, and three standard deviations, for chance deals photos out unevenly (Poisson).
+        Its part of the total, plus three standard deviations (Poisson), since unreadable photos are spread
+        unevenly over the processes.
         """
         part = self.max_share * len(self) / self.processes
         return part if self.processes == 1 else part + 3 * math.sqrt(part)
@@ -97,14 +97,14 @@ class StreamedDataset(RoadworkDataset):
             return
         self._is_unreadable[index] = 1
         count = int(self._is_unreadable.sum())
-        if count <= _TOLD:
-            logger.warning("%s: trains without a photo that is unreadable: %s", self.manifest.name, error)
+        if count <= _MAX_NAMED:
+            logger.warning("%s: training without an unreadable photo: %s", self.manifest.name, error)
         elif count & (count - 1) == 0:
             logger.warning("%s: %d photos so far are unreadable for this process", self.manifest.name, count)
         if count > self.most_unreadable:
             raise DataError(
                 f"{self.manifest.name}: {count} photos are unreadable for one of {self.processes} processes, "
-                f"expected at most {self.max_share:.1%} of {len(self)} photos over all of them: mend or "
+                f"expected at most {self.max_share:.1%} of {len(self)} photos over all of them: fix or "
                 f"remove them, or raise data.max_unreadable_share. {error}"
             )
 

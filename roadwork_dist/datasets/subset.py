@@ -1,4 +1,4 @@
-"""Some rows of a data set, each of which keeps its number in the whole."""
+"""A subset of a data set whose rows keep their original index."""
 
 from collections.abc import Sequence
 
@@ -7,11 +7,11 @@ from roadwork_dist.trainer.feed.dataset import WrappedDataset
 
 
 class RowsOf(WrappedDataset[Row]):
-    """Some rows of a data set; each keeps its ``index`` in the whole one.
+    """Some rows of a data set; each keeps its ``index`` in the whole data set.
 
     Args:
-        dataset: the whole one.
-        rows: numbers of its rows.
+        dataset: the whole data set.
+        rows: numbers of the rows to use.
     """
 
     def __init__(self, dataset: RoadworkDataset, rows: Sequence[int]) -> None:
@@ -19,7 +19,7 @@ class RowsOf(WrappedDataset[Row]):
         self.rows = rows
 
     def inner_row(self, row: int) -> int:
-        """Number of the row in the whole data set."""
+        """Row number in the whole data set."""
         return self.rows[row]
 
     def __len__(self) -> int:

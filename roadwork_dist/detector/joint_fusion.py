@@ -1,4 +1,4 @@
-"""The fusion of the views' vector with the metadata.
+"""Fuses the vector of the views with the metadata.
 
 B batch · H width of the head
 """
@@ -15,8 +15,8 @@ class JointFusion(nn.Module):
 
     Args:
         vision_width: width of the pooled views.
-        metadata_width: width of the metadata, 0 = vision only.
-        dropout: chance that an element is dropped.
+        metadata_width: width of the metadata; 0 = vision only.
+        dropout: probability that an element is dropped.
     """
 
     def __init__(self, vision_width: int, metadata_width: int, dropout: float) -> None:
@@ -30,7 +30,7 @@ class JointFusion(nn.Module):
         init_linear(self.linear)
 
     def forward(self, vision: Tensor, metadata: Tensor | None) -> Tensor:
-        """[B, H] and [B, W] (null when built for vision only) → [B, H]."""
+        """[B, H] and [B, metadata_width] (None if built for vision only) → [B, H]."""
         joined = vision if metadata is None else torch.cat([vision, metadata.to(vision.dtype)], dim=-1)
         out: Tensor = self.dropout(F.gelu(self.linear(joined)))
         return out

@@ -1,4 +1,4 @@
-"""The roadwork detector's task: detector + composite loss on batches of photos."""
+"""The training task of the roadwork detector: loss and validation figures for batches of photos."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -14,11 +14,11 @@ from roadwork_dist.trainer.task import TaskOutput
 
 
 class RoadworkTask:
-    """Focal, consistency, weather and Dice on the detector's outputs; figures are MCC and accuracy.
+    """The composite loss of the detector's outputs; validation figures are MCC and accuracy.
 
     Args:
         loss: the composite loss.
-        operations_per_view: floating-point operations of the backbone for a training view, forward and
+        operations_per_view: floating-point operations of the backbone per training view, forward and
             backward; 0 = not known.
     """
 
@@ -34,7 +34,7 @@ class RoadworkTask:
         return self.loss.count_targets(batch)
 
     def operations(self, batch: Batch) -> float:
-        """Of the backbone, for the real views of a batch; 0 where the batch brings features."""
+        """Operations of the backbone for the real views of a batch; 0 if the batch contains features."""
         if not self.operations_per_view or "views" not in batch:
             return 0.0
         return self.operations_per_view * int(batch["view_mask"].sum())
@@ -52,7 +52,7 @@ class RoadworkTask:
         return TaskOutput(self.loss(output, batch), rows)
 
     def metrics(self, rows: Mapping[str, Tensor]) -> dict[str, float]:
-        """MCC and accuracy at probability 0.5 over the labelled rows; NaN where there are none."""
+        """MCC and accuracy at probability 0.5 over the labelled rows; NaN if there are none."""
         labelled = rows["label"] != UNLABELLED
         if not bool(labelled.any()):
             return dict.fromkeys(self.figures, math.nan)
@@ -60,7 +60,7 @@ class RoadworkTask:
 
 
 MOST_VIEWS = 128
-"""Width that gates are padded to (NaN = no such view), so that batches of unlike V can be joined."""
+"""Width that gates are padded to (NaN = no such view), so that batches with different V can be joined."""
 
 
 def _pad_views(gates: Tensor) -> Tensor:

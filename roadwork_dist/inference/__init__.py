@@ -1,1 +1,1 @@
-"""Predictions of a trained model for photos."""
+"""Inference: predictions of a trained model for photos."""

@@ -1,4 +1,4 @@
-"""A table of predictions on disk, written as they come: Parquet, CSV or JSON lines."""
+"""Writes predictions incrementally to Parquet, CSV or JSON lines."""
 
 import csv
 import io
@@ -17,11 +17,11 @@ from roadwork_dist.inference.predictor import Prediction
 
 COLUMNS = tuple(item.name for item in fields(Prediction))
 ROWS_AT_ONCE = 4096
-"""Rows that are in memory at a time, and that a Parquet file keeps together."""
+"""Number of rows buffered in memory, and of a row group in Parquet."""
 
 
 class _Rows(Protocol):
-    """Rows on their way to a file of one format."""
+    """Writer of rows in one format."""
 
     def write(self, rows: Sequence[dict[str, Any]]) -> None: ...
 
@@ -29,13 +29,13 @@ class _Rows(Protocol):
 
 
 class _TextRows:
-    """Rows as lines of UTF-8; see the subclasses."""
+    """Base of the writers of UTF-8 text."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.text = io.TextIOWrapper(file, encoding="utf-8", newline="")
 
     def close(self) -> None:
-        self.text.detach()  # flushes, and leaves the file to its owner
+        self.text.detach()  # flushes, but leaves the file open for its owner
 
 
 class _JsonLines(_TextRows):
@@ -44,7 +44,7 @@ class _JsonLines(_TextRows):
 
 
 class _Csv(_TextRows):
-    """View gates are a JSON list in one cell."""
+    """CSV, with the view gates as a JSON list in one cell."""
 
     def __init__(self, file: BinaryIO) -> None:
         super().__init__(file)
@@ -79,15 +79,15 @@ FORMATS: dict[str, Callable[[BinaryIO], _Rows]] = {".parquet": _Parquet, ".csv":
 
 
 class PredictionFile:
-    """Writes predictions under a temporary name; the file appears, whole, at the end of the ``with`` block.
+    """Writes predictions to a temporary file, which is renamed at the end of the ``with`` block.
 
-    If the block is left by an exception nothing appears, and an older file stays as it was.
+    If the block ends with an exception, nothing is written and an existing file stays unchanged.
 
     Args:
-        path: file to write; its suffix (``FORMATS``) chooses the format.
+        path: file to write; its suffix (``FORMATS``) determines the format.
 
     Raises:
-        ConfigError: the suffix is unknown or the file cannot be written; also at any later moment.
+        ConfigError: the suffix is unknown, or the file cannot be written (also from later calls).
     """
 
     def __init__(self, path: Path) -> None:
@@ -138,9 +138,9 @@ class PredictionFile:
         sync_folder(self.path.parent)
 
     def _discard(self) -> None:
-        """Leave nothing behind; after :meth:`_finish` there is nothing."""
+        """Close and remove the temporary file; after :meth:`_finish` there is nothing to do."""
         for close in (self._rows.close, self._file.close):
-            # Closed before, or a full disk, told already: closing tries to write the rest once more.
+            # Already closed, or the disk is full (already reported): closing tries to write the rest again.
             with suppress(OSError, ValueError):
                 close()
         self._temporary.unlink(missing_ok=True)
@@ -148,7 +148,7 @@ class PredictionFile:
     def _refusal(self, error: OSError) -> ConfigError:
         return ConfigError(
             f"{self.path} cannot be written ({error.strerror or error}): choose another file with --output, "
-            "or mend the folder"
+            "or fix the folder"
         )
 
 
@@ -161,12 +161,12 @@ def check_output(path: Path, suffixes: Sequence[str] | dict[str, Any]) -> None:
     known = ", ".join(suffixes)
     if path.suffix.lower() not in suffixes:
         got = f"the suffix {path.suffix!r}" if path.suffix else "no suffix"
-        raise ConfigError(f"--output {path} has {got}, expected one of {known}: it chooses the format")
+        raise ConfigError(f"--output {path} has {got}, expected one of {known}: it determines the format")
     if path.is_dir():
         raise ConfigError(
             f"--output {path} is a folder, expected a file ending in {known}: name a file in it"
         )
     if not path.parent.is_dir():
         raise ConfigError(
-            f"--output {path}: the folder {path.parent} does not exist: make it, or choose another"
+            f"--output {path}: the folder {path.parent} does not exist: create it, or choose another"
         )

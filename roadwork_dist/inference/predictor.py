@@ -1,4 +1,4 @@
-"""Probabilities of roadwork for photos, from a saved model.
+"""Predicts the probability of roadwork in photos with a saved model.
 
 B batch · V views · K classes
 """
@@ -36,33 +36,33 @@ from roadwork_dist.trainer.feed.loader import load_batches, pure
 logger = logging.getLogger(__name__)
 
 DECISION_FILE = "decision.json"
-"""Beside the weights: the decision threshold, and what it was chosen on."""
+"""File next to the weights with the decision threshold and the split it was chosen on."""
 
 ALL_CROPS = 1_000
-"""For ``select``: more crops than a photo has, so all of them."""
+"""Value of ``select`` for all crops: more than any photo has."""
 
 Photo = str | Path | Sample
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What the model says about one photo."""
+    """Prediction of the model for one photo."""
 
     id: str
-    """Id of the sample; the path where only a path was given."""
+    """Id of the sample, or the path if only a path was given."""
     probability: float
-    """Of roadwork."""
+    """Probability of roadwork."""
     prediction: int
-    """1 where ``probability`` is above the threshold, else 0."""
+    """1 if ``probability`` is above the threshold, else 0."""
     logit_0: float
     logit_1: float
     view_gates: list[float]
-    """Weight in [0, 1] of each view; 0 = pruned, or not looked at."""
+    """Weight in [0, 1] of each view; 0 = pruned or not selected."""
 
 
 @dataclass(frozen=True, slots=True)
 class Unreadable:
-    """A photo that cannot be predicted."""
+    """A photo that cannot be read."""
 
     id: str
     reason: str
@@ -73,15 +73,15 @@ OnError = Callable[[Unreadable], None]
 
 
 class Predictor:
-    """A model with all that it needs to read photos.
+    """A model with everything needed to predict photos.
 
     Args:
-        model: with its backbone where photos are to be read; on its device.
+        model: on its device; with its backbone if photos are to be read.
         views: how a photo becomes views, without augmentation.
-        threshold: photos with a probability above it are called roadwork.
-        text_encoder: name of the encoder of descriptions; loaded when the first one comes.
-        precision: arithmetic of the head, ``fp32`` or ``bf16``: that of training.
-        selection: the model again, looking at some crops of a photo only; null = at all.
+        threshold: photos with a higher probability are classified as roadwork.
+        text_encoder: name of the text encoder of descriptions; loaded when first needed.
+        precision: arithmetic of the head, ``fp32`` or ``bf16``, the same as in training.
+        selection: the model restricted to selected crops of a photo; None = use all views.
     """
 
     def __init__(
@@ -101,12 +101,12 @@ class Predictor:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Device of the model."""
         return next(self.model.head.parameters()).device
 
     @property
     def forward(self) -> Callable[[Batch], ModelOutput]:
-        """The model's forward pass, in the arithmetic that it was trained and validated in."""
+        """The model's forward pass, in the precision that it was trained and validated with."""
         return in_precision(self.selection or self.model, self.precision, self.device)
 
     @classmethod
@@ -118,19 +118,19 @@ class Predictor:
         max_pixels: int = MAX_PIXELS,
         select: int | None = None,
     ) -> Self:
-        """Load a model that a run saved, with its backbone and its threshold (0.5 where none was chosen).
+        """Load a model saved by a run, with its backbone and its threshold (0.5 if none was chosen).
 
         Args:
             folder: a run folder, or its ``best/``.
-            device: ``auto`` = the first GPU, or the CPU; or torch's name of a device.
+            device: ``auto`` = the first GPU if there is one, else the CPU; or a torch device name.
             max_pixels: photos with more pixels are refused.
-            select: crops that go through the backbone beside the global view; as many as there are, or
-                more, = all of them; null = ``views.select`` of the run.
+            select: number of crops that go through the backbone besides the global view; the number of crops
+                or more = all; None = ``views.select`` of the run.
 
         Raises:
-            CheckpointError: the folder is incomplete or damaged, or the backbone to be had now has
-                other weights than the one the model was trained with, or crops are to be selected and
-                no selector was distilled.
+            CheckpointError: the folder is incomplete or damaged, the available backbone has other weights
+                than the one the model was trained with, or crops are to be selected but no selector was
+                distilled.
             BackboneError: the backbone cannot be loaded.
             ConfigError: there is no such device.
         """
@@ -170,20 +170,20 @@ class Predictor:
         workers: int = 0,
         on_error: OnError | None = None,
     ) -> Iterator[Prediction]:
-        """Predict photos, in their order; results come batch by batch.
+        """Predict photos, in the given order; results are yielded batch by batch.
 
         Args:
-            photos: paths, or samples with what is known of them (place, weather, description, …).
-            batch_size: photos at a time.
-            workers: processes that decode; 0 = decode in this one.
-            on_error: told of every photo that cannot be read; null = a warning is logged. The
-                others are predicted all the same.
+            photos: paths, or samples with their metadata (place, weather, description, …).
+            batch_size: photos per batch.
+            workers: number of processes that decode; 0 = decode in this process.
+            on_error: called for every photo that cannot be read; None = log a warning. The other photos
+                are predicted anyway.
 
         Raises:
             ConfigError: ``batch_size`` or ``workers`` is out of range.
             BackboneError: photos have descriptions and their encoder cannot be loaded.
         """
-        if isinstance(photos, str | Path):  # else its letters would be taken for photos
+        if isinstance(photos, str | Path):  # else each letter would be treated as a path
             photos = [photos]
         manifest = photos if isinstance(photos, Manifest) else Manifest("photos", tuple(map(_sample, photos)))
         if batch_size < 1 or workers < 0:
@@ -240,18 +240,18 @@ class Predictor:
 
 
 def plain_views(config: ViewsConfig, backbone: Backbone, max_pixels: int = MAX_PIXELS) -> PhotoViews:
-    """How photos become un-augmented views for a backbone; very long ones are padded with its mean colour."""
+    """Unaugmented views for a backbone; very elongated photos are padded with its mean colour."""
     red, green, blue = (round(255 * channel) for channel in backbone.mean)
     geometry = geometry_for(config, backbone.view_size(config.size), (red, green, blue))
     return PhotoViews(geometry, None, max_pixels)
 
 
 def crops_to_select(config: ViewsConfig, select: int | None = None) -> int | None:
-    """Crops to look at beside the global view; null = all.
+    """Number of crops to use besides the global view; None = all.
 
     Args:
         config: how photos are cut into views.
-        select: what is asked for instead of ``views.select``; null = nothing else.
+        select: overrides ``views.select``; None = use that setting.
     """
     select = config.select if select is None else select
     has_fewer = select is not None and config.policy != "global" and select < config.grid**2 + 2
@@ -259,7 +259,7 @@ def crops_to_select(config: ViewsConfig, select: int | None = None) -> int | Non
 
 
 def weights_folder(folder: str | Path) -> Path:
-    """The folder with the weights: the given one, or ``best/`` of a run folder.
+    """The folder with the weights: the given one, or its ``best/`` if it is a run folder.
 
     Raises:
         CheckpointError: neither holds a saved model.
@@ -268,7 +268,7 @@ def weights_folder(folder: str | Path) -> Path:
     for candidate in (folder, folder / "best"):
         if (candidate / CONFIG_FILE).is_file():
             return candidate
-    what = "holds no saved model" if folder.is_dir() else "is no folder"
+    what = "holds no saved model" if folder.is_dir() else "is not a folder"
     raise CheckpointError(
         f"{folder} {what}: expected a run folder (--output_dir of a training run that has validated at "
         f"least once) or its best/, with {CONFIG_FILE} and model.safetensors"
@@ -276,7 +276,7 @@ def weights_folder(folder: str | Path) -> Path:
 
 
 def read_threshold(folder: Path) -> float:
-    """The decision threshold beside the weights, or 0.5 where none was chosen.
+    """The decision threshold stored next to the weights, or 0.5 if none was chosen.
 
     Raises:
         CheckpointError: the file is damaged.
@@ -297,18 +297,18 @@ def _backbone(config: PretrainedConfig, folder: Path, device: torch.device) -> B
     """The backbone that the model was trained with.
 
     Raises:
-        CheckpointError: none is named, or the one to be had now has other weights.
+        CheckpointError: none is named, or the available one has other weights.
     """
     settings: dict[str, Any] = dict(config.backbone)
     path = folder / CONFIG_FILE
     try:
         expected = settings.pop("sha256")
-        # The attention kernel is this machine's affair: the one of training may not exist here.
+        # Choose the attention kernel for this machine: the one of training may not be available here.
         backbone_config = BackboneConfig(**{**settings, "attention": "auto"})
     except (KeyError, TypeError, ConfigError) as error:
         raise CheckpointError(
-            f"{path} names no backbone ({error}): expected its name, its settings and its sha256, as a run "
-            "writes them; save the model again"
+            f"{path} does not identify the backbone ({error}): expected its name, settings and sha256, as a "
+            "run writes them; save the model again"
         ) from error
     backbone = load_backbone(backbone_config, device=device)
     if backbone.identity != expected:
@@ -343,7 +343,7 @@ def _warn(photo: Unreadable) -> None:
 
 
 class _Tolerant(WrappedDataset[Row | Unreadable]):
-    """Rows of a data set, with what is wrong in place of those that cannot be read."""
+    """Rows of a data set; an :class:`Unreadable` replaces each row that cannot be read."""
 
     def __getitem__(self, index: int) -> Row | Unreadable:
         try:

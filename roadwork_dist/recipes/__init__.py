@@ -1,1 +1,1 @@
-"""Recipes: from a configuration to a wired Trainer, and from photos to a report."""
+"""Workflows of the commands: training, cross-validation, evaluation, feature extraction, data checks."""

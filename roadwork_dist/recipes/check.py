@@ -1,4 +1,4 @@
-"""What would stop a run before training: tables, photos and sampling, all problems at once."""
+"""Checks the data of a run before training (tables, photos, sampling) and lists all problems at once."""
 
 import logging
 import os
@@ -23,30 +23,30 @@ MOST_THREADS = 8
 
 
 def check_source(source: str, config: ExperimentConfig, say: Say) -> list[str]:
-    """Decode every photo of one source, report, and list what would stop a run with it.
+    """Decode every photo of one source, print a report, and list the problems that would stop a run.
 
     Args:
-        source: any form that ``data.train`` takes.
+        source: any form that ``data.train`` accepts.
         config: columns, image root and limits.
-        say: takes the lines of the report.
+        say: called with each line of the report.
     """
     problems: list[str] = []
     with _quiet():
         manifest = _checked("train", source, config, say, problems, setting="SOURCE")
     if manifest is not None and (manifest.labels == UNLABELLED).all():
         say(
-            f"  no row has a label (column {config.data.columns.label!r}): these photos can be predicted "
-            "and be a data.target, but not be trained or evaluated on"
+            f"  no row has a label (column {config.data.columns.label!r}): these photos can be predicted or "
+            "used as data.target, but not for training or evaluation"
         )
     return problems
 
 
 def check_experiment(config: ExperimentConfig, say: Say) -> list[str]:
-    """The same for all sources of an experiment, and for its split and sampling.
+    """Like :func:`check_source` for all sources of an experiment, and for its split and sampling.
 
     Args:
         config: the experiment.
-        say: takes the lines of the report.
+        say: called with each line of the report.
     """
     problems: list[str] = []
     with _quiet():
@@ -69,18 +69,18 @@ def _checked(
     problems: list[str],
     setting: str | None = None,
 ) -> Manifest | None:
-    """The readable rows of a source; None where it cannot be used, which is noted."""
+    """The readable rows of a source; None if it cannot be used, which is added to ``problems``."""
     try:
         manifest = load_manifest(source, config.data, name=role, setting=setting)
         if is_shard_set(Path(source)):
             _check_shards(Path(source), say, problems)
-        with progress_bar(f"checking {manifest.name}") as tell:
+        with progress_bar(f"checking {manifest.name}") as advance:
             report = check_images(
                 manifest,
                 max_share=1.0,
                 max_pixels=config.data.max_pixels,
                 workers=_threads(),
-                on_progress=tell,
+                on_progress=advance,
             )
     except DataError as error:
         problems.append(str(error))
@@ -100,9 +100,9 @@ def _checked(
 
 
 def _check_shards(folder: Path, say: Say, problems: list[str]) -> None:
-    """The tars of a set: what is wrong is said per tar, and stops a run as one problem."""
-    with progress_bar(f"checking the tars of {folder}") as tell:
-        found = verify_shards(folder, workers=_threads(), on_progress=tell)
+    """Check the tars of a shard set: reports every damaged tar, and adds one problem for all of them."""
+    with progress_bar(f"checking the tars of {folder}") as advance:
+        found = verify_shards(folder, workers=_threads(), on_progress=advance)
     left_out = read_set(folder).unreadable
     if left_out:
         say(f"  {len(left_out):,} photos were left out when it was written, such as: {left_out[0][1]}")
@@ -111,8 +111,8 @@ def _check_shards(folder: Path, say: Say, problems: list[str]) -> None:
     if found:
         are = "1 tar is" if len(found) == 1 else f"{len(found)} tars are"
         problems.append(
-            f"{folder}: {are} not what shards.json and the index tell: copy again what is damaged, or run "
-            "the same `roadwork-dist shard` again, which writes only that"
+            f"{folder}: {are} not as shards.json and the index describe: copy the damaged ones again, or run "
+            "the same `roadwork-dist shard` again, which rewrites only those"
         )
 
 
@@ -123,7 +123,7 @@ def _threads() -> int:
 def _check_together(
     found: dict[str, Manifest], config: ExperimentConfig, say: Say, problems: list[str]
 ) -> None:
-    """What the sources have to do with each other."""
+    """Check what depends on several sources: overlap, validation split, label variety, GPS weighting."""
     train, target = found["train"], found.get("target")
     try:
         if "val" in found:
@@ -133,7 +133,7 @@ def _check_together(
             say(f"split off from train: {len(manifests.val):,} for validation, {len(manifests.train):,} stay")
         for role, manifest in (("train", manifests.train), ("val", manifests.val)):
             if len(set(manifest.labels.tolist()) - {UNLABELLED}) < 2:
-                say(f"  {role}: all labels are the same, so there is nothing to tell apart")
+                say(f"  {role}: all labels are the same, so there is nothing to distinguish")
         if config.gps.enabled:
             _, report = gps_weights(manifests.train, target, config.gps, seed=config.seed)
             for line in report.lines():
@@ -144,7 +144,7 @@ def _check_together(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the log of what the report says anyway (words read as null, photos left out)."""
+    """Suppress log messages that the report repeats (words read as null, photos left out)."""
     logger = logging.getLogger(__name__.partition(".")[0])
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,9 +1,9 @@
-"""Cross-validation: every photo is answered once, by a model that was trained without it.
+"""Cross-validation: every photo is predicted once, by a model that was trained without it.
 
-Nested honesty: what a held-out photo's label could decide is decided without it. Each fold trains for
-the configured number of epochs and answers with its last averaged weights, and the threshold is 0.5.
-The other honest way, an inner validation set that chooses the epoch, would cost the small sets that
-need a cross-validation a fifth of their few positives, for a choice that a handful of photos makes.
+Labels of held-out photos decide nothing. Each fold trains for the configured number of epochs and predicts
+with its last averaged weights, and the threshold is 0.5. The alternative, an inner validation set that
+selects the epoch, would cost small data sets a fifth of their few positives, for a choice that depends on a
+handful of photos.
 """
 
 import shutil
@@ -48,12 +48,12 @@ from roadwork_dist.trainer.yaml import to_yaml
 
 FOLDS_FILE = "folds.json"
 BEST = "best"
-"""Folder of a fold's run folder that holds the weights it answers with: the averaged last ones."""
+"""Subfolder of a fold's run folder with the weights it predicts with: the last averaged ones."""
 
 
 @dataclass(frozen=True)
 class CrossValidation:
-    """What all folds share: photos, their features and who is held out when."""
+    """What all folds share: photos, their features and the fold of each photo."""
 
     config: ExperimentConfig
     accelerator: Accelerator
@@ -61,23 +61,23 @@ class CrossValidation:
     train: RoadworkDataset
     """All photos, augmented."""
     plain: RoadworkDataset
-    """The same photos as they are."""
+    """The same photos without augmentation."""
     fold_of_row: Ints
     mask_head: bool
 
 
 def run_crossval(config: ExperimentConfig) -> Path:
-    """Train one model a fold (or go on with it) and evaluate what each says of the photos it never saw.
+    """Train (or resume) one model per fold and evaluate its predictions for the held-out photos.
 
     Every rank runs this. The run folder gets ``folds.json``, a run folder ``fold-k`` for each fold with
-    the weights it answered with in ``best/``, and, by rank 0, ``predictions.parquet`` (split
+    the weights it predicts with in ``best/``, and, by rank 0, ``predictions.parquet`` (split
     ``out-of-fold``), ``evaluation.json`` and ``report.html``; the figures are printed.
 
     Returns:
         The run folder.
 
     Raises:
-        ConfigError: a setting cannot be used, or contradicts a cross-validation.
+        ConfigError: a setting cannot be used, or is incompatible with cross-validation.
         DataError: the data cannot be used, or has fewer groups of a label than folds.
         RoadworkError: whatever else stops training; see :meth:`Trainer.fit`.
     """
@@ -96,7 +96,7 @@ def run_crossval(config: ExperimentConfig) -> Path:
 
 
 def build_crossval(config: ExperimentConfig) -> CrossValidation:
-    """Read the photos, compute missing features once for all folds, and deal the folds.
+    """Read the photos, compute missing features once for all folds, and assign the folds.
 
     Raises:
         ConfigError: see :func:`run_crossval`.
@@ -121,7 +121,7 @@ def build_crossval(config: ExperimentConfig) -> CrossValidation:
 
 
 def _check_settings(config: ExperimentConfig) -> None:
-    """Refuse what would be ignored or overwritten, or would carry what one fold learnt to the next."""
+    """Refuse settings that would be ignored, overwrite a run, or leak what one fold learnt into the next."""
     if config.resume == "never" and any(Path(config.output_dir).glob("fold-*")):
         raise ConfigError(
             f"resume is 'never' but {config.output_dir} holds folds: choose another output_dir, delete the "
@@ -130,7 +130,7 @@ def _check_settings(config: ExperimentConfig) -> None:
     given = [name for name in ("val", "target") if getattr(config.data, name) is not None]
     if given:
         raise ConfigError(
-            f"data.{given[0]} is {getattr(config.data, given[0])!r}, expected null: a cross-validation holds "
+            f"data.{given[0]} is {getattr(config.data, given[0])!r}, expected null: cross-validation holds "
             "out folds of data.train, and uses no other photos"
         )
     if config.backbone.trainable != "none":
@@ -141,16 +141,16 @@ def _check_settings(config: ExperimentConfig) -> None:
 
 
 def deal_folds(config: ExperimentConfig, manifest: Manifest, path: Path, accelerator: Accelerator) -> Ints:
-    """Fold ``[N]`` of each photo: as the run's file says, or dealt anew and kept there.
+    """Fold ``[N]`` of each photo: read from the run's file, or newly assigned and written there.
 
-    A collective. Folds are stratified by label and part no group (see
+    A collective. Folds are stratified by label and never split a group (see
     :func:`~roadwork_dist.sources.splits.groups_of`).
 
     Raises:
         ConfigError: the file holds another number of folds.
-        DataError: the file is of other photos, or a label has too few groups.
+        DataError: the file belongs to other photos, or a label has too few groups.
     """
-    # Rank 0 looks for all: a rank that came late would find what rank 0 has written meanwhile.
+    # Rank 0 checks for all: a late rank would find the file that rank 0 has just written.
     is_kept = broadcast_object(path.is_file() if accelerator.is_main_process else False)
     if not is_kept:
         dealt = folds(manifest.labels, groups_of(manifest), config.data.folds, config.seed)
@@ -168,14 +168,14 @@ def deal_folds(config: ExperimentConfig, manifest: Manifest, path: Path, acceler
 
 
 def run_fold(crossval: CrossValidation, fold: int) -> list[dict[str, Any]]:
-    """Train without a fold's photos, then answer them: rows of ``predictions.parquet``.
+    """Train without a fold's photos, then predict them: rows of ``predictions.parquet``.
 
-    A collective. A finished fold keeps its weights and no training state; they answer again, the same to
-    the bit.
+    A collective. A finished fold keeps only its weights, no training state; it predicts again, with
+    bit-identical results.
     """
     trainer = fold_trainer(crossval, fold)
     is_main = crossval.accelerator.is_main_process
-    # Rank 0 looks for all: it also deletes what it looks at.
+    # Rank 0 checks for all, since it also deletes the folder that is checked.
     is_finished = broadcast_object(_is_finished(trainer.run_dir) if is_main else False)
     if is_finished:
         _check_finished(crossval, trainer)
@@ -200,7 +200,7 @@ def _is_finished(run_dir: Path) -> bool:
 
 
 def _drop_checkpoints(run_dir: Path) -> None:
-    """Delete the training state of a finished fold; all of it or, after a kill, none that counts."""
+    """Delete the training state of a finished fold; atomic, because the folder is renamed first."""
     folder, dropped = run_dir / "checkpoints", run_dir / ".checkpoints-dropped"
     shutil.rmtree(dropped, ignore_errors=True)
     if folder.exists():
@@ -209,18 +209,18 @@ def _drop_checkpoints(run_dir: Path) -> None:
 
 
 def _check_finished(crossval: CrossValidation, trainer: Trainer) -> None:
-    """Refuse weights of a finished fold that the present settings would not give.
+    """Refuse weights of a finished fold that the current settings would not reproduce.
 
     Raises:
-        ConfigError: settings that decide about weights are others now.
-        CheckpointError: the backbone is another one.
+        ConfigError: settings that affect the weights have changed.
+        CheckpointError: the backbone has changed.
     """
     was, now = _decisive(load_experiment(trainer.run_dir / "config.yaml")), _decisive(crossval.config)
     changed = [item.name for item in fields(now) if getattr(was, item.name) != getattr(now, item.name)]
     if changed:
         raise ConfigError(
-            f"{trainer.run_dir} was finished with other settings of {', '.join(changed)}: set them back (its "
-            "config.yaml tells), or choose another output_dir"
+            f"{trainer.run_dir} was finished with other settings of {', '.join(changed)}: restore them from "
+            "its config.yaml, or choose another output_dir"
         )
     trained_on = read_config(trainer.run_dir / BEST).backbone.get("sha256")
     if trained_on != crossval.backbone.identity:
@@ -231,7 +231,7 @@ def _check_finished(crossval: CrossValidation, trainer: Trainer) -> None:
 
 
 def _decisive(config: ExperimentConfig) -> ExperimentConfig:
-    """Settings without those that no weight depends on."""
+    """Settings with those reset to defaults that do not affect the weights."""
     return replace(
         config,
         output_dir="",
@@ -246,7 +246,7 @@ def _decisive(config: ExperimentConfig) -> ExperimentConfig:
 
 
 def fold_trainer(crossval: CrossValidation, fold: int) -> Trainer:
-    """A Trainer of a new head on all photos but a fold's, without validation, in a run folder of its own."""
+    """A Trainer of a new head on all photos except a fold's, without validation, in its own run folder."""
     run_dir = Path(crossval.config.output_dir) / f"fold-{fold}"
     config = replace(crossval.config, output_dir=str(run_dir))
     learnt_from = np.flatnonzero(crossval.fold_of_row != fold).tolist()

@@ -1,4 +1,4 @@
-"""From a configuration to data sets: read, checked, cut into views, and as features where cached."""
+"""Builds the data sets of an experiment: loads and checks photos, cuts views, computes cached features."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -45,7 +45,7 @@ class Manifests:
 
 
 def load_manifests(config: ExperimentConfig) -> Manifests:
-    """Read the sources; without a validation source, split one off the training photos by place and group.
+    """Read the sources; without a validation source, split validation photos off the training photos.
 
     Raises:
         DataError: a source cannot be used; the message names file and row.
@@ -59,7 +59,7 @@ def load_manifests(config: ExperimentConfig) -> Manifests:
 
 
 def split_off(train: Manifest, config: ExperimentConfig) -> tuple[Manifest, Manifest]:
-    """Training and validation photos, stratified and parted by place and group.
+    """Training and validation photos, stratified by label and split by place and group.
 
     Raises:
         DataError: there are too few photos or groups of a label.
@@ -75,7 +75,7 @@ def photo_views(config: ExperimentConfig, backbone: Backbone, *, augment: bool) 
     plain = plain_views(config.views, backbone, config.data.max_pixels)
     if not augment:
         return plain
-    # Photos are mixed when they are augmented already, so those stay with the loader.
+    # Mixing needs augmented photos and runs in the loader, so then the augmentation must, too.
     can_wait = not config.keeps_features and config.augment.mix == "off"
     on_device = can_wait and next(backbone.buffers()).device.type == "cuda"
     return replace(plain, augmenter=augmenter_for(config.augment, config.seed), on_device=on_device)
@@ -87,13 +87,13 @@ def training_rows(
     config: ExperimentConfig,
     weights: Sequence[float] | None = None,
 ) -> MapDataset:
-    """What a Trainer learns from: the rows themselves, or mixed with each other where configured.
+    """The rows to train on, mixed with each other if configured.
 
     Args:
-        rows: the augmented rows to learn from; nobody else becomes a partner.
+        rows: the augmented rows to train on; mixing partners are drawn from them only.
         labels: label of each row.
         config: the experiment.
-        weights: sampling weight of each row; None = all alike.
+        weights: sampling weight of each row; None = equal weights.
     """
     if config.augment.mix == "off" or not config.augment.enabled:
         return rows
@@ -109,17 +109,17 @@ class KeptFeatures:
     store: FeatureStore
     hashes: Sequence[str | None]
     done: Extraction
-    """What was computed and found by all ranks together."""
+    """What all ranks together computed and found in the store."""
 
 
 class DatasetBuilder:
-    """Builds the data sets of one experiment; what they share is loaded once.
+    """Builds the data sets of one experiment; shared resources are loaded once.
 
     Args:
         config: the experiment.
-        backbone: frozen, on its device; computes the features that are missing.
-        accelerator: tells rank and device.
-        masks: rows bring targets of the mask head.
+        backbone: frozen, on its device; computes the missing features.
+        accelerator: provides rank and device.
+        masks: rows include targets of the mask head.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class DatasetBuilder:
             BackboneError: photos have descriptions and their encoder cannot be loaded.
         """
         if self._reads_text(manifest):
-            self._text_encoder()  # what cannot be loaded is told before features are computed
+            self._text_encoder()  # fail before features are computed if it cannot be loaded
         if not self.config.keeps_features:
             views = photo_views(self.config, self.backbone, augment=augment)
             if augment and are_on_server(sample.image for sample in manifest):
@@ -146,13 +146,13 @@ class DatasetBuilder:
         kept = self.features(manifest, augment=augment)
         dataset = self._dataset(kept.manifest, kept.views, kept.store, kept.hashes)
         if self.config.features.on_device == "auto":
-            # Mixing computes with single rows, on the CPU.
+            # Mixing computes on single rows, on the CPU.
             mixes = augment and self.config.augment.mix != "off"
             dataset.make_resident(torch.device("cpu") if mixes else self.accelerator.device)
         return dataset
 
     def features(self, manifest: Manifest, *, augment: bool) -> KeptFeatures:
-        """Compute the features of a manifest that the store lacks, each rank its share.
+        """Compute the features of a manifest that are missing in the store, each rank its share.
 
         A collective: every rank returns when all shares are computed, or raises when one is not.
 
@@ -177,7 +177,7 @@ class DatasetBuilder:
         return KeptFeatures(readable, views, store, hashes, done)
 
     def _streamed(self, manifest: Manifest, views: PhotoViews) -> RoadworkDataset:
-        """Photos to train on that lie on a server: unreadable ones show when they are read."""
+        """Training photos on a server; unreadable ones are found only when they are read."""
         return StreamedDataset(
             manifest,
             views=views,
@@ -188,17 +188,17 @@ class DatasetBuilder:
         )
 
     def _readable(self, manifest: Manifest) -> Manifest:
-        with progress_bar(f"checking {manifest.name}", self.accelerator) as tell:
+        with progress_bar(f"checking {manifest.name}", self.accelerator) as advance:
             return check_images(
                 manifest,
                 max_share=self.config.data.max_unreadable_share,
                 max_pixels=self.config.data.max_pixels,
                 workers=max(1, self.config.workers),
-                on_progress=tell,
+                on_progress=advance,
             ).readable
 
     def _content(self, manifest: Manifest) -> list[str | None]:
-        """Content of each photo; a collective: every rank reads a part of them and all learn the whole."""
+        """Content hash of each photo. A collective: every rank hashes a part, and all get the whole list."""
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         images = [sample.image for sample in manifest.samples[rank::ranks]]
         shares = gather_results(lambda: content_hashes(images, self.root))
@@ -208,7 +208,7 @@ class DatasetBuilder:
         return hashes
 
     def _faulty_masks(self, manifest: Manifest, hashes: Sequence[str | None]) -> dict[int, str]:
-        """What is wrong with masks, by row; a collective: every rank looks at a part of them."""
+        """Problems of masks, by row. A collective: every rank checks a part of them."""
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         samples, limit = manifest.samples[rank::ranks], self.config.data.max_pixels
         shares = gather_results(
@@ -219,12 +219,12 @@ class DatasetBuilder:
     def _extract(
         self, manifest: Manifest, hashes: Sequence[str | None], views: PhotoViews, store: FeatureStore
     ) -> Extraction:
-        """Compute missing features, each rank its share; what all ranks together did."""
+        """Compute missing features, each rank its share; returns the result of all ranks together."""
         accelerator = self.accelerator
 
         def own_share() -> Extraction:
             try:
-                with progress_bar(f"features of {manifest.name}", accelerator, unit="images") as tell:
+                with progress_bar(f"features of {manifest.name}", accelerator, unit="images") as advance:
                     return extract(
                         manifest.samples,
                         hashes,
@@ -235,13 +235,14 @@ class DatasetBuilder:
                         augment_on=accelerator.device if accelerator.device.type == "cuda" else None,
                         workers=self.config.workers,
                         share=(accelerator.process_index, accelerator.num_processes),
-                        on_progress=tell,
+                        on_progress=advance,
                     )
-            except RoadworkError as error:  # the others may compute for hours yet
+            except RoadworkError as error:  # log it now, since the other ranks may compute for hours
                 logger.error("features of %s: %s", manifest.name, error)
                 raise
 
-        # Nobody reads a feature before all shares are computed, and all ranks leave out the same photos.
+        # Gathering ensures that all shares are computed before a feature is read, and that all ranks leave
+        # out the same photos.
         shares = gather_results(own_share)
         unreadable = {row: text for each in shares for row, text in each.unreadable.items()}
         computed, found = (sum(getattr(each, name) for each in shares) for name in ("computed", "found"))

@@ -1,4 +1,4 @@
-"""A finished run, evaluated again: on its own photos, on others, or at another threshold."""
+"""Evaluates a finished run again: on its own or other photos, or with another threshold."""
 
 import json
 from collections.abc import Iterable
@@ -35,7 +35,7 @@ from roadwork_dist.trainer.feed.loader import load_batches
 
 @dataclass(frozen=True)
 class EvaluationFiles:
-    """Where an evaluation is written."""
+    """Output files of an evaluation."""
 
     figures: Path
     predictions: Path
@@ -50,26 +50,26 @@ def evaluate_run(
     select: int | None = None,
     output: Path | None = None,
 ) -> EvaluationFiles:
-    """Predict with the best weights of a run, print the figures and write them.
+    """Predict with the best weights of a run, then print and write the figures.
 
-    Features come from and go to the run's feature store where the run used one. Where crops are selected,
-    photos are read and only the global view and those crops go through the backbone.
+    Features are read from and added to the run's feature store if it used one. If crops are selected, photos
+    are read instead, and only the global view and the selected crops go through the backbone.
 
     Args:
-        run_dir: run folder; its ``config.yaml`` says how photos are read.
-        source: other photos with labels, in any form that ``data.train`` takes; None = the run's
-            own ``val`` and ``target``.
-        image_root: folder that relative image paths of ``source`` start from; None = that of its table.
-        threshold: decision threshold; None = the one that was chosen on ``val``, with as many crops.
-        select: crops looked at beside the global view; as many as there are, or more, = all; None =
+        run_dir: run folder; its ``config.yaml`` defines how photos are read.
+        source: other photos with labels, in any form that ``data.train`` accepts; None = the run's own
+            ``val`` and ``target``.
+        image_root: base folder of relative image paths in ``source``; None = the folder of its table.
+        threshold: decision threshold; None = the one chosen on ``val`` for this number of crops.
+        select: number of crops used besides the global view; the number of crops or more = all; None =
             ``views.select`` of the run.
-        output: JSON file for the figures; predictions go beside it as Parquet. None = the run's own
-            ``evaluation.json`` and ``predictions.parquet`` where all views of its own photos are evaluated
-            at its own threshold, else ``evaluations/`` of the run folder. Only None replaces the run's own.
+        output: JSON file for the figures; predictions are written next to it as Parquet. None = the run's
+            ``evaluation.json`` and ``predictions.parquet`` if all views of its own photos are evaluated at
+            its own threshold, else ``evaluations/`` in the run folder. Only None replaces the run's files.
 
     Raises:
         DataError: photos or labels cannot be used.
-        CheckpointError: the best weights are absent or damaged, the backbone is another, or no selector
+        CheckpointError: the best weights are missing or damaged, the backbone is another one, or no selector
             was distilled.
         ConfigError: the files cannot be written, or would replace a source or the run's own figures.
     """
@@ -90,7 +90,7 @@ def evaluate_run(
     predictor = Predictor.from_pretrained(
         run_dir / "best", device=device, max_pixels=config.data.max_pixels, select=select or ALL_CROPS
     )
-    if select is not None:  # crops are chosen by what the backbone sees in the photo, which no store keeps
+    if select is not None:  # the selector needs feature maps of the global view, which no store keeps
         config = replace(config, features=replace(config.features, mode="online"))
     rows = _predict(config, predictor, splits)
     write_predictions(files.predictions, rows, synthetic=synthetic)
@@ -110,21 +110,21 @@ def _own_photos(config: ExperimentConfig) -> Manifests:
     except DataError as error:
         sources = (config.data.train, config.data.val, config.data.target)
         missing = any(s and not s.startswith("hf:") and not Path(s).exists() for s in sources)
-        hint = f"; the run's paths start from the folder it was started in, here is {Path.cwd()}"
+        hint = f"; paths are relative to the folder the run was started in, the current one is {Path.cwd()}"
         raise DataError(f"{error}{hint if missing else ''}") from error
 
 
 def _refuse_to_replace(output: Path, run_dir: Path, sources: Iterable[str | None]) -> None:
-    """Refuse an output that would replace what photos are read from, or the run's own figures.
+    """Refuse an output that would replace a source of photos, or the run's own figures.
 
     Raises:
-        ConfigError: it or the predictions beside it would.
+        ConfigError: the output, or the predictions next to it, would.
     """
     read = {Path(source).resolve() for source in sources if source}
     own = {(run_dir / name).resolve() for name in ("evaluation.json", "predictions.parquet")}
     for path in (output, output.with_suffix(".parquet")):
         found = path.resolve()
-        is_read = found in read or (found.parent in read and found.exists())  # tables and indices of folders
+        is_read = found in read or (found.parent in read and found.exists())  # tables and indexes in folders
         if is_read or found in own:
             what = "photos are read from it" if is_read else "it holds the run's own figures or predictions"
             raise ConfigError(
@@ -135,7 +135,7 @@ def _refuse_to_replace(output: Path, run_dir: Path, sources: Iterable[str | None
 def _files(
     run_dir: Path, source: str | None, threshold: float | None, select: int | None, output: Path | None
 ) -> EvaluationFiles:
-    """Where to write; proven to be writable before anything is computed."""
+    """The output files, checked to be writable before anything is computed."""
     if output is not None:
         files = EvaluationFiles(output, output.with_suffix(".parquet"))
     elif source is None and threshold is None and select is None:
@@ -154,7 +154,7 @@ def _files(
     except OSError as error:
         raise ConfigError(
             f"{files.figures} cannot be written ({error.strerror or error}): choose another file with "
-            "--output, or mend its folder"
+            "--output, or fix its folder"
         ) from error
     return files
 
@@ -162,7 +162,7 @@ def _files(
 def _predict(
     config: ExperimentConfig, predictor: Predictor, splits: dict[str, Manifest]
 ) -> list[dict[str, Any]]:
-    """Rows of ``predictions.parquet`` of every split."""
+    """Rows of ``predictions.parquet`` for every split."""
     backbone, head = predictor.model.backbone, predictor.model.head
     assert isinstance(backbone, Backbone)  # from_pretrained always gives one
     accelerator = build_accelerator(device=config.device)

@@ -1,4 +1,4 @@
-"""Features of an experiment's photos, computed before anything is trained on them."""
+"""Feature extraction for an experiment's photos, as a separate step before training."""
 
 import time
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from roadwork_dist.trainer.engine.accelerator import build_accelerator, share_co
 
 @dataclass(frozen=True)
 class ExtractedSet:
-    """What was done for one set of photos, by all ranks together."""
+    """Result for one set of photos, of all ranks together."""
 
     name: str
     photos: int
@@ -35,20 +35,20 @@ class ExtractedSet:
 
 
 def extract_features(config: ExperimentConfig) -> list[ExtractedSet]:
-    """Compute what ``pretrain`` with these settings would compute before its first step.
+    """Compute the features that ``pretrain`` with these settings would compute before its first step.
 
-    A collective: under a launcher every rank computes its share and returns the same.
+    A collective: under a launcher every rank computes its share, and all return the same result.
 
     Raises:
-        ConfigError: the settings keep no features, or the store cannot be written.
+        ConfigError: the settings cache no features, or the store cannot be written.
         DataError: the data cannot be used.
         BackboneError: the backbone cannot be loaded.
     """
     if not config.keeps_features:
         raise ConfigError(
             f"features.mode is {config.features.mode!r}, backbone.trainable {config.backbone.trainable!r}, "
-            f"augment.copies {config.augment.copies}: with these no features are kept; expected a frozen "
-            "backbone and at least one copy, or set features.mode to cached"
+            f"augment.copies {config.augment.copies}: with these settings no features are cached; expected a "
+            "frozen backbone and at least one copy, or set features.mode to cached"
         )
     share_cores(config.workers)
     accelerator = build_accelerator(device=config.device)

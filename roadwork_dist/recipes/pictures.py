@@ -1,4 +1,4 @@
-"""Views of a run's photos for pictures, without its backbone."""
+"""Loads views of a run's photos for pictures in a report, without loading its backbone."""
 
 import logging
 from functools import cached_property
@@ -16,9 +16,9 @@ logger = logging.getLogger(__name__)
 
 
 class PicturesOfRun:
-    """Views of a run's photos by split and id, decoded when asked for; tables are read at the first one.
+    """Views of a run's photos by split and id, decoded on demand; tables are read on first use.
 
-    Very long photos are padded with ImageNet's mean colour, whatever the backbone's is.
+    Very elongated photos are padded with ImageNet's mean colour, not with the backbone's.
 
     Args:
         config: settings of the run.
@@ -26,11 +26,12 @@ class PicturesOfRun:
 
     Raises:
         ConfigError: the tiles would leave gaps.
+        ValueError: ``size`` is ``auto``.
     """
 
     def __init__(self, config: ExperimentConfig, views: ViewsConfig) -> None:
         if views.size == "auto":
-            raise ValueError("the size of a view has to be in px")
+            raise ValueError("views.size is 'auto', expected the size of a view in px")
         self._config = config
         self._views = PhotoViews(
             ViewGeometry(views.size, views.grid, views.scale, views.policy), None, config.data.max_pixels
@@ -40,7 +41,7 @@ class PicturesOfRun:
         """[V, 3, S, S] uint8.
 
         Raises:
-            DataError: the photo is not at hand; the message says why.
+            DataError: the photo is not available; the message says why.
         """
         is_of_train = split == OUT_OF_FOLD or (split == "val" and self._config.data.val is None)
         sample = self._samples.get(("train" if is_of_train else split, sample_id))

@@ -1,4 +1,4 @@
-"""What the Trainer would refuse, told before hours go into features."""
+"""Early checks of settings that the Trainer would refuse only after hours of feature extraction."""
 
 from pathlib import Path
 
@@ -14,11 +14,11 @@ from roadwork_dist.trainer.optim.schedules import SHAPES
 
 
 def check_recipe(config: ExperimentConfig) -> None:
-    """Refuse a run that could not start; reads names of files only.
+    """Refuse a run that could not start; reads file names only.
 
     Raises:
         ConfigError: no optimizer, schedule, fusion, part of the loss or validation figure has the
-            configured name, no GPU can decode photos though one is to, or ``resume`` is ``never`` and the
+            configured name, GPU decoding is configured but not available, or ``resume`` is ``never`` and the
             run folder holds checkpoints.
     """
     _ = OPTIMIZERS[config.optim.name], SHAPES[config.schedule.name]

@@ -1,4 +1,4 @@
-"""A whole experiment: photos on disk to a trained, evaluated, reported detector."""
+"""A complete experiment: builds the data and the model, trains, evaluates and writes the report."""
 
 import json
 import logging
@@ -41,14 +41,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Experiment:
-    """What a configuration stands for, wired but not started."""
+    """The objects of an experiment, ready to train."""
 
     config: ExperimentConfig
     trainer: Trainer
     task: RoadworkTask
     model: RoadworkModel
     datasets: dict[str, RoadworkDataset]
-    """``val`` and, where the target photos have labels, ``target``: what is evaluated at the end."""
+    """Data sets to evaluate at the end: ``val`` and, if the target photos have labels, ``target``."""
     is_synthetic: bool
 
     @property
@@ -58,7 +58,7 @@ class Experiment:
 
 
 def build_experiment(config: ExperimentConfig) -> Experiment:
-    """Read the data, compute missing features and wire a Trainer.
+    """Read the data, compute missing features and build a Trainer.
 
     Raises:
         ConfigError: a setting cannot be used.
@@ -101,7 +101,7 @@ def build_experiment(config: ExperimentConfig) -> Experiment:
 
 
 def evaluated(manifests: Manifests) -> dict[str, Manifest]:
-    """The photos that a run is evaluated on, by split: ``val``, and ``target`` where it has labels."""
+    """The photos that a run is evaluated on, by split: ``val``, and ``target`` if it has labels."""
     splits = {"val": manifests.val}
     if manifests.target is not None and (manifests.target.labels != UNLABELLED).any():
         splits["target"] = manifests.target.labelled()
@@ -109,32 +109,32 @@ def evaluated(manifests: Manifests) -> dict[str, Manifest]:
 
 
 def count_backbone(backbone: Backbone, size: int) -> float:
-    """Floating-point operations of the backbone for a training view.
+    """Floating-point operations of the backbone per training view.
 
-    0, and said, for a network that does not run on the meta device, as some of the hubs' do not.
+    0, with a log message, if the network does not run on the meta device, as some hub networks do not.
     """
     try:
         return backbone.training_operations(size)
     except (RuntimeError, NotImplementedError, TypeError) as error:
-        logger.info("no backbone_mfu, for the operations of %s cannot be counted: %s", backbone.name, error)
+        logger.info("no backbone_mfu: the operations of %s cannot be counted: %s", backbone.name, error)
         return 0.0
 
 
 def wants_masks(config: ExperimentConfig, manifest: Manifest) -> bool:
-    """Whether the model gets a mask head: as configured, or where the photos have masks."""
+    """Whether the model gets a mask head: as configured, or for ``auto`` if the photos have masks."""
     return config.model.mask_head == "on" or (config.model.mask_head == "auto" and manifest.has_masks)
 
 
 def build_task(config: ExperimentConfig, *, mask_head: bool) -> RoadworkTask:
-    """Loss and figures."""
+    """The task: loss and validation figures."""
     return RoadworkTask(
         RoadworkLoss(config.loss, with_masks=mask_head, with_experts=config.model.experts > 0)
     )
 
 
 def build_model(config: ExperimentConfig, backbone: Backbone, *, mask_head: bool) -> RoadworkModel:
-    """The detector; with cached features it holds the head alone and names the backbone."""
-    torch.manual_seed(config.seed)  # the same first weights on every rank and after every restart
+    """The detector; with cached features it contains only the head and the identity of the backbone."""
+    torch.manual_seed(config.seed)  # the same initial weights on every rank and after every restart
     head = RoadworkHead(backbone.width, config.model, mask_head=mask_head)
     model = RoadworkModel(head, None if config.keeps_features else backbone)
     settings = replace(config.backbone, name=backbone.name)
@@ -152,7 +152,7 @@ def build_model(config: ExperimentConfig, backbone: Backbone, *, mask_head: bool
 def _sample_weights(
     config: ExperimentConfig, train: Manifest, manifests: Manifests, accelerator: Accelerator
 ) -> list[float] | None:
-    """GPS weights, checked by drawing from them before anything is trained."""
+    """GPS sampling weights, or None; prints the report about them."""
     if not config.gps.enabled:
         return None
     weights, report = gps_weights(train, manifests.target, config.gps, seed=config.seed)
@@ -163,12 +163,12 @@ def _sample_weights(
 
 
 def is_synthetic(config: ExperimentConfig) -> bool:
-    """Whether the training photos come from this package's generator, which leaves a marker."""
+    """Whether the training photos were made by this package's generator, which writes a marker."""
     return is_synthetic_source(config.data.train, config.data)
 
 
 def run_experiment(config: ExperimentConfig) -> Path:
-    """Train (or go on training), evaluate the best weights and write the report.
+    """Train (or resume training), evaluate the best weights and write the report.
 
     Every rank runs this. Rank 0 writes ``predictions.parquet``, ``evaluation.json`` and
     ``report.html`` to the run folder and prints the figures.
@@ -177,7 +177,7 @@ def run_experiment(config: ExperimentConfig) -> Path:
         The run folder.
 
     Raises:
-        RoadworkError: whatever stops the run; see :func:`build_experiment` and :meth:`Trainer.fit`.
+        RoadworkError: anything that stops the run; see :func:`build_experiment` and :meth:`Trainer.fit`.
     """
     experiment = build_experiment(config)
     experiment.trainer.fit()
@@ -193,9 +193,9 @@ def run_experiment(config: ExperimentConfig) -> Path:
 
 
 def predict_all(experiment: Experiment) -> list[dict[str, Any]]:
-    """Rows of ``predictions.parquet`` for every evaluated split, by the best weights.
+    """Rows of ``predictions.parquet`` for every evaluated split, predicted with the best weights.
 
-    A collective: every rank takes a share of each split.
+    A collective: every rank predicts a share of each split.
     """
     experiment.trainer.load_weights(read_weights(experiment.trainer.run_dir / "best"))
     rows: list[dict[str, Any]] = []
@@ -205,7 +205,7 @@ def predict_all(experiment: Experiment) -> list[dict[str, Any]]:
 
 
 def prediction_rows(manifest: Manifest, rows: Mapping[str, Tensor], split: str) -> list[dict[str, Any]]:
-    """Per-row tensors of a pass as rows of ``predictions.parquet``, in the manifest's order."""
+    """Per-row output tensors as rows of ``predictions.parquet``, in the order of the manifest."""
     order = rows["index"].argsort()
     logits = rows["logits"].float()[order]
     probabilities = logits.double().softmax(dim=1)[:, 1]
@@ -233,7 +233,7 @@ def prediction_rows(manifest: Manifest, rows: Mapping[str, Tensor], split: str) 
 
 
 def _photo_size(sample: Sample) -> dict[str, int | None]:
-    """Size in px from the photo's header; null where the photo is gone (its features may be kept)."""
+    """Size in px from the photo's header; None if the photo is gone (its features may still exist)."""
     try:
         height, width = photo_size(sample.image)
     except DataError:
@@ -242,7 +242,7 @@ def _photo_size(sample: Sample) -> dict[str, int | None]:
 
 
 def write_evaluation(run_dir: Path, config: ExperimentConfig, synthetic: bool) -> None:
-    """Evaluate a run's predictions, print the figures, keep them and the decision threshold."""
+    """Evaluate a run's predictions, print the figures, and write them and the decision threshold."""
     results = evaluate_splits(run_dir / "predictions.parquet", config, synthetic)
     write_atomic(run_dir / "evaluation.json", json.dumps(results, indent=1).encode())
     if "val" in results:
@@ -253,16 +253,16 @@ def write_evaluation(run_dir: Path, config: ExperimentConfig, synthetic: bool) -
 def evaluate_splits(
     predictions: Path, config: ExperimentConfig, synthetic: bool, threshold: float | None = None
 ) -> dict[str, Any]:
-    """Evaluate and print every labelled split of a file of predictions.
+    """Evaluate every labelled split of a predictions file and print the figures.
 
     Args:
         predictions: the file.
         config: bootstrap and seed.
-        synthetic: whether to say that the photos are synthetic.
+        synthetic: whether to state that the photos are synthetic.
         threshold: decision threshold; None = the best one on ``val``.
 
     Returns:
-        What ``evaluate_predictions`` gives, by split.
+        Results of ``evaluate_predictions``, by split.
     """
     results = {}
     for split in splits_of(read_predictions(predictions), threshold):
@@ -275,7 +275,7 @@ def evaluate_splits(
 
 
 def _chosen_on(split: EvaluatedSplit) -> str:
-    """What was chosen on the labels of these photos."""
+    """A note about what was chosen with the labels of these photos."""
     if split.held_out:
         return ""
     chose_threshold = split.threshold_from == split.name
@@ -287,7 +287,7 @@ class ViewsById:
     """Views of an evaluated photo by its split and id, for the report's pictures.
 
     Args:
-        datasets: the photos by split; ids are unique within one only.
+        datasets: the photos by split; ids are unique only within a split.
     """
 
     def __init__(self, datasets: Mapping[str, RoadworkDataset]) -> None:

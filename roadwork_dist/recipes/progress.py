@@ -1,4 +1,4 @@
-"""Progress of what comes before training: a bar on a terminal, lines now and then elsewhere."""
+"""Progress display of the steps before training: a bar in a terminal, occasional lines elsewhere."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -9,14 +9,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 LINE_EVERY_S = 30.0
-"""Where there is no terminal, a line is printed so often."""
+"""Interval of the lines that are printed without a terminal."""
 
 
 class Pace:
-    """How fast something goes, of which a part was done before.
+    """Rate and remaining time of work, a part of which may have been done earlier.
 
     Args:
-        clock: seconds.
+        clock: current time in seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -24,23 +24,23 @@ class Pace:
         self.before: int | None = None
         self.done = self.total = 0
 
-    def tell(self, done: int, total: int) -> None:
-        """Take what is done; the first time, that was done before."""
+    def update(self, done: int, total: int) -> None:
+        """Update the progress; the first call sets what was done earlier."""
         self.before = done if self.before is None else self.before
         self.done, self.total = done, total
 
     @property
     def seconds(self) -> float:
-        """Time since it began."""
+        """Seconds since the start."""
         return self._clock() - self._started
 
     @property
     def rate(self) -> float:
-        """Done a second since it began."""
+        """Items per second since the start."""
         return (self.done - (self.before or 0)) / max(self.seconds, 1e-9)
 
     def left(self) -> str:
-        """Time to the end at this pace, such as ``1:02:03``."""
+        """Remaining time at this rate, such as ``1:02:03``."""
         if not self.rate:
             return "-:--:--"
         minutes, seconds = divmod(round((self.total - self.done) / self.rate), 60)
@@ -51,12 +51,12 @@ class Pace:
 def progress_bar(
     name: str, accelerator: Accelerator | None = None, unit: str = ""
 ) -> Iterator[Callable[[int, int], None]]:
-    """Give a function that is told (done, total); only the first of several processes shows it.
+    """Yield a function to call with (done, total); only the main process shows the progress.
 
     Args:
-        name: what is done.
-        accelerator: which process this is; ``None`` = the only one.
-        unit: what is counted, to be shown with its rate; "" = only the numbers.
+        name: description of the work.
+        accelerator: identifies this process; ``None`` = the only process.
+        unit: unit of the items, shown with their rate; "" = show no rate.
     """
     if accelerator is not None and not accelerator.is_main_process:
         yield lambda done, total: None
@@ -72,16 +72,16 @@ def progress_bar(
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
         task = progress.add_task(name, pace="")
 
-        def tell(done: int, total: int) -> None:
+        def advance(done: int, total: int) -> None:
             nonlocal next_line
-            pace.tell(done, total)
+            pace.update(done, total)
             speed = f"{pace.rate:.1f} {unit}/s, " if unit else ""
             progress.update(task, completed=done, total=total, pace=f"{speed}{pace.left()} left")
             if not console.is_terminal and pace.seconds >= next_line:
                 next_line = pace.seconds + LINE_EVERY_S
                 console.print(f"{name}: {done} of {total}, {speed}{pace.left()} left")
 
-        yield tell
+        yield advance
     line = f"{name}: {pace.done} of {pace.total}, {pace.seconds:.1f} s"
     if unit and pace.before:
         line += f", {pace.before} were there"

@@ -1,4 +1,4 @@
-"""Training the view selector of a finished run on its own training photos.
+"""Trains the view selector of a finished run on the run's training photos.
 
 B batch · N photos · K crops · C channels of the backbone's last map
 """
@@ -41,36 +41,36 @@ from roadwork_dist.trainer.engine.accelerator import build_accelerator
 from roadwork_dist.trainer.feed.loader import load_batches
 
 HELD_OUT = 0.2
-"""Share of the training photos' places and groups that only say when to stop."""
+"""Share of the training photos' places and groups that is held out for early stopping."""
 
 
 MOST_PHOTOS = 5_000
-"""Training photos that a selector learns from: it has few weights, and each photo is read again."""
+"""Maximum number of training photos: a selector has few weights, and every photo must be read again."""
 
 
 @dataclass(frozen=True)
 class TrainedSelector:
-    """What :func:`train_view_selector` did."""
+    """Result of :func:`train_view_selector`."""
 
     path: Path
     figures: SelectorFigures
 
 
 def train_view_selector(run_dir: Path) -> TrainedSelector:
-    """Teach a selector which crops the best weights of a run look at, and write it beside them.
+    """Train a selector to predict which crops the best weights of a run use, and write it next to them.
 
-    The teacher sees the run's training photos un-augmented: their features are read from the run's store, or
-    computed once and kept there. (Of a flipped global view left is right, so the augmented copies that the
-    head learns from would teach the wrong crops.) Validation photos choose a threshold for every number of
-    crops, as they do for all views; target photos take no part.
+    The teacher sees the run's training photos without augmentation: their features are read from the run's
+    store, or computed once and added to it. (In a flipped global view left is right, so the augmented copies
+    that the head is trained on would teach the wrong crops.) A threshold for every number of crops is chosen
+    on the validation photos, as it is for all views; target photos are not used.
 
-    Collective where there are several ranks: each computes its share of missing features; all train alike,
-    and rank 0 writes.
+    A collective: each rank computes its share of missing features, all train the same selector, and rank 0
+    writes it.
 
     Raises:
-        ConfigError: the model has no gates that say which views matter, or photos have one view only.
+        ConfigError: the model has no gates that rate the views, or photos have one view only.
         DataError: the training photos cannot be used, or are too few.
-        CheckpointError: the best weights are absent or damaged, or the backbone is another.
+        CheckpointError: the best weights are missing or damaged, or the backbone is another one.
     """
     config = load_experiment(run_dir / "config.yaml")
     _check_gates(config)
@@ -105,17 +105,17 @@ def _some(manifest: Manifest, seed: int) -> Manifest:
 
 def _check_gates(config: ExperimentConfig) -> None:
     if config.views.policy == "global":
-        raise ConfigError("views.policy is 'global': photos have no crops to select among")
+        raise ConfigError("views.policy is 'global': photos have no crops to select from")
     if not FUSIONS[fusion_name(config.model)].gates_views and config.model.prune_keep == 1:
         raise ConfigError(
             f"model.view_fusion is {config.model.view_fusion!r} and model.prune_keep is 1: the model has no "
-            "gates that say which views matter; train with one of them"
+            "gates that rate the views; train with gated fusion or with model.prune_keep below 1"
         )
 
 
 @dataclass(frozen=True)
 class Seen:
-    """A batch with the features of all views, and what the global views show inside the crops' frames."""
+    """A batch with the features of all views, and the global views' mean features in the crops' regions."""
 
     batch: Batch
     regions: Tensor  # [B, K, C]
@@ -123,18 +123,18 @@ class Seen:
 
 @torch.no_grad()
 def teach(predictor: Predictor, dataset: RoadworkDataset, config: ExperimentConfig) -> Teaching:
-    """What the full model says about the photos of a data set that have crops."""
+    """The full model's view gates for the photos of a data set that have crops."""
     regions: list[Tensor] = []
     gates: list[Tensor] = []
     rows: list[Tensor] = []
     for seen in seen_batches(predictor, dataset, config):
         with_crops = seen.batch["view_mask"].sum(dim=1) > 1
-        if bool(with_crops.any()):  # else the batch has no place for crops
+        if bool(with_crops.any()):  # else the batch may have no axis for crops
             gates.append(predictor.forward(seen.batch).view_gates[with_crops, 1:].float().cpu())
             regions.append(seen.regions[with_crops].cpu())
             rows.append(seen.batch["index"][with_crops].cpu())
     if not rows:
-        raise DataError(f"{dataset.manifest.name}: no photo is large enough to have crops to select among")
+        raise DataError(f"{dataset.manifest.name}: no photo is large enough to have crops to select from")
     held_out = hold_out(dataset.manifest, config.seed)[torch.cat(rows)]
     return Teaching(torch.cat(regions), torch.cat(gates), held_out)
 
@@ -145,7 +145,7 @@ def thresholds_of(
 ) -> dict[int, float]:
     """The best decision threshold on labelled photos for every number of crops.
 
-    A model that sees less is less sure, so the threshold for all views is not the best one for some.
+    A model that sees fewer views is less confident, so the threshold for all views is not the best for fewer.
     """
     selector = selector.to(predictor.device)
     answers: dict[int, list[Tensor]] = {count: [] for count in range(1, selector.crops)}
@@ -161,9 +161,9 @@ def thresholds_of(
 
 
 def seen_batches(predictor: Predictor, dataset: RoadworkDataset, config: ExperimentConfig) -> Iterator[Seen]:
-    """The photos of a data set, all views of them, on the device.
+    """All views of the photos of a data set, on the device.
 
-    Features come from the data set's store where it has one; what the global view shows is kept nowhere, so
+    Features come from the data set's store if it has one. Feature maps of the global view are not stored, so
     every photo is read, and its global view goes through the backbone.
     """
     backbone = predictor.model.backbone
@@ -190,7 +190,7 @@ def seen_batches(predictor: Predictor, dataset: RoadworkDataset, config: Experim
 
 
 def hold_out(manifest: Manifest, seed: int) -> Tensor:
-    """[N] bool: photos of a fifth of the places and groups (at least one), drawn by the seed."""
+    """[N] bool: photos of a random fifth of the places and groups (at least one), drawn by the seed."""
     groups = torch.from_numpy(groups_of(manifest))
     distinct = groups.unique()  # type: ignore[no-untyped-call]
     order = torch.from_numpy(generator_for(seed, "distil-hold-out").permutation(len(distinct)))

@@ -1,4 +1,4 @@
-"""Compact shards for an experiment: which views they are made for, and what the features lose by it.
+"""Compact shards for an experiment: the views they are made for, and their effect on the features.
 
 V views of a photo · D width of the backbone
 """
@@ -25,7 +25,7 @@ class Compaction:
 
     Args:
         config: views and backbone.
-        samples: photos by which :meth:`loss` measures; 0 = none, then the backbone is loaded only where
+        samples: number of photos that :meth:`loss` measures; 0 = none, then the backbone is loaded only if
             ``views.size`` is ``auto``.
 
     Raises:
@@ -41,17 +41,17 @@ class Compaction:
 
     @property
     def geometry(self) -> ViewGeometry:
-        """The views; without a backbone the colour of the padding, which is not stored, is the default."""
+        """The views; without a backbone, the padding colour (which is not stored) is the default."""
         if self._backbone is None:
             return geometry_for(self.config.views, 0, ViewGeometry.pad_colour)
         return self._views(self._backbone).geometry
 
     def loss(self, originals: Manifest, folder: Path) -> list[str]:
-        """Cosine similarity of features of originals and of compact photos, as lines to print.
+        """Cosine similarity of the features of original and compact photos, as lines to print.
 
         Args:
-            originals: the source of the set.
-            folder: the finished set.
+            originals: the source of the shard set.
+            folder: the finished shard set.
         """
         backbone = self._backbone
         if backbone is None or not self.samples:
@@ -61,7 +61,7 @@ class Compaction:
         by_id = {sample.id: sample for sample in originals}
         found: dict[str, list[float]] = defaultdict(list)
         views = self._views(backbone)
-        with progress_bar("features of originals and compact photos") as tell:
+        with progress_bar("features of originals and compact photos") as advance:
             for done, row in enumerate(rows.tolist()):
                 features = [
                     backbone(views.plain(sample.image)).float().cpu()  # V D
@@ -69,7 +69,7 @@ class Compaction:
                 ]
                 for kind, value in zip(view_kinds(len(features[0])), cosines(*features), strict=True):
                     found[kind].append(value)
-                tell(done + 1, len(rows))
+                advance(done + 1, len(rows))
         name = f"{backbone.name}, {self.config.backbone.dtype}, {len(rows)} photos"
         return [
             f"cosine similarity of features, original against compact ({name}):",
@@ -84,11 +84,11 @@ class Compaction:
 
 
 def view_kinds(count: int) -> list[str]:
-    """What each of a photo's views is: the whole photo, a tile, or one of the two squares."""
+    """Kind of each view of a photo: the whole photo, a tile, or one of the two squares."""
     return ["global"] if count == 1 else ["global", *["tiles"] * (count - 3), *["squares"] * 2]
 
 
 def cosines(left: Tensor, right: Tensor) -> list[float]:
-    """Cosine similarity view by view of two [V, D]."""
+    """Cosine similarity of two [V, D] tensors, per view."""
     values: list[float] = torch.nn.functional.cosine_similarity(left, right, dim=1).tolist()
     return values

@@ -64,7 +64,7 @@ def test_list_shows_each_checkpoint_in_a_line(folder: Path, capsys: pytest.Captu
     head, second, third, sixth, fourth = capsys.readouterr().out.splitlines()
     assert head.split() == ["step", "epoch", "figure", "size", "processes", "engine", "age", "complete"]
     assert second.split()[0] == "2"
-    assert second.endswith("no: state.json is not as manifest.json says")
+    assert second.endswith("no: state.json does not match manifest.json")
     assert third.split()[:3] == ["3", "1", "mcc"]
     assert third.split()[-5:] == ["2", "fsdp2", "1", "d", "yes"]
     assert "fsdp2" in sixth
@@ -145,11 +145,11 @@ def test_prune_keeps_the_newest_whole_ones_and_the_best(
     ("arguments", "told"),
     [
         (["lisst", "x"], "unknown command 'checkpoint lisst': did you mean 'checkpoint list'?"),
-        (["list", "absent"], "absent is no folder: expected a run folder"),
+        (["list", "absent"], "absent is not a folder: expected a run folder"),
         (["verify", "."], ". holds no checkpoint: expected a run folder"),
         (["prune"], "the following arguments are required: RUN"),
         (["prune", "step-00000001"], "expected the folder of its run"),
-        (["consolidate", "absent", "out"], "absent is no folder"),
+        (["consolidate", "absent", "out"], "absent is not a folder"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -173,7 +173,7 @@ def test_what_is_not_there_is_one_line(
     for step in (2, 3, 4, 6):
         damage(folder, step)
     assert main(["checkpoint", "consolidate", str(folder), str(tmp_path / "a")]) == 2
-    assert "has no whole checkpoint" in capsys.readouterr().err
+    assert "has no intact checkpoint" in capsys.readouterr().err
     run(train, tmp_path / "plain", False)
     assert main(["checkpoint", "consolidate", str(tmp_path / "plain"), str(tmp_path / "a"), "--average"]) == 2
     assert "holds no average: its run was trained with ema.enabled false" in capsys.readouterr().err

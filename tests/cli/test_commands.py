@@ -135,7 +135,7 @@ def test_predict_of_broken_files_alone(
         ("run", "missing/o.csv", "photo.jpg", "does not exist"),
         ("run", "folder.csv", "photo.jpg", "is a folder"),
         ("empty", "o.csv", "photo.jpg", "holds no saved model"),
-        ("nowhere", "o.csv", "photo.jpg", "is no folder: expected a run folder"),
+        ("nowhere", "o.csv", "photo.jpg", "is not a folder: expected a run folder"),
     ],
 )
 def test_predict_refuses(

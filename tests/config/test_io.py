@@ -188,8 +188,8 @@ def test_wrong_values_are_one_line_with_what_was_expected(words: str, told: str)
     [
         (b"a: [", "own.yaml cannot be read as YAML"),
         (b"\xff\xfe\x00", "own.yaml cannot be read as YAML"),
-        (b"", "own.yaml holds no settings"),
-        (b"- 1", r"own.yaml holds no settings: expected lines like `epochs: 3`, got \[1\]"),
+        (b"", "own.yaml contains no settings"),
+        (b"- 1", r"own.yaml contains no settings: expected lines like `epochs: 3`, got \[1\]"),
         (b"epochs: many", "epochs is 'many', expected int"),
         (b"optim: 4", "own.yaml: optim is 4, expected settings below it, such as `optim: {name: …}`"),
         (b"tracking: {wandb: offline}", "tracking.wandb is 'offline', expected settings below it"),

@@ -1,4 +1,4 @@
-"""Mixing of photos against naive loops, and who is mixed with whom."""
+"""Mixing of photos against naive loops, and the choice of partners."""
 
 import io
 from collections import Counter
@@ -43,7 +43,7 @@ def photo(
 
 
 class Photos:
-    """Rows as a data set gives them: pure functions of (epoch, row)."""
+    """Rows like those of a data set: pure functions of (epoch, row)."""
 
     pure = True
 

@@ -1,4 +1,4 @@
-"""Photos of a server that turn out to be unreadable while training goes on."""
+"""Photos on a server that turn out to be unreadable during training."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,7 +69,7 @@ def test_a_lost_photo_counts_for_nothing(
     batch = collate([rows[1], rows[40]])  # stacks with rows of other tars
     assert loss.count_targets(batch) == loss.count_targets(collate([rows[40]]))
     assert rows.unreadable == [1]
-    assert "trains without a photo that is unreadable" in caplog.text
+    assert "training without an unreadable photo" in caplog.text
     assert "404" in caplog.text
 
 

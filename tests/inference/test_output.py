@@ -1,4 +1,4 @@
-"""A file of predictions is whole or not there."""
+"""A file of predictions is complete or does not exist."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""The predictor against the parts that it is made of."""
+"""The predictor against the components that it uses."""
 
 import io
 import json
@@ -156,8 +156,8 @@ def edit(change: Callable[[dict[str, dict[str, object]]], object]) -> Callable[[
     ("spoil", "error", "says"),
     [
         (edit(lambda c: c["backbone"].update(sha256="1" * 64)), CheckpointError, "has other weights"),
-        (edit(lambda c: c["backbone"].clear()), CheckpointError, "names no backbone"),
-        (edit(lambda c: c["backbone"].update(nonsense=1)), CheckpointError, "names no backbone"),
+        (edit(lambda c: c["backbone"].clear()), CheckpointError, "does not identify the backbone"),
+        (edit(lambda c: c["backbone"].update(nonsense=1)), CheckpointError, "does not identify the backbone"),
         (edit(lambda c: c["backbone"].update(name="./gone")), BackboneError, "gone is not a folder"),
         (edit(lambda c: c["extra"].clear()), CheckpointError, "does not say how photos are cut into views"),
         (lambda f: (f / "decision.json").write_text("{}"), CheckpointError, "decision.json cannot be read"),

@@ -1,4 +1,4 @@
-"""Online training whose views are augmented behind the copy to the device, played on the CPU."""
+"""Online training whose views are augmented after the copy to the device, simulated on the CPU."""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,7 +1,7 @@
-"""Runs, models and feature stores that were written before the modules moved still work.
+"""Runs, models and feature stores written before the modules were moved still work.
 
-``earlier_version/`` was written by version 0.1.0 (see its README): names of classes, paths of
-modules and cache keys of that time are in it.
+``earlier_version/`` was written by version 0.1.0 (see its README) and contains class names, module
+paths and cache keys of that version.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The whole way on synthetic photos: real decoding, real backbone, real text encoder, real processes."""
+"""Complete experiments on synthetic photos: real decoding, backbone, text encoder and processes."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def train(photos: Path, run_dir: Path, *overrides: str) -> None:
 
 
 class DieAt(Callback):
-    """SIGKILL behind a step."""
+    """SIGKILL after a step."""
 
     def __init__(self, step: int) -> None:
         self.step = step

@@ -28,7 +28,7 @@ PARTS = ("loss", "loss/focal", "loss/consistency", "loss/weather", "loss/dice")
 
 
 class DieAt(Callback):
-    """SIGKILL behind a step."""
+    """SIGKILL after a step."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -55,7 +55,7 @@ def train_and_die(data: SyntheticSet, folder: Path, *overrides: str) -> None:
 
 
 def figures(run_dir: Path) -> list[dict[str, Any]]:
-    """What training and validation said, step by step."""
+    """Figures of training and validation, step by step."""
     return [line for line in lines(run_dir) if line["kind"] in ("train", "val")]
 
 

@@ -1,4 +1,4 @@
-"""The detector, trained from a server: the same figures as from the disk."""
+"""The detector, trained on photos from a server: the same figures as from the disk."""
 
 import json
 from pathlib import Path
@@ -51,6 +51,6 @@ def test_a_detector_from_a_server_is_that_from_the_disk(
             losses = [json.loads(line).get("loss") for line in lines]
             told.append((losses, json.loads((folder / "run" / "evaluation.json").read_text())["val"]))
     assert server.sent() > 0
-    # Training photos that are read anew each epoch are not all looked at beforehand.
+    # Training photos that are read again in each epoch are not all checked in advance.
     assert streamed == ([f"{server.url}/train"] if mode == "online" else [])
     assert told[0] == told[1]

@@ -1,4 +1,4 @@
-"""A run whose selector is distilled, and what predict and evaluate then look at."""
+"""A run with a distilled selector, and the crops that predict and evaluate then use."""
 
 import json
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""A run on shards is the run on the files they were made of."""
+"""A run on shards gives the same results as one on the files they were made from."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A backbone that learns as a whole, under every way to share it out: the largest job there is."""
+"""Training the whole backbone with every sharding strategy."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What the detector tells of its backbone's operations."""
+"""Counting the operations of the detector's backbone."""
 
 import logging
 from typing import Any
@@ -34,4 +34,4 @@ def test_a_network_that_cannot_be_counted_is_told(
     monkeypatch.setattr(type(backbone), "_extract", looks_at_values)
     with caplog.at_level(logging.INFO):
         assert count_backbone(backbone, 64) == 0
-    assert "no backbone_mfu, for the operations of efficientnet_lite0 cannot be counted" in caplog.text
+    assert "no backbone_mfu: the operations of efficientnet_lite0 cannot be counted" in caplog.text

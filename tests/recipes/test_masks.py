@@ -1,4 +1,4 @@
-"""Masks that cannot be used are left out with their photos, whether features are kept or not."""
+"""Photos whose masks cannot be used are left out, with and without cached features."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Which photo the report shows, where data sets share ids."""
+"""Which photo the report shows if data sets share ids."""
 
 from dataclasses import replace
 from pathlib import Path

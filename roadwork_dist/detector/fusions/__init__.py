@@ -1,4 +1,4 @@
-"""Fusions of views, by name. Every module of this folder may register one."""
+"""Methods that fuse the views of a photo, by name. Every module of this folder may register one."""
 
 from roadwork_dist.common.registry import import_modules
 from roadwork_dist.config.experiment import ModelConfig

@@ -1,4 +1,4 @@
-"""What a fusion of views is, and the registry of fusions.
+"""Base class of view fusions, and their registry.
 
 B batch · V views · H width of the head
 """
@@ -12,20 +12,20 @@ from roadwork_dist.common.registry import Registry
 
 
 class FusedViews(NamedTuple):
-    """A photo's vector and how much each view had a say in it."""
+    """The vector of a photo, and the weight of each view in it."""
 
     pooled: Tensor  # [B, H]
     gates: Tensor  # [B, V] in [0, 1], 0 at padding
 
 
 class ViewFusion(nn.Module, ABC):
-    """From the views of a photo to one vector.
+    """Fuses the views of a photo into one vector.
 
     Args:
         width: H.
 
     Attributes:
-        gates_views: its gates differ between views, so they say which views matter.
+        gates_views: whether the gates differ between views and so rate their importance.
     """
 
     gates_views: ClassVar[bool] = True
@@ -44,9 +44,9 @@ class ViewFusion(nn.Module, ABC):
 
         Args:
             x: normed views [B, V, H].
-            mask: [B, V] bool, False = padding; at least one view a row.
+            mask: [B, V] bool, False = padding; at least one view per row.
         """
 
 
 FUSIONS: Registry[type[ViewFusion]] = Registry("fusion of views")
-"""Classes whose one argument is H."""
+"""Classes with H as their only argument."""

@@ -23,9 +23,9 @@ class GatedViewFusion(ViewFusion):
     """GAFM: a gate per view, two attentions, and a mean weighted by the gates.
 
     1. gᵢ = sigmoid(MLP(xᵢ)), an MLP H → 128 → GELU → 1;
-    2. cross-view attention: every view reads all views, their values weighted by their gates
+    2. cross-view attention: every view attends to all views, whose values are weighted by their gates
        (residual);
-    3. self-attention refinement on the normed result (residual);
+    3. self-attention refinement on the normalized result (residual);
     4. Σ gᵢxᵢ / Σ gᵢ over the real views.
 
     Args:
@@ -43,7 +43,7 @@ class GatedViewFusion(ViewFusion):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw fresh weights. The gate's last layer starts at 0: all gates ½, the plain mean."""
+        """Draw fresh weights. The gate's last layer starts at 0, so all gates are ½: the plain mean."""
         init_linear(self.gate_hidden)
         nn.init.zeros_(self.gate.weight)
         nn.init.zeros_(self.gate.bias)
@@ -56,13 +56,13 @@ class GatedViewFusion(ViewFusion):
 
         Args:
             x: normed views [B, V, H].
-            mask: [B, V] bool, False = padding; at least one view a row.
+            mask: [B, V] bool, False = padding; at least one view per row.
         """
         scores = self.gate(F.gelu(self.gate_hidden(x))).squeeze(-1).float()  # [B, V]
         gates = scores.sigmoid().masked_fill(~mask, 0.0)
         x = x + self.cross_attention(x, mask, gates)
         x = x + self.refine(self.refine_norm(x), mask)
-        # exp(log gᵢ) / Σ exp(log gⱼ) is gᵢ / Σ gⱼ, and stays defined when all gates are almost 0.
+        # exp(log gᵢ) / Σ exp(log gⱼ) equals gᵢ / Σ gⱼ, and is still defined when all gates are almost 0.
         weights = F.logsigmoid(scores).masked_fill(~mask, -torch.inf).softmax(dim=1)  # [B, V]
         pooled = (x * weights.unsqueeze(-1).to(x.dtype)).sum(dim=1)
         return FusedViews(pooled, gates)

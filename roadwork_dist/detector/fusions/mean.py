@@ -1,4 +1,4 @@
-"""The plain mean of the views.
+"""View fusion by the plain mean.
 
 B batch · V views · H width of the head
 """
@@ -16,11 +16,11 @@ class MeanFusion(ViewFusion):
     gates_views = False
 
     def reset_parameters(self) -> None:
-        """There are none."""
+        """Nothing to draw: there are no weights."""
 
     def forward(self, x: Tensor, mask: Tensor) -> FusedViews:
         """See :meth:`ViewFusion.forward`."""
         gates = mask.to(x.dtype)
-        # torch.where and not a product, which would let a non-finite padding through.
+        # torch.where instead of a product, which would propagate non-finite padding.
         total = torch.where(mask.unsqueeze(-1), x, 0).sum(dim=1)
         return FusedViews(total / gates.sum(dim=1, keepdim=True).clamp(min=1), gates)

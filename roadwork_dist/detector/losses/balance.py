@@ -1,4 +1,4 @@
-"""Load balancing of the mixture of experts."""
+"""Load-balancing loss of the mixture of experts."""
 
 from torch import Tensor
 
@@ -9,7 +9,7 @@ from roadwork_dist.detector.losses.part import PARTS, LossPart, Outputs
 
 @PARTS.register("balance")
 class BalancePart(LossPart):
-    """Of every row; its weight is ``loss.balance``, and it is computed where there are experts."""
+    """Over all rows, with weight ``loss.balance``; computed only if the model has experts."""
 
     @classmethod
     def weight(cls, name: str, config: LossConfig, outputs: Outputs) -> float | None:
@@ -23,5 +23,5 @@ class BalancePart(LossPart):
         return len(batch["label"])
 
     def __call__(self, output: ModelOutput, batch: Batch) -> Tensor:
-        """Sum of the rows' load-balancing loss."""
+        """Sum of the load-balancing loss over all rows."""
         return output.balance.float().sum()

@@ -1,7 +1,7 @@
 """The loss of the detector: a weighted sum of parts, each a mean over the rows that have its target.
 
-The mean is over all rows of an optimizer step, of every micro-batch and every rank. So nothing here
-divides: parts are returned as sums, targets are counted apart, and whoever knows all counts forms
+The mean is over all rows of an optimizer step, across micro-batches and ranks. So nothing is divided here:
+parts are returned as sums, targets are counted separately, and the trainer, which knows all counts, computes
 ``total = Σ weights[part] · sums[part] / count[part]`` (0 where a count is 0).
 """
 
@@ -13,7 +13,7 @@ from roadwork_dist.detector.losses.part import PARTS, Outputs
 
 
 class RoadworkLoss:
-    """The registered parts that take part, as sums over rows with a target.
+    """The active parts of the loss, as sums over rows with a target.
 
     Args:
         config: weights and settings of the parts.
@@ -44,7 +44,7 @@ def check_part_names(config: LossConfig) -> None:
     """Refuse weights of parts that are not registered.
 
     Raises:
-        ConfigError: names the nearest part.
+        ConfigError: a part is not registered; the message names the nearest one.
     """
     for name in () if config.weights == "auto" else config.weights:
         _ = PARTS[name]

@@ -1,4 +1,4 @@
-"""The views of one photo should agree.
+"""Consistency loss: the predictions of the views of one photo should agree.
 
 B batch · V views · K classes
 """
@@ -34,25 +34,25 @@ def consistency_loss_sum(view_logits: Tensor, view_mask: Tensor) -> Tensor:
         Scalar float32; 0, attached to the graph, if no photo has two views.
     """
     real = view_mask.unsqueeze(-1)  # [B, V, 1]
-    # Replaced before the softmax, so that whatever padding holds reaches neither value nor gradient.
+    # Replaced before the softmax, so that the content of padding affects neither value nor gradient.
     log_p = F.log_softmax(torch.where(real, view_logits.float(), 0.0), dim=-1)  # [B, V, K]
     count = view_mask.sum(dim=1)  # [B]
     safe_count = count.clamp_min(1).to(log_p.dtype)
     p = torch.where(real, log_p.exp(), 0.0)
-    # Clamped for photos without a view; a mean of real views is below it only where p is 0 as well.
+    # Clamped for photos without a view; with real views, the mean is below that only where p is 0 as well.
     mean_p = (p.sum(dim=1) / safe_count.unsqueeze(-1)).clamp_min(torch.finfo(log_p.dtype).tiny)  # [B, K]
     divergence = (p * (log_p - mean_p.log().unsqueeze(1))).sum(dim=(1, 2)) / safe_count  # [B]
     return torch.where(count >= 2, divergence, 0.0).sum()
 
 
 def rows_with_agreement(view_mask: Tensor) -> int:
-    """Number of photos with at least two views, from [B, V] bool: the loss's rows with a target."""
+    """Number of photos with at least two views, from [B, V] bool: the rows with a target of this loss."""
     return int((view_mask.sum(dim=1) >= 2).sum())
 
 
 @PARTS.register("consistency")
 class ConsistencyPart(LossPart):
-    """Of the photos with two views or more."""
+    """Over the photos with at least two views."""
 
     auto = (0.30, 0.25)
 

@@ -18,8 +18,8 @@ logger = logging.getLogger(__name__)
 def dice_loss_sum(logits: Tensor, masks: Tensor, known: Tensor, *, smooth: float = 1.0) -> Tensor:
     """Sum over rows with a mask of the Dice loss, a mean over the mask classes.
 
-    1 - (2 Σ p·g + s) / (Σ p + Σ g + s) per class (arXiv 1707.03237, with s added so that a class
-    that is absent from photo and prediction costs nothing). The naive loop::
+    1 - (2 Σ p·g + s) / (Σ p + Σ g + s) per class (arXiv 1707.03237, with s added so that the loss is 0 for a
+    class that is absent from both photo and prediction). The naive loop::
 
         total = 0.0
         for row, mask, has_mask in zip(logits, masks, known):
@@ -48,18 +48,18 @@ def dice_loss_sum(logits: Tensor, masks: Tensor, known: Tensor, *, smooth: float
 
 @PARTS.register("dice")
 class DicePart(LossPart):
-    """Of the rows that have a mask; left out of a model without a mask head."""
+    """Over the rows that have a mask; omitted for a model without a mask head."""
 
     auto = (0.0, 0.20)
 
     @classmethod
     def weight(cls, name: str, config: LossConfig, outputs: Outputs) -> float | None:
-        """As of any part, where there are masks."""
+        """As for other parts if there are masks, else None."""
         if outputs.masks:
             return super().weight(name, config, outputs)
         if config.weights != "auto" and config.weights.get(name, 0.0) > 0:
             logger.warning(
-                "loss.weights has %s, but there are no masks to learn from: the part is left out", name
+                "loss.weights has %s, but there are no masks to train on: the part is left out", name
             )
         return None
 
@@ -72,6 +72,6 @@ class DicePart(LossPart):
         if output.mask_logits is None:
             return output.logits[:0].float().sum()
         if "mask" not in batch:
-            # Zero rows: exactly 0, and the mask head still takes part in the backward pass.
+            # A sum over zero rows: exactly 0, but the mask head still takes part in the backward pass.
             return output.mask_logits[:0].float().sum()
         return dice_loss_sum(output.mask_logits, batch["mask"], batch["mask_known"])

@@ -22,10 +22,10 @@ def focal_loss_sum(
 ) -> Tensor:
     r"""Sum over labelled rows of the focal loss, equation 5 of arXiv 1708.02002.
 
-    FL(p_k) = -alpha_k (1 - p_k)^gamma log p_k, with alpha_1 = alpha and alpha_0 = 1 - alpha. The
-    row's loss is the expectation of FL over its label: class 1 with probability ``soft``, which is
-    the label itself unless photos are mixed, and then smoothed: with label smoothing e, a label
-    of 1 is class 1 with probability 1 - e/2. The naive loop::
+    FL(p_k) = -alpha_k (1 - p_k)^gamma log p_k, with alpha_1 = alpha and alpha_0 = 1 - alpha. The loss of a
+    row is the expectation of FL over its label: class 1 with probability ``soft``, which is the label itself
+    unless photos are mixed. That probability is then smoothed: with label smoothing e, a label of 1 is
+    class 1 with probability 1 - e/2. The naive loop::
 
         total = 0.0
         for row, label, soft in zip(logits, labels, soft_labels or labels):
@@ -48,7 +48,7 @@ def focal_loss_sum(
         Scalar float32; 0, attached to the graph, if no row is labelled.
     """
     log_p = F.log_softmax(logits.float(), dim=-1)  # [B, K]
-    # With two classes 1 - p_k is the other class's probability: no cancellation, no 0 ** (gamma - 1).
+    # With two classes, 1 - p_k is the other class's probability: avoids cancellation and 0 ** (gamma - 1).
     modulation = torch.exp(gamma * log_p.flip(-1))
     class_weight = log_p.new_tensor([1 - alpha, alpha])
     known = labels != UNLABELLED
@@ -61,7 +61,7 @@ def focal_loss_sum(
 
 @PARTS.register("focal")
 class FocalPart(LossPart):
-    """Of the labelled rows."""
+    """Over the labelled rows."""
 
     auto = (0.50, 0.40)
 

@@ -1,4 +1,4 @@
-"""What a part of the loss is, and the registry of parts.
+"""Base class of the parts of the loss, and their registry.
 
 B batch
 """
@@ -25,14 +25,14 @@ class Outputs(NamedTuple):
 class LossPart(ABC):
     """One part of the loss: a sum over the rows that have its target.
 
-    The loss divides by the number of such rows in the whole optimizer step, so no part divides by it.
+    The sum is divided later by the number of such rows in the whole optimizer step, so parts must not divide.
 
     Args:
         config: settings of the loss.
 
     Attributes:
-        auto: weight without and with masks where ``loss.weights`` is ``auto``; None = the part is computed
-            only where ``loss.weights`` names it.
+        auto: weight without and with masks if ``loss.weights`` is ``auto``; None = the part is computed
+            only if ``loss.weights`` names it.
     """
 
     auto: ClassVar[tuple[float, float] | None] = None
@@ -44,8 +44,8 @@ class LossPart(ABC):
     def weight(cls, name: str, config: LossConfig, outputs: Outputs) -> float | None:
         """Weight of the part; None = it is not computed.
 
-        Where weights are given, a part of ``auto`` that is not among them weighs 0: it is computed and
-        logged, and its head gets a gradient (of zero), which data parallel training needs.
+        If ``loss.weights`` is given but omits a part that has an ``auto`` weight, its weight is 0: it is
+        still computed and logged, and its head gets a zero gradient, which data-parallel training needs.
         """
         if config.weights == "auto":
             return None if cls.auto is None else cls.auto[outputs.masks]
@@ -54,14 +54,14 @@ class LossPart(ABC):
 
     @abstractmethod
     def count(self, batch: Batch) -> int:
-        """Rows of the batch that have a target. Reads the batch only; cheap on the CPU."""
+        """Rows of the batch that have a target. Reads only the batch; cheap on the CPU."""
 
     @abstractmethod
     def __call__(self, output: ModelOutput, batch: Batch) -> Tensor:
         """Sum over those rows.
 
         Returns:
-            Scalar float32 whatever the autocast dtype; exactly 0, attached to the graph, if there are none.
+            Scalar float32 for any autocast dtype; exactly 0, attached to the graph, if there are none.
         """
 
 
@@ -69,5 +69,5 @@ PARTS: Registry[type[LossPart]] = Registry("part of the loss")
 
 
 def rows_of_one_photo(view_mask: Tensor, batch: Batch) -> Tensor:
-    """``view_mask`` [B, V] without the rows whose views come from two photos: those need not agree."""
+    """``view_mask`` [B, V], False in rows whose views come from two photos, since those need not agree."""
     return view_mask & ~batch["views_of_two"].unsqueeze(1) if "views_of_two" in batch else view_mask

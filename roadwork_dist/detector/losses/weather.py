@@ -1,4 +1,4 @@
-"""Cross-entropy of the weather, an auxiliary task of the visual path.
+"""Cross-entropy loss of the weather, an auxiliary task of the visual path.
 
 B batch
 """
@@ -17,12 +17,12 @@ def weather_loss_sum(logits: Tensor, weather: Tensor) -> Tensor:
 
         total = 0.0
         for row, word in zip(logits, weather):
-            if word != len(WEATHER):  # the index after the last word is null
+            if word != len(WEATHER):  # the index after the last word means unknown
                 total += -log(softmax(row)[word])
 
     Args:
         logits: [B, len(WEATHER)], any floating dtype; computed in float32.
-        weather: [B] int64, len(WEATHER) = null.
+        weather: [B] int64, len(WEATHER) = unknown.
 
     Returns:
         Scalar float32; 0, attached to the graph, if no weather is known.
@@ -32,7 +32,7 @@ def weather_loss_sum(logits: Tensor, weather: Tensor) -> Tensor:
 
 @PARTS.register("weather")
 class WeatherPart(LossPart):
-    """Of the rows whose weather is known."""
+    """Over the rows whose weather is known."""
 
     auto = (0.20, 0.15)
 

@@ -1,4 +1,4 @@
-"""The largest micro-batch that fits, with a memory that a model pretends to have."""
+"""Search for the largest micro-batch, with a model that simulates running out of memory."""
 
 import json
 import os
@@ -37,9 +37,9 @@ ROOMY = 1000
 
 
 class Greedy(nn.Module):
-    """Runs out of memory above so many rows; in the backward pass, as real models mostly do.
+    """Runs out of memory above a number of rows; in the backward pass, like most real models.
 
-    Batch statistics and dropout are there to be disturbed by trials.
+    Trials could disturb its batch statistics and dropout.
     """
 
     def __init__(self, limit: int) -> None:

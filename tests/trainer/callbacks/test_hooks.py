@@ -1,4 +1,4 @@
-"""What a callback that is not the library's own can do, and how its state is kept."""
+"""Custom callbacks: what they can do, and how their state is saved."""
 
 import logging
 from collections.abc import Iterator
@@ -165,8 +165,8 @@ def test_state_without_its_callback_and_the_other_way_round_is_told(
     other = Unrelated()
     with caplog.at_level(logging.WARNING):
         trainer_of(tmp_path, other).fit()
-    assert "state of callbacks that this run does not have, and the next one will not: Counter" in caplog.text
-    assert "the checkpoint holds no state of unrelated: it starts afresh" in caplog.text
+    assert "this run does not have; the next checkpoint will not contain it: Counter" in caplog.text
+    assert "the checkpoint holds no state of unrelated: starting without it" in caplog.text
     assert (other.count, other.afresh) == (6, True)  # from the checkpoint at step 2
 
 
@@ -179,7 +179,7 @@ def test_an_average_that_is_switched_on_later_starts_from_the_weights_then(
         start = StartWeights()
         trainer.callbacks.append(start)
         trainer.fit()
-    assert "no state of EmaCallback: it starts afresh" in caplog.text
+    assert "no state of EmaCallback: starting without it" in caplog.text
     assert start.same
 
 

@@ -1,4 +1,4 @@
-"""Losses that jump: found by all ranks alike, and skipped, gone back from, or told."""
+"""Loss spikes: detected by all ranks, then skipped, rewound or reported."""
 
 import hashlib
 import json
@@ -38,7 +38,7 @@ class SpikingTask(ClassificationTask):
 
 
 class Moments(Callback):
-    """Tells the task the step; keeps what trains behind each step; may ask to stop or crash behind one."""
+    """Sets the task's step and records the weights after each step; may request a stop or crash after one."""
 
     def __init__(self, task: SpikingTask, moment: str) -> None:
         self.task, self.moment = task, moment
@@ -104,7 +104,7 @@ def test_rewinding_goes_back_to_the_last_checkpoint_and_passes_its_rows_over(
     for _, seen in run(train, whole, "rewind", world_size=world_size):
         assert seen[SPIKE] == seen[8] != seen[SPIKE - 1]
     assert kinds(whole) == {n: "skip" if n == SPIKE else "train" for n in range(1, 17)}
-    # The steps behind it train on their own rows, at their own learning rates, from the older weights.
+    # The steps after it train on their own rows, at their own learning rates, from the older weights.
     run(train, tmp_path / "skip", "skip", world_size=world_size)
     rates = [
         [(line["step"], line["lr"]) for line in lines(folder) if line["kind"] == "train"]

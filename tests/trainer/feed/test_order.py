@@ -149,7 +149,7 @@ def test_a_run_keeps_its_lanes_and_refuses_another_layout() -> None:
 
 
 def test_an_order_that_does_not_fit_is_told() -> None:
-    with pytest.raises(ConfigError, match="shards of 2 rows for 3 rows"):
+    with pytest.raises(ConfigError, match="shard numbers of 2 rows, expected 3"):
         Sampler(3, 1, shard_order=ShardOrder(np.array([0, 0])))
     with pytest.raises(ConfigError, match="a window of 0 shards"):
         ShardOrder(np.array([0]), window=0)

@@ -1,4 +1,4 @@
-"""A killed loader process and a lost rank are told in one line, on every rank, and the run goes on later."""
+"""A killed loader process and a lost rank are reported in one line on every rank; the run can resume."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ from roadwork_dist.trainer.trainer import Trainer
 
 
 class KilledData(NoisyData):
-    """The loader process of rank 0 is killed at a row, as the kernel does that is out of memory."""
+    """The loader process of rank 0 is killed at a row, as the kernel does when memory runs out."""
 
     def __init__(self, at: int) -> None:
         super().__init__(48)
@@ -75,7 +75,7 @@ def test_a_killed_loader_process_is_one_clear_line_and_the_run_goes_on(
     name, line = killed.value
     assert name == "LoaderWorkerError"
     assert line.startswith("loader process ")
-    assert "was ended by signal: Killed, most likely by the kernel for want of memory" in line
+    assert "was ended by signal: Killed, most likely by the kernel because memory ran out" in line
     assert "lower workers" in line
     for other in others:
         assert other.value[0] == "LostPeerError"

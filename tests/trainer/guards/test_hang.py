@@ -1,4 +1,4 @@
-"""A rank that hangs is named within the time that was set, wherever it hangs."""
+"""A hanging rank is named within the configured time, wherever it hangs."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from roadwork_dist.trainer.config import CheckpointConfig
 from roadwork_dist.trainer.events.callback import Callback
 from roadwork_dist.trainer.guards.hang import EXIT_HANG, HangWatch, verdict
-from roadwork_dist.trainer.guards.heartbeat import Pulse, blame, read_pulses, write_pulse
+from roadwork_dist.trainer.guards.heartbeat import Heartbeat, blame, read_heartbeats, write_heartbeat
 from roadwork_dist.trainer.trainer import Trainer
 
 RANK = "RANK"
@@ -42,7 +42,7 @@ class HangingData:
 
 
 class Hangs(Callback):
-    """Behind the third step of one rank, as a hanging file system or a stopped process does."""
+    """Hangs after the third step of one rank, like a hanging file system or a stopped process."""
 
     def __init__(self, rank: int, how: str) -> None:
         self.rank, self.how = rank, how
@@ -58,7 +58,7 @@ class Hangs(Callback):
 
 
 class HangingModel(nn.Module):
-    """Does not come back from the forward pass of one rank."""
+    """Hangs in the forward pass of one rank."""
 
     def __init__(self, rank: int) -> None:
         super().__init__()
@@ -152,7 +152,7 @@ def test_a_suspended_job_goes_on(tmp_path: Path) -> None:
 
 
 def train_slowly(run_dir: Path) -> int:
-    """Longer than the timeout, but moving all the time, most of it in a validation."""
+    """Takes longer than the timeout, mostly in a validation, but makes progress all the time."""
 
     class Slow(HangingData):
         def __getitem__(self, row: int) -> Any:
@@ -168,38 +168,40 @@ def test_a_long_validation_is_no_hang(tmp_path: Path) -> None:
     assert end == RankExit(0, 2)
 
 
-def pulse(
+def heartbeat(
     rank: int, beat: int = 0, batches: int = 7, where: str = "/x/torch/distributed/c10d.py:3 in all_reduce"
-) -> Pulse:
-    return Pulse(rank, f"node{rank}", 100 + rank, beat, 6, batches, "training", [where])
+) -> Heartbeat:
+    return Heartbeat(rank, f"node{rank}", 100 + rank, beat, 6, batches, "training", [where])
 
 
 def test_who_is_to_blame() -> None:
-    before = [pulse(rank) for rank in range(4)]
-    now = [pulse(rank, beat=2) for rank in range(4)]
+    before = [heartbeat(rank) for rank in range(4)]
+    now = [heartbeat(rank, beat=2) for rank in range(4)]
     assert blame(before, now)[0] == [0, 1, 2, 3]
     assert blame(before, [*now[:2], before[2], now[3]])[0] == [2]
     assert blame([*before[:3], None], [*now[:3], None])[0] == [3]
-    assert blame(before, [*now[:3], pulse(3, 2, where="/x/data.py:3 in read")])[0] == [3]
-    assert blame(before, [pulse(0, 2, batches=6), *now[1:]])[0] == [0]
+    assert blame(before, [*now[:3], heartbeat(3, 2, where="/x/data.py:3 in read")])[0] == [3]
+    assert blame(before, [heartbeat(0, 2, batches=6), *now[1:]])[0] == [0]
     # The validation of rank 0 is shorter; it waits for rank 1, which reads.
-    reads = pulse(1, 2, batches=9, where="/x/data.py:3 in read")
-    assert blame(before[:2], [pulse(0, 2, batches=8), reads])[0] == [1]
-    assert blame(before[:1], [pulse(0, 2)])[0] == [0]
+    reads = heartbeat(1, 2, batches=9, where="/x/data.py:3 in read")
+    assert blame(before[:2], [heartbeat(0, 2, batches=8), reads])[0] == [1]
+    assert blame(before[:1], [heartbeat(0, 2)])[0] == [0]
 
 
 def test_the_line_stays_short_on_many_ranks() -> None:
     ranks = range(1000)
-    line = verdict([pulse(r) for r in ranks], [pulse(r, beat=1) for r in ranks], 480, Path("runs/x/health"))
+    line = verdict(
+        [heartbeat(r) for r in ranks], [heartbeat(r, beat=1) for r in ranks], 480, Path("runs/x/health")
+    )
     assert line.count("host") == 8
     assert "and 992 more" in line
     assert "torch" not in line or "distributed/c10d.py:3 in all_reduce" in line
 
 
-def test_pulses_are_read_back_and_torn_ones_passed_over(tmp_path: Path) -> None:
-    write_pulse(tmp_path, pulse(0))
+def test_heartbeats_are_read_back_and_torn_ones_skipped(tmp_path: Path) -> None:
+    write_heartbeat(tmp_path, heartbeat(0))
     (tmp_path / "rank-1.json").write_text("{")
-    assert read_pulses(tmp_path, 3) == [pulse(0), None, None]
+    assert read_heartbeats(tmp_path, 3) == [heartbeat(0), None, None]
     assert json.loads((tmp_path / "rank-0.json").read_text())["host"] == "node0"
 
 
@@ -229,7 +231,7 @@ def test_a_clock_that_goes_backwards_changes_nothing(tmp_path: Path, monkeypatch
 
 
 class Standing:
-    """What the watch reads of a run: it stands still, or takes a step between two looks."""
+    """What the watch reads of a run; the run hangs, or takes a step between two checks."""
 
     def __init__(self, run_dir: Path, moves: bool) -> None:
         self.run_dir, self.moves, self.batches_read = run_dir, moves, 0
@@ -242,24 +244,24 @@ class Standing:
 
 
 @pytest.mark.parametrize("moves", [True, False])
-def test_the_stack_of_a_run_that_moves_is_left_alone(tmp_path: Path, moves: bool) -> None:
+def test_the_stack_of_a_run_that_moves_is_not_read(tmp_path: Path, moves: bool) -> None:
     watch = HangWatch(timeout=60.0)
     watch.interval = 0.05
     watch.on_fit_start(Standing(tmp_path, moves))
     try:
         deadline = time.monotonic() + 30
-        pulses = read_pulses(tmp_path / "health", 1)
-        while time.monotonic() < deadline and (pulses[0] is None or pulses[0].beat < 3):
+        (seen,) = read_heartbeats(tmp_path / "health", 1)
+        while time.monotonic() < deadline and (seen is None or seen.beat < 3):
             time.sleep(0.01)
-            pulses = read_pulses(tmp_path / "health", 1)
+            (seen,) = read_heartbeats(tmp_path / "health", 1)
     finally:
         watch.on_fit_end(Standing(tmp_path, moves))
-    assert pulses[0] is not None
-    assert (pulses[0].where == []) == moves
+    assert seen is not None
+    assert (seen.where == []) == moves
 
 
 class OldFiles(Callback):
-    """Dates each newer checkpoint further back, as its file system would."""
+    """Gives newer checkpoints older dates, as a file system does whose clock runs backwards."""
 
     def on_step_end(self, run: Any, result: Any) -> None:
         for path in (run.run_dir / "checkpoints").glob("step-*"):

@@ -1,4 +1,4 @@
-"""Where a thread is, told by another one."""
+"""Reading the stack of another thread."""
 
 import errno
 import sys
@@ -15,7 +15,7 @@ from roadwork_dist.trainer.guards.heartbeat import FRAMES, innermost_lines
 
 @contextmanager
 def waiting_thread(depth: int = 0) -> Iterator[int]:
-    """The number of a thread that waits so deep in calls of itself."""
+    """Id of a thread that waits at the given recursion depth."""
     inside, end = threading.Event(), threading.Event()
 
     def waits_here(left: int) -> None:
@@ -64,7 +64,7 @@ def test_a_thread_that_has_ended_is_nowhere() -> None:
 
 
 def test_no_frame_object_of_a_running_thread_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under CPython 3.11 one can outlive its call before it is finished, and then points anywhere."""
+    """In CPython 3.11 a frame object can outlive its call while incomplete, and then points anywhere."""
 
     def made(*_: Any) -> None:
         raise AssertionError("frame objects of other threads were asked for")
@@ -75,7 +75,7 @@ def test_no_frame_object_of_a_running_thread_is_made(monkeypatch: pytest.MonkeyP
 
 
 def test_without_room_for_the_stack_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pulse without lines says that the rank lives; no pulse would make it the guilty one."""
+    """A heartbeat without frames shows that the rank lives; without a heartbeat it would be blamed."""
 
     def full() -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

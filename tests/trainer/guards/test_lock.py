@@ -1,4 +1,4 @@
-"""Two runs do not share a folder, and a dead one does not keep the next out."""
+"""Two runs do not share a folder, and a dead run does not block the next one."""
 
 import json
 import os
@@ -70,7 +70,7 @@ def test_a_killed_run_leaves_the_folder_free(tmp_path: Path) -> None:
 
 
 def die_before_its_child(run_dir: Path) -> None:
-    """As a trainer does whose loader process is in the middle of a row."""
+    """Like a trainer whose loader process is in the middle of a row."""
     FolderLock(run_dir).acquire()
     if os.fork() == 0:
         time.sleep(1)
@@ -151,7 +151,7 @@ def test_an_owner_touches_its_lock_and_notices_a_thief(tmp_path: Path) -> None:
 
 
 class Robbed(Callback):
-    """Somebody takes the folder over at the second step."""
+    """Another run takes over the folder at the second step."""
 
     def on_step_end(self, run: Any, result: Any) -> None:
         if run.state.step == 2:

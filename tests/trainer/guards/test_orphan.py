@@ -1,4 +1,4 @@
-"""Ranks of a launcher that was killed do not linger."""
+"""Ranks do not outlive a killed launcher."""
 
 import json
 import os
@@ -30,7 +30,7 @@ class TellStep(Callback):
 
 
 def launch_and_die(run_dir: Path, seconds: float, launched: bool) -> None:
-    """A launcher that starts a rank and dies behind the rank's first step, without a word to it."""
+    """A launcher that starts a rank and dies after the rank's first step, without signalling it."""
     if os.fork() == 0:
         launcher.LOOK_EVERY_S, launcher.GRACE_S = 0.05, 1.0
         if launched:

@@ -1,4 +1,4 @@
-"""Asked to stop by a signal, at any moment and on any rank, a run saves, says so and goes on later."""
+"""Asked to stop by a signal, at any moment and on any rank, a run saves, reports it and can resume."""
 
 import json
 import os
@@ -39,7 +39,7 @@ STEPS = 12  # three epochs of four
 
 
 class Signalled(Callback):
-    """Sends a signal to its own process, or to its whole process group, behind a step of one rank."""
+    """Sends a signal to its own process, or to its whole process group, after a step of one rank."""
 
     def __init__(self, rank: int, step: int, number: int, *, group: bool = False) -> None:
         self.rank, self.step, self.number, self.group = rank, step, number, group
@@ -76,7 +76,7 @@ class Drawing(nn.Module):
 
 
 def model() -> nn.Module:
-    """With all that a validation may move: batch statistics, and the random state."""
+    """With everything that a validation might change: batch statistics and the random state."""
     torch.manual_seed(7)
     return nn.Sequential(
         nn.Linear(6, 16), nn.BatchNorm1d(16), nn.GELU(), nn.Dropout(0.3), Drawing(), nn.Linear(16, 2)
@@ -252,7 +252,7 @@ def test_off_the_main_thread_training_works_without_handlers(
     thread.start()
     thread.join()
     assert trainer.state.epoch == 1
-    assert "off the main thread" in caplog.text
+    assert "not training in the main thread" in caplog.text
 
 
 class AskedWithoutASignal(Callback):

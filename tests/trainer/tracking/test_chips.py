@@ -1,4 +1,4 @@
-"""Peaks of chips."""
+"""Peak throughput of chips."""
 
 import pytest
 

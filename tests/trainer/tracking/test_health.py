@@ -1,4 +1,4 @@
-"""Throughput, step times, memory, MFU, and which rank is slow."""
+"""Throughput, step times, memory, MFU, and the slowest rank."""
 
 import json
 import time

@@ -1,4 +1,4 @@
-"""Where figures go: JSON lines, TensorBoard, Weights & Biases, the console."""
+"""Trackers: JSON lines, TensorBoard, Weights & Biases, the console."""
 
 import io
 import json
@@ -45,7 +45,7 @@ RESULT = StepResult(
 
 
 def fake_run(folder: Path, **state: Any) -> Any:
-    """What observers see of a Trainer, on its main process."""
+    """What callbacks see of a Trainer, on its main process."""
     return SimpleNamespace(
         run_dir=folder,
         config=TrainConfig(output_dir=str(folder), epochs=3),
@@ -119,13 +119,13 @@ def test_a_file_that_lost_lines_is_warned_of(tmp_path: Path, caplog: pytest.LogC
     writer.load_state_dict({"offset": 999})
     writer.on_step_end(fake_run(tmp_path), RESULT)
     writer.on_fit_end(fake_run(tmp_path))
-    assert "has 0 bytes, the checkpoint knew 999: lines are missing" in caplog.text
+    assert "has 0 bytes, the checkpoint expects 999: lines are missing" in caplog.text
 
 
 def test_a_file_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").mkdir()
     with pytest.raises(
-        RoadworkError, match=r"metrics\.jsonl cannot be written \(Is a directory\): make room"
+        RoadworkError, match=r"metrics\.jsonl cannot be written \(Is a directory\): free space"
     ):
         JsonLines().on_step_end(fake_run(tmp_path), RESULT)
 
