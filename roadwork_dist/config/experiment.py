@@ -1,7 +1,7 @@
 """Settings of the roadwork detector: photos, views, backbone, head, loss, evaluation."""
 
 from dataclasses import field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from roadwork_dist.common.errors import ConfigError
 from roadwork_dist.common.settings import settings
@@ -325,6 +325,12 @@ class EvalConfig:
 @settings()
 class ExperimentConfig(TrainConfig):
     """A whole experiment, from photos to a trained and evaluated detector and its report."""
+
+    # Which photos are trained on, and how often each is drawn, is compared by what they are.
+    free: ClassVar[frozenset[str]] = TrainConfig.free | {
+        *("data", "gps", "eval", "views.select", "backbone.attention", "backbone.gradient_checkpointing"),
+        *("features.dir", "features.batch_views", "features.on_device"),
+    }
 
     data: DataConfig = field(default_factory=DataConfig)
     views: ViewsConfig = field(default_factory=ViewsConfig)

@@ -6,7 +6,7 @@ what ran is what the run folder's ``config.yaml`` says.
 """
 
 from dataclasses import field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from roadwork_dist.common.errors import ConfigError
 from roadwork_dist.common.settings import settings
@@ -147,11 +147,24 @@ class TrackingConfig:
 
 @settings()
 class TrainConfig:
-    """What the Trainer needs to train any ``nn.Module``."""
+    """What the Trainer needs to train any ``nn.Module``.
+
+    Attributes:
+        free: settings and groups that may be others when a run is resumed: no weight depends on them, or
+            (epochs, rows of a step) they have rules of their own.
+    """
+
+    free: ClassVar[frozenset[str]] = frozenset(
+        {
+            *("output_dir", "resume", "epochs", "batch_size", "accumulation", "batch_size_search", "seed"),
+            *("workers", "compile", "compile_regions", "patience", "max_nonfinite_steps", "hang_timeout"),
+            *("device", "checkpoint", "tracking", "spike", "ema.enabled"),
+        }
+    )
 
     output_dir: str = "runs/default"
     """Run folder: resolved config, metrics, checkpoints, best weights, report."""
-    resume: Literal["auto", "never"] = "auto"
+    resume: Literal["auto", "never", "force"] = "auto"
     """``auto`` goes on from the newest whole checkpoint; ``never`` refuses a folder with one."""
     seed: int = 42
     """Seeds every random draw."""

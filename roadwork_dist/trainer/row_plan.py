@@ -19,18 +19,23 @@ LANES = "lanes that the shards are dealt to (processes when the run was started)
 _PARTS = ("batch_size", "accumulation", PER_STEP)
 
 
-def row_plan(sampler: Sampler, ids: str) -> dict[str, int | str]:
+ROWS = "digest of the training data"
+
+
+def row_plan(sampler: Sampler, ids: str, rows: str) -> dict[str, int | str]:
     """Everything that says which rows are trained on in which step; JSON-able.
 
     Args:
         sampler: deals them.
         ids: digest of the rows' ids.
+        rows: digest of which rows there are.
     """
     weights = sampler.weights
     plan: dict[str, int | str] = {
         "digest of the sampling weights": "none" if weights is None else _digest(weights, np.float64),
         "rows of the training data": sampler.length,
         "digest of the rows' ids": ids,
+        ROWS: rows,
         "seed": sampler.seed,
         "batch_size": sampler.batch_size,
         "accumulation": sampler.accumulation,
@@ -43,7 +48,9 @@ def row_plan(sampler: Sampler, ids: str) -> dict[str, int | str]:
     return plan
 
 
-def keep_row_plan(sampler: Sampler, ids: str, was: Mapping[str, int | str], run_dir: Path) -> Sampler:
+def keep_row_plan(
+    sampler: Sampler, ids: str, rows: str, was: Mapping[str, int | str], run_dir: Path
+) -> Sampler:
     """A sampler that goes on with the steps of a run.
 
     Another number of processes shares the rows of each step that the run was started with; so may other
@@ -52,6 +59,7 @@ def keep_row_plan(sampler: Sampler, ids: str, was: Mapping[str, int | str], run_
     Args:
         sampler: of the settings and processes as they are now.
         ids: digest of the rows' ids as they are now.
+        rows: digest of which rows there are now.
         was: :func:`row_plan` of the checkpoint.
         run_dir: for the message.
 
@@ -60,7 +68,9 @@ def keep_row_plan(sampler: Sampler, ids: str, was: Mapping[str, int | str], run_
     """
     if sampler.shard_order is not None and LANES in was:
         sampler = replace(sampler, lanes=int(was[LANES]))
-    now = row_plan(sampler, ids)
+    now = row_plan(sampler, ids, rows)
+    if ROWS not in was:  # a checkpoint of version 0.1
+        del now[ROWS]
     changed = [name for name in {**now, **was} if was.get(name) != now.get(name)]
     if now[PER_STEP] == was[PER_STEP] or not {"batch_size", "accumulation"} & set(changed):
         changed = [name for name in changed if name not in _PARTS]

@@ -1,13 +1,19 @@
 """What is refused before anything is trained, because it would train something else than its user thinks."""
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from roadwork_dist.common.errors import ConfigError
+from roadwork_dist.trainer.config import TrainConfig
+from roadwork_dist.trainer.engine.collectives import gather_objects, world_size
 from roadwork_dist.trainer.events.callback import Callback
+from roadwork_dist.trainer.feed.dataset import MapDataset, check_map_style, rows_digest
 from roadwork_dist.trainer.task import Task
 
 RESERVED = frozenset({"kind", "step", "epoch"})
@@ -65,6 +71,49 @@ def check_model(model: nn.Module) -> None:
             "round to nothing in 16 bits; call model.float() and set precision='bf16', which computes in 16 "
             "bits and keeps the weights in 32"
         )
+
+
+def check_data(train_data: object, val_data: MapDataset | None) -> None:
+    """Refuse data sets that are not map-style, and an empty validation set.
+
+    Raises:
+        ConfigError: says which one, and what came.
+    """
+    check_map_style(train_data, "train_data")
+    if val_data is None:
+        return
+    check_map_style(val_data, "val_data")
+    if len(val_data) == 0:
+        raise ConfigError(
+            "the validation data set has 0 rows, expected at least 1: give it rows, or None to train "
+            "without validation"
+        )
+
+
+def check_ranks(config: TrainConfig, model: nn.Module, data: Mapping[str, Any]) -> None:
+    """Refuse settings, models or data that differ between ranks; a collective.
+
+    A seed from the clock, a split without a seed or a time in ``output_dir`` is another one on every rank.
+
+    Raises:
+        ConfigError: names what differs, with its values and ranks; on every rank.
+    """
+    if world_size() == 1:
+        return
+    own: dict[str, Any] = asdict(config)
+    own |= {f"rows of {name}": rows_digest(each) for name, each in data.items() if each is not None}
+    parameters = [(name, tuple(p.shape), p.requires_grad) for name, p in model.named_parameters()]
+    own["names and shapes of the parameters"] = hashlib.sha256(repr(parameters).encode()).hexdigest()[:12]
+    # Before anything else is exchanged: ranks of other shapes would hang or crash in their first collective.
+    ranks = gather_objects(own)
+    for name in own:
+        values = [each.get(name) for each in ranks]
+        if any(value != values[0] for value in values):
+            told = ", ".join(f"{value!r} on rank {number}" for number, value in enumerate(values[:4]))
+            raise ConfigError(
+                f"{name} differs between ranks ({told}), expected the same on all: give random splits and "
+                "weights a seed, and take no clock or random number into settings"
+            )
 
 
 def check_task(task: Task, model: nn.Module, monitor: str | None) -> None:

@@ -75,7 +75,9 @@ class ClassificationTask:
         Raises:
             DataError: the batch is not inputs and labels.
         """
-        return {"cross_entropy": len(_inputs_and_labels(batch)[1])}
+        if not isinstance(batch, tuple | list) or len(batch) < 2:  # a task that inherits this may have more
+            raise _wrong_batch(batch)
+        return {"cross_entropy": len(batch[1])}
 
     def __call__(self, forward: Callable[..., Any], batch: tuple[Tensor, Tensor]) -> TaskOutput:
         """Logits and their summed cross-entropy.
@@ -96,14 +98,18 @@ class ClassificationTask:
 _OWN_TASK = "or give the Trainer a task of your own (roadwork_dist.trainer.task.Task)"
 
 
+def _wrong_batch(batch: Any) -> DataError:
+    keys = f" with the keys {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else ""
+    size = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
+    return DataError(
+        f"a batch is a {type(batch).__name__}{size}{keys}, expected (inputs, labels): let the data set "
+        f"return such pairs, {_OWN_TASK}"
+    )
+
+
 def _inputs_and_labels(batch: Any) -> tuple[Any, Tensor]:
     if not isinstance(batch, tuple | list) or len(batch) != 2:
-        keys = f" with the keys {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else ""
-        size = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
-        raise DataError(
-            f"a batch is a {type(batch).__name__}{size}{keys}, expected (inputs, labels): let the data set "
-            f"return such pairs, {_OWN_TASK}"
-        )
+        raise _wrong_batch(batch)
     inputs, labels = batch
     if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.dtype not in _WHOLE:
         got = f"a {type(labels).__name__}"

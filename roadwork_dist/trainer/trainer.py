@@ -7,7 +7,7 @@ loop itself (averaging, checkpoints, figures on disk and screen) observes it as 
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property
 from itertools import tee
@@ -29,19 +29,27 @@ from roadwork_dist.trainer.engine.collectives import broadcast_tensors, sum_over
 from roadwork_dist.trainer.engine.conflicts import check_agreement
 from roadwork_dist.trainer.events.callback import Callback
 from roadwork_dist.trainer.events.state import TrainState
-from roadwork_dist.trainer.feed.dataset import MapDataset, check_map_style, ids_digest, sample_id
+from roadwork_dist.trainer.feed.dataset import MapDataset, ids_digest, rows_digest, sample_id
 from roadwork_dist.trainer.feed.loader import load_batches
 from roadwork_dist.trainer.feed.order import ShardOrder
 from roadwork_dist.trainer.feed.sampler import Sampler
 from roadwork_dist.trainer.guards.explain import explained
 from roadwork_dist.trainer.optim.optimizers import build_optimizer, check_needs
 from roadwork_dist.trainer.optim.schedules import Schedule
+from roadwork_dist.trainer.recipe import keep_recipe, recipe_of, report_epochs, report_finished
 from roadwork_dist.trainer.row_plan import keep_row_plan, row_plan
-from roadwork_dist.trainer.start_checks import check_callbacks, check_kinds, check_model, check_task
+from roadwork_dist.trainer.start_checks import (
+    check_callbacks,
+    check_data,
+    check_kinds,
+    check_model,
+    check_ranks,
+    check_task,
+)
 from roadwork_dist.trainer.step import LoadedBatch, OptimizerStep
 from roadwork_dist.trainer.task import ClassificationTask, Task, operations_of
-from roadwork_dist.trainer.undisturbed import moving_buffers, undisturbed
-from roadwork_dist.trainer.validation import observe
+from roadwork_dist.trainer.undisturbed import enter_train_mode, moving_buffers, undisturbed
+from roadwork_dist.trainer.validation import observe, weights_to_validate
 
 logger = logging.getLogger(__name__)
 
@@ -91,14 +99,8 @@ class Trainer:
         self.task: Task = ClassificationTask() if task is None else task
         self.train_data, self.val_data, self.collate = train_data, val_data, collate
         check_model(model)
-        check_map_style(train_data, "train_data")
-        if val_data is not None:
-            check_map_style(val_data, "val_data")
-        if (
-            not model.training
-        ):  # as Hugging Face hands models over; parts in eval mode of one that trains stay so
-            logger.info("%s was given in eval mode: all of it is put into train mode", type(model).__name__)
-            model.train()
+        check_data(train_data, val_data)
+        enter_train_mode(model)
         self.run_dir = Path(config.output_dir)
         self.state = TrainState()
         self.interrupt_requested = False
@@ -121,20 +123,16 @@ class Trainer:
         kind = engine_class(self.accelerator)
         check_needs(config.optim, kind.name, kind.offers)
         self.optimizer = build_optimizer(model, config.optim)
-        self.schedule = Schedule(config.optim.lr, self.total_steps, config.schedule)
+        self.schedule = self._schedule(config.epochs)
         self.callbacks = all_callbacks(config, callbacks)
         keyed_state.by_key(self.callbacks)  # refuses a key that is there twice
-        if val_data is not None and len(val_data) == 0:
-            raise ConfigError(
-                "the validation data set has 0 rows, expected at least 1: give it rows, or None to train "
-                "without validation"
-            )
         check_task(self.task, model, None if val_data is None else config.monitor)
 
     @property
     def engine(self) -> Engine:
         """The model on its processes, made when it is first asked for; every rank has to ask."""
         if self._engine is None:
+            check_ranks(self.config, self.model, {"train_data": self.train_data, "val_data": self.val_data})
             self._emit("on_setup")  # while the model is whole, whoever asks first
             self._engine = build_engine(self.accelerator, self.model, self.optimizer, self.config)
         return self._engine
@@ -148,6 +146,14 @@ class Trainer:
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
         return self.config.epochs * self.steps_per_epoch
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether there is nothing left to train."""
+        return self.state.epoch >= self.config.epochs or self.state.should_stop
+
+    def _schedule(self, epochs: int) -> Schedule:
+        return Schedule(self.config.optim.lr, epochs * self.steps_per_epoch, self.config.schedule)
 
     def fit(self) -> Self:
         """Train to the end of the configured epochs, or until the monitored figure is stale.
@@ -172,9 +178,9 @@ class Trainer:
             self._emit("on_fit_start")
             self._check_weights()
             self._emit("on_train_start")
-            if self.val_data is not None:  # a row that does not fit is found now and not after an epoch
-                self.task.count(next(iter(load_batches(self.val_data, [[0]], collate=self.collate))))
-            while self.state.epoch < self.config.epochs and not self.state.should_stop:
+            if self.is_finished and self.state.step:
+                report_finished(self.run_dir, self.state, self.config.monitor)
+            while not self.is_finished:
                 self._train_epoch(step)
                 if self.val_data is not None:
                     self._validate(self.val_data)
@@ -214,14 +220,7 @@ class Trainer:
 
     def averaged(self) -> AbstractContextManager[None]:
         """Run a block with the averaged weights in ``model``; with its own where no average is kept."""
-        found = {callback: callback.validation_weights(self) for callback in self.callbacks}
-        offered = {callback: weights for callback, weights in found.items() if weights is not None}
-        if len(offered) > 1:
-            raise ConfigError(
-                f"{' and '.join(type(callback).__name__ for callback in offered)} give weights to validate "
-                "with, expected one that does: leave the others out (ema.enabled: false for the average)"
-            )
-        return next(iter(offered.values()), nullcontext())
+        return weights_to_validate(self, self.callbacks)
 
     def _train_epoch(self, step: OptimizerStep) -> None:
         state = self.state
@@ -365,7 +364,9 @@ class Trainer:
         """Loop state, what the order of rows depends on, and every callback's state; JSON-able."""
         return {
             "state": self.state.state_dict(),
-            "rows": row_plan(self.sampler, self._ids_digest),
+            "rows": row_plan(self.sampler, *self._digests),
+            "recipe": recipe_of(self.config),
+            "epochs": self.config.epochs,
             "callbacks": keyed_state.state_dicts(self.callbacks),
         }
 
@@ -375,9 +376,12 @@ class Trainer:
         Raises:
             CheckpointError: the order of rows was another one, so its place in the epoch means nothing.
         """
-        self.sampler = keep_row_plan(self.sampler, self._ids_digest, state["rows"], self.run_dir)
-        self.schedule = Schedule(self.config.optim.lr, self.total_steps, self.config.schedule)
+        keep_recipe(self.config, state.get("recipe"), self.run_dir)
+        self.sampler = keep_row_plan(self.sampler, *self._digests, state["rows"], self.run_dir)
         self.state.load_state_dict(state["state"])
+        self.schedule = self._schedule(self.config.epochs)
+        epochs = state.get("epochs", self.config.epochs)
+        report_epochs(epochs, self.config.epochs, self._schedule(epochs), self.schedule, self.state.step)
         self._is_off_record = False
         self.state.should_stop = self._is_stale()  # the patience may be another one now
         keyed_state.load_state_dicts(self.callbacks, state["callbacks"])
@@ -391,5 +395,5 @@ class Trainer:
         keyed_state.load_tensors(self.callbacks, source)
 
     @cached_property
-    def _ids_digest(self) -> str:
-        return ids_digest(self.train_data)
+    def _digests(self) -> tuple[str, str]:
+        return ids_digest(self.train_data), rows_digest(self.train_data)

@@ -1,5 +1,6 @@
 """Leaving a model as it was: modes, buffers and random states around what must not change them."""
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -8,10 +9,12 @@ from torch import Tensor, nn
 
 from roadwork_dist.common.random import capture_rng, restore_rng
 
+logger = logging.getLogger(__name__)
+
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Run a block, then put back the mode and buffers of every sub-module, and this process's random states.
+    """Run a block, then put back the mode and buffers of every sub-module, and the random states.
 
     Also after an error. Modes are put back one by one: a part that was in eval mode on purpose stays so.
     """
@@ -25,6 +28,20 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             module.training = mode  # not train(mode), which would go down to the sub-modules
         put_buffers_back()
         restore_rng(random)
+
+
+def enter_train_mode(model: nn.Module) -> None:
+    """Put a model into train mode, but not the parts that were handed over in eval mode.
+
+    A model that is in eval mode as a whole, as Hugging Face loads one, is put into train mode. Parts that its
+    own ``train()`` leaves in eval mode stay in it.
+    """
+    kept = [module for module in model.modules() if not module.training] if model.training else []
+    if not model.training:
+        logger.info("%s was given in eval mode: all of it is put into train mode", type(model).__name__)
+    model.train()
+    for module in kept:
+        module.training = False
 
 
 def moving_buffers(model: nn.Module) -> list[Tensor]:

@@ -2,8 +2,12 @@
 
 import logging
 import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
+from roadwork_dist.common.errors import ConfigError
 from roadwork_dist.trainer.answers import PassResult
+from roadwork_dist.trainer.events.callback import Callback, Run
 from roadwork_dist.trainer.events.state import TrainState
 from roadwork_dist.trainer.feed.dataset import MapDataset, sample_id
 
@@ -11,6 +15,22 @@ logger = logging.getLogger(__name__)
 
 NAMED = 8
 """Rows that a warning names."""
+
+
+def weights_to_validate(run: Run, callbacks: Sequence[Callback]) -> AbstractContextManager[None]:
+    """A block with the weights that a callback puts in place; with the model's own where none does.
+
+    Raises:
+        ConfigError: several callbacks give weights.
+    """
+    found = {callback: callback.validation_weights(run) for callback in callbacks}
+    offered = {callback: weights for callback, weights in found.items() if weights is not None}
+    if len(offered) > 1:
+        raise ConfigError(
+            f"{' and '.join(type(callback).__name__ for callback in offered)} give weights to validate with, "
+            "expected one that does: leave the others out (ema.enabled: false for the average)"
+        )
+    return next(iter(offered.values()), nullcontext())
 
 
 def observe(state: TrainState, outcome: PassResult, data: MapDataset, monitor: str) -> bool:

@@ -143,7 +143,7 @@ def test_every_config_is_a_frozen_dataclass_of_keywords() -> None:
     ("kind", "name", "value", "told"),
     [
         (TrainConfig, "precision", "fp16", "precision is 'fp16', expected 'fp32', 'bf16' or 'fp8'"),
-        (TrainConfig, "resume", False, "resume is False, expected 'auto' or 'never'"),
+        (TrainConfig, "resume", False, "resume is False, expected 'auto', 'never' or 'force'"),
         (TrainConfig, "compile", True, "compile is True, expected 'off', 'default' or 'max-autotune'"),
         (TrainConfig, "device", "cuda", "device is 'cuda', expected 'auto' or 'cpu'"),
         (TrainConfig, "epochs", 1.5, "epochs is 1.5, expected a whole number"),

@@ -102,7 +102,6 @@ BATCHES = {
         {"model": Returns(lambda z: z, classes=1), "data": Rows(lambda n: (X, 0))},
         "a tensor [16, 1] for 16 rows, expected logits [16, classes] of two classes or more",
     ),
-    "val differs": ({"val": Rows(lambda n: (X, None))}, "the rows 0 cannot be put into one batch"),
 }
 
 

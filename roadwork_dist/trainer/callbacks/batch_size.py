@@ -70,7 +70,7 @@ class BatchSizeSearch(Callback):
         share = run.config.batch_size * run.config.accumulation
         is_main = run.accelerator.is_main_process
         stored, refused = None, None
-        if is_main and run.config.resume == "auto":
+        if is_main and run.config.resume != "never":
             try:
                 stored = stored_choice(run.run_dir / self.filename)
             except ConfigError as error:

@@ -78,6 +78,7 @@ class Checkpointer(Callback):
         """
         self._group = self._group or host_group()  # a collective, which every rank reaches here
         if self._modules is None:  # what the run started with, also for a second fit()
+            run.engine.weights_changed()  # drops what an evaluation before has gathered
             self._modules = ModuleState(run.model, run.engine, self._shapes)
         store = self.store(run)
         if run.config.resume == "never":

@@ -143,7 +143,8 @@ class ModuleState:
         if tensor.device.type != "cpu" and isinstance(place.tensor, nn.Parameter):
             content = int(torch.hash_tensor(tensor))  # where it is: a frozen backbone is large
         else:
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            # A copy: what numpy has looked at cannot be resized any more, as FSDP2 resizes gathered weights.
+            flat = tensor.detach().to("cpu", copy=True).contiguous().reshape(-1)
             content = zlib.crc32(flat.view(torch.uint8).numpy().data)
         return tuple(tensor.shape), tensor.dtype, content
 

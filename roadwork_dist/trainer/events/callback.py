@@ -46,6 +46,10 @@ class Run(Protocol):
         """The engine that runs the model on all processes."""
 
     @property
+    def is_finished(self) -> bool:
+        """Whether there is nothing left to train."""
+
+    @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
 

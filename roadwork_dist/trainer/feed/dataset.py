@@ -18,6 +18,8 @@ from functools import partial
 from itertools import tee
 from typing import Any, Generic, Protocol, TypeVar
 
+import numpy as np
+import torch
 from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset, TensorDataset
 
 from roadwork_dist.common.errors import ConfigError
@@ -80,6 +82,32 @@ def ids_digest(dataset: MapDataset) -> str:
     # Surrogates stand for bytes of file names that are not UTF-8.
     text = "\n".join(sample_id(dataset, row) for row in range(len(dataset))).encode(errors="surrogatepass")
     return hashlib.sha256(text).hexdigest()[:12]
+
+
+def rows_digest(dataset: Any) -> str:
+    """A hash of which rows a data set has, as far as it can be told without reading them.
+
+    Of tensors their values, of ``Subset`` its indices, else the ids, or the length where there are none.
+    """
+    digest = hashlib.sha256()
+    _add_rows(digest, dataset)
+    return digest.hexdigest()[:12]
+
+
+def _add_rows(digest: Any, dataset: Any) -> None:
+    digest.update(f"{type(dataset).__name__} {len(dataset)}\n".encode())
+    if isinstance(dataset, TensorDataset):
+        for tensor in dataset.tensors:
+            digest.update(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy().data)
+    elif _offers(dataset, "sample_id"):
+        digest.update(ids_digest(dataset).encode())
+    else:
+        if isinstance(dataset, Subset):
+            digest.update(np.asarray(dataset.indices, dtype=np.int64).tobytes())
+        for part in _parts(dataset):
+            _add_rows(digest, part)
 
 
 def read_ahead(dataset: Any, batches: Iterable[list[int]]) -> Iterable[list[int]]:

@@ -53,5 +53,5 @@ class ResolvedConfig(Callback):
 
     def on_train_start(self, run: Run) -> None:
         """Write ``config.yaml``."""
-        if run.accelerator.is_main_process:
+        if run.accelerator.is_main_process and not run.is_finished:  # it describes what ran
             write_atomic(run.run_dir / "config.yaml", to_yaml(run.config).encode())

@@ -127,12 +127,13 @@ def test_shards_take_turns_and_rows_are_mixed() -> None:
 
 def test_a_run_keeps_its_lanes_and_refuses_another_layout() -> None:
     started = sampler_of([10, 10, 10], batch_size=4, world_size=2)
-    was = row_plan(started, "ids")
-    alone = keep_row_plan(sampler_of([10, 10, 10], batch_size=8), "ids", was, Path("run"))
+    was = row_plan(started, "ids", "rows")
+    alone = keep_row_plan(sampler_of([10, 10, 10], batch_size=8), "ids", "rows", was, Path("run"))
     assert alone.order(0).tolist() == started.order(0).tolist()
     four = keep_row_plan(
         sampler_of([10, 10, 10], batch_size=4, world_size=4),
         "ids",
+        "rows",
         was,
         Path("run"),
     )
@@ -143,9 +144,11 @@ def test_a_run_keeps_its_lanes_and_refuses_another_layout() -> None:
         (Sampler(30, 4, world_size=2, seed=3), "shards that are mixed was 3, is none"),
     ):
         with pytest.raises(CheckpointError, match=told):
-            keep_row_plan(other, "ids", was, Path("run"))
+            keep_row_plan(other, "ids", "rows", was, Path("run"))
     with pytest.raises(CheckpointError, match="shards that are mixed was none, is 3"):
-        keep_row_plan(started, "ids", row_plan(Sampler(30, 4, world_size=2, seed=3), "ids"), Path("run"))
+        keep_row_plan(
+            started, "ids", "rows", row_plan(Sampler(30, 4, world_size=2, seed=3), "ids", "rows"), Path("run")
+        )
 
 
 def test_an_order_that_does_not_fit_is_told() -> None:

@@ -1,7 +1,7 @@
-"""Muon for matrices and AdamW for everything else, torch's own implementations in one optimizer.
+"""Muon for matrices and AdamW for everything else: torch's implementations in one optimizer.
 
-timm's Muon does both as well, but on FSDP2's shards its steps differ from unsharded ones by 2 to 18 %;
-torch's are the same to the bit.
+timm's Muon does both as well, but its steps on FSDP2's shards differ from unsharded ones by 2 to 18 %;
+torch's are bit-identical.
 """
 
 from collections.abc import Callable
@@ -64,14 +64,14 @@ class MuonAndAdamW(Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As of any optimizer."""
+        """Load a state dict, and share its groups and state with both optimizers again."""
         super().load_state_dict(state_dict)
         self._share()
 
 
 @OPTIMIZERS.register("muon", state_bytes=8, needs=frozenset({"whole matrices"}))
 def muon(model: nn.Module, config: OptimConfig) -> Optimizer:
-    """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) of matrices, AdamW of the rest."""
+    """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) for matrices, else AdamW."""
     groups = parameter_groups(model, config.weight_decay, config.layer_decay)
     matrices = [{**group, "params": [p for p in group["params"] if p.ndim == 2]} for group in groups]
     others = [{**group, "params": [p for p in group["params"] if p.ndim != 2]} for group in groups]
