@@ -1,7 +1,6 @@
-"""The training loop, for any model.
+"""The training loop, for any model: fit → _train_epoch → OptimizerStep, three hops to ``optimizer.step()``.
 
-fit → _train_epoch → OptimizerStep: three hops to ``optimizer.step()``. Everything that is not the
-loop itself (averaging, checkpoints, figures on disk and screen) observes it as a callback.
+Everything outside the loop (averaging, checkpoints, figures on disk and screen) is a callback.
 """
 
 import logging
@@ -103,8 +102,8 @@ class Trainer:
         enter_train_mode(model)
         self.run_dir = Path(config.output_dir)
         self.state = TrainState()
-        self.interrupt_requested = False
-        self.is_leaving = False
+        self.interrupt_requested = self.is_leaving = False
+        self._seeds_rows = True  # a run of version 0.1 keeps to its draws, which were seeded by batches
         self._is_off_record = False  # weights are neither the first ones nor those of a checkpoint
         self.batches_read = 0
         self.accelerator = build_accelerator(device=config.device)
@@ -120,8 +119,7 @@ class Trainer:
             weights=sample_weights,
             shard_order=shard_order,
         )
-        kind = engine_class(self.accelerator)
-        check_needs(config.optim, kind.name, kind.offers)
+        check_needs(config.optim, engine_class(self.accelerator))
         self.optimizer = build_optimizer(model, config.optim)
         self.schedule = self._schedule(config.epochs)
         self.callbacks = all_callbacks(config, callbacks)
@@ -334,6 +332,7 @@ class Trainer:
             workers=self.config.workers,
             collate=self.collate,
             pin_memory=self.accelerator.device.type == "cuda",
+            by_row=self._seeds_rows,
         )
         for batch in loaded:
             self.batches_read += 1
@@ -357,7 +356,7 @@ class Trainer:
         self._emit("on_rewind")
 
     def sample_ids(self, rows: Sequence[int]) -> list[str]:
-        """Ids of rows of the training data: its ``sample_id(row)`` where it has one, else the row."""
+        """Ids of rows of the training data."""
         return [sample_id(self.train_data, row) for row in rows]
 
     def state_dict(self) -> dict[str, Any]:
@@ -367,6 +366,7 @@ class Trainer:
             "rows": row_plan(self.sampler, *self._digests),
             "recipe": recipe_of(self.config),
             "epochs": self.config.epochs,
+            "seeds_rows": self._seeds_rows,
             "callbacks": keyed_state.state_dicts(self.callbacks),
         }
 
@@ -379,6 +379,7 @@ class Trainer:
         keep_recipe(self.config, state.get("recipe"), self.run_dir)
         self.sampler = keep_row_plan(self.sampler, *self._digests, state["rows"], self.run_dir)
         self.state.load_state_dict(state["state"])
+        self._seeds_rows = state.get("seeds_rows", False)
         self.schedule = self._schedule(self.config.epochs)
         epochs = state.get("epochs", self.config.epochs)
         report_epochs(epochs, self.config.epochs, self._schedule(epochs), self.schedule, self.state.step)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.engines import train_with
 from support.ranks import run
-from support.toy import toy_config, toy_data, toy_model
+from support.toy import NoisyData, toy_config, toy_data, toy_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
@@ -181,3 +181,23 @@ def epochs_until_stopped(run_dir: Path) -> int:
 @pytest.mark.parametrize("engine", ["ddp", "zero3"])
 def test_a_stop_on_one_rank_stops_all(tmp_path: Path, engine: str) -> None:
     assert run(train_with, engine, epochs_until_stopped, tmp_path, world_size=2) == [1, 1]
+
+
+def weights_with_draws(run_dir: Path, batch_size: int, accumulation: int) -> Tensor:
+    config = toy_config(
+        run_dir,
+        epochs=1,
+        batch_size=batch_size,
+        accumulation=accumulation,
+        tracking=TrackingConfig(progress=False),
+    )
+    trainer = Trainer(toy_model(), config, NoisyData(64)).fit()
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+
+def test_steps_are_the_same_in_other_parts_where_a_data_set_draws(tmp_path: Path) -> None:
+    whole = weights_with_draws(tmp_path / "whole", 16, 1)
+    in_parts = weights_with_draws(tmp_path / "parts", 4, 4)
+    on_two = run(weights_with_draws, tmp_path / "two", 8, 1, world_size=2)[0]
+    for other in (in_parts, on_two):
+        torch.testing.assert_close(other, whole, rtol=0, atol=1e-6)

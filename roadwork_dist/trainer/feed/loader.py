@@ -1,10 +1,11 @@
 """Loads batches from any map-style data set, with reproducible random draws.
 
-If a data set draws from Python's, numpy's or torch's global generator (a random crop, say), its draws would
-change after a resume, or with another number of workers. Here those generators are seeded for each batch from
-(seed, epoch, rows), collating included, and restored after it. A data set whose rows are pure functions of
-(epoch, row) declares this with an attribute ``pure = True``, and so does a collate function (:func:`pure`).
-Batches are then not seeded, which saves time.
+If a data set draws from Python's, numpy's or torch's global generator (a random crop, say), or from
+generators of its own, its draws would change after a resume, or with another number of workers. Here all
+of them are seeded for each row from (seed, epoch, row), so draws do not depend on the rest of the batch
+either; the global generators are restored. A data set whose rows are pure functions of (epoch, row)
+declares this with an attribute ``pure = True``, and so does a collate function (:func:`pure`). Its rows are
+then read together and not seeded, which saves time.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -22,6 +23,7 @@ from roadwork_dist.trainer.feed.dataset import (
     read_rows,
     set_epoch,
 )
+from roadwork_dist.trainer.feed.generators import generators_of, seed_row
 from roadwork_dist.trainer.feed.worker import shield_worker
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -34,16 +36,24 @@ def pure(collate: F) -> F:
 
 
 class _SeededBatches:
-    """Reads and collates a batch with the global generators seeded for that batch."""
+    """Reads and collates batches with all generators seeded for each row, and for the batch's collation."""
 
     def __init__(
-        self, dataset: MapDataset, collate: Callable[[list[Any]], Any] | None, seed: int, epoch: int
+        self,
+        dataset: MapDataset,
+        collate: Callable[[list[Any]], Any] | None,
+        seed: int,
+        epoch: int,
+        by_row: bool,
     ) -> None:
         self.dataset = dataset
         self.collate: Callable[[Any], Any] = collate or default_collate
         self.seed, self.epoch = seed, epoch
         # A collate function may draw too (MixUp); torch's own does not.
         self.is_pure = is_pure(dataset) and (collate is None or getattr(collate, "pure", False))
+        self.by_row = by_row and not is_pure(dataset)
+        # Found before workers are started: each of them gets the list with its own copies.
+        self.generators = generators_of(dataset) if self.by_row else []
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -55,7 +65,7 @@ class _SeededBatches:
             return self._batch(rows)
 
     def _batch(self, rows: list[int]) -> Any:
-        read = self._read(rows)
+        read = self._read_by_row(rows) if self.by_row else self._read(rows)
         try:
             return self.collate(read)
         except (TypeError, RuntimeError, ValueError, KeyError) as error:
@@ -64,6 +74,14 @@ class _SeededBatches:
                 "expected tensors, arrays, numbers or texts, of one shape in all rows: change the rows, "
                 "or give the Trainer a function collate(rows)"
             ) from error
+
+    def _read_by_row(self, rows: list[int]) -> list[Any]:
+        read: list[Any] = []
+        for row in rows:
+            seed_row(self.generators, self.seed, "row", self.epoch, row)
+            read += self._read([row])
+        seed_row([], self.seed, "rows", self.epoch, *rows)  # for the collate function
+        return read
 
     def _read(self, rows: list[int]) -> Sequence[Any]:
         try:
@@ -90,6 +108,7 @@ def load_batches(
     workers: int = 0,
     collate: Callable[[list[Any]], Any] | None = None,
     pin_memory: bool = False,
+    by_row: bool = True,
 ) -> DataLoader[Any]:
     """Read the given batches of rows in the given order.
 
@@ -102,6 +121,8 @@ def load_batches(
             ``in_memory = True``.
         collate: list of rows -> batch; None = torch's ``default_collate``.
         pin_memory: page-locked host memory, for copies to a GPU.
+        by_row: seed each row, which makes draws independent of the size of batches; else each batch, as
+            version 0.1 did.
 
     Returns:
         An iterable over these batches, to be used once.
@@ -111,7 +132,7 @@ def load_batches(
     # Rows are in the memory of this process or of its GPU: loader processes would only add overhead.
     in_memory = is_in_memory(dataset)
     return DataLoader(
-        _SeededBatches(dataset, collate, seed, epoch),  # type: ignore[arg-type]
+        _SeededBatches(dataset, collate, seed, epoch, by_row),  # type: ignore[arg-type]
         batch_sampler=batches,  # read once, in order
         num_workers=0 if in_memory else workers,
         worker_init_fn=shield_worker,

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import TensorDataset
+from torch.utils.data import Subset, TensorDataset
 
 from roadwork_dist.common.random import seed_everything
+from roadwork_dist.trainer.feed.dataset import WrappedDataset
 from roadwork_dist.trainer.feed.loader import load_batches
 from roadwork_dist.trainer.feed.sampler import Sampler
 
@@ -137,10 +138,71 @@ def test_rows_are_read_all_at_once_where_the_data_set_can() -> None:
             self.read.append(-len(indices))
             return [torch.tensor(index) for index in indices]
 
-    data = Many()
-    assert [batch.tolist() for batch in load_batches(data, BATCHES)] == BATCHES
-    assert data.read == [-3, -2, -3]
+    class PureAndMany(Many):
+        pure = True
+
+    for data, read in (
+        (PureAndMany(), [-3, -2, -3]),
+        (Many(), [-1] * 8),
+    ):  # what may draw is seeded row by row
+        assert [batch.tolist() for batch in load_batches(data, BATCHES)] == BATCHES
+        assert data.read == read
 
 
 def test_own_collate() -> None:
     assert list(load_batches(Noisy(), BATCHES, collate=len)) == [3, 2, 3]
+
+
+class OwnDraws:
+    """Draws from generators of its own, as a data set, a transform and a wrapper do."""
+
+    def __init__(self) -> None:
+        self.torch_draws = torch.Generator().manual_seed(1)
+        self.transforms = [NumpyTransform(np.random.default_rng(1)), NumpyTransform(np.random.RandomState(1))]
+        self.options = {"python": random.Random(1)}
+
+    def __len__(self) -> int:
+        return 256
+
+    def __getitem__(self, row: int) -> Tensor:
+        own = [float(torch.rand((), generator=self.torch_draws)), self.options["python"].random()]
+        return torch.tensor([*own, *(transform() for transform in self.transforms)], dtype=torch.float64)
+
+
+class NumpyTransform:
+    def __init__(self, rng: Any) -> None:
+        self.rng = rng
+
+    def __call__(self) -> float:
+        return float(
+            self.rng.random_sample() if isinstance(self.rng, np.random.RandomState) else self.rng.random()
+        )
+
+
+@pytest.mark.parametrize("wrap", [lambda data: data, lambda data: Subset(data, range(256)), WrappedDataset])
+def test_generators_of_a_data_set_are_seeded_for_each_row(wrap: Any) -> None:
+    def drawn(batches: list[list[int]], workers: int, epoch: int = 0) -> Tensor:
+        return torch.cat(list(load_batches(wrap(OwnDraws()), batches, workers=workers, epoch=epoch)))
+
+    rows = [list(range(start, start + 32)) for start in range(0, 256, 32)]
+    whole = drawn(rows, 0)
+    assert all(len(column.unique()) == 256 for column in whole.T)
+    assert torch.equal(drawn(rows, 2), whole)
+    assert torch.equal(drawn(rows[3:], 0), whole[96:])  # as after a resume
+    assert not set(drawn(rows, 0, epoch=1).flatten().tolist()) & set(whole.flatten().tolist())
+
+
+@pytest.mark.parametrize("dataset", [Noisy, OwnDraws])
+def test_draws_do_not_depend_on_the_batch_that_a_row_is_in(dataset: Any) -> None:
+    def drawn(batches: list[list[int]]) -> Tensor:
+        return torch.cat(list(load_batches(dataset(), batches)))
+
+    assert torch.equal(drawn([[0, 1, 2, 3]]), drawn([[0], [1, 2], [3]]))
+
+
+def test_a_run_of_version_0_1_keeps_the_seeds_of_its_batches() -> None:
+    def drawn(batches: list[list[int]]) -> Tensor:
+        return torch.cat(list(load_batches(Noisy(), batches, by_row=False)))
+
+    assert torch.equal(drawn([[0, 1]]), drawn([[0, 1]]))
+    assert not torch.equal(drawn([[0, 1]]), drawn([[0], [1]]))

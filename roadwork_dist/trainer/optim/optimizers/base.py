@@ -1,6 +1,6 @@
 """Registry of optimizers, and what each of them declares."""
 
-from collections.abc import Callable, Set
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from roadwork_dist.common.errors import ConfigError
 from roadwork_dist.common.registry import Registry
 from roadwork_dist.trainer.config import OptimConfig
+from roadwork_dist.trainer.engine.base import Engine
 
 Build = Callable[[nn.Module, OptimConfig], Optimizer]
 """(model, settings) -> optimizer over the model's trainable parameters."""
@@ -75,21 +76,16 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     return optimizer
 
 
-def check_needs(config: OptimConfig, engine: str, offers: Set[str]) -> None:
+def check_needs(config: OptimConfig, engine: type[Engine]) -> None:
     """Refuse an optimizer that an engine does not support.
-
-    Args:
-        config: names the optimizer.
-        engine: its name, for the message.
-        offers: what the engine provides beyond element-wise updates.
 
     Raises:
         ConfigError: something that the optimizer needs is missing.
     """
-    missing = sorted(OPTIMIZERS[config.name].needs - offers)
+    missing = sorted(OPTIMIZERS[config.name].needs - engine.offers)
     if missing:
-        served = [name for name in OPTIMIZERS if OPTIMIZERS[name].needs <= offers]
+        served = [name for name in OPTIMIZERS if OPTIMIZERS[name].needs <= engine.offers]
         raise ConfigError(
-            f"optim.name is {config.name!r}, which needs {' and '.join(missing)}, but {engine} "
+            f"optim.name is {config.name!r}, which needs {' and '.join(missing)}, but {engine.name} "
             f"gives an optimizer only shards: choose one of {', '.join(served)}, or another engine"
         )
