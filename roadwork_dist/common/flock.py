@@ -16,6 +16,8 @@ except ImportError:  # Windows
     HAS_FLOCK = False
 
 _UNSUPPORTED = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK}
+READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
+"""Errors of writing to a read-only file or folder."""
 _OTHERS = {errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES}
 
 
@@ -73,3 +75,41 @@ def is_at(descriptor: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
         return False
+
+
+def open_locked(
+    path: Path, *, shared: bool = False, wait: bool = False, mode: int = 0o666, may_read_only: bool = False
+) -> tuple[int, Flock]:
+    """Open a file, created if absent, and lock it.
+
+    Args:
+        path: the file.
+        shared: others may hold a shared lock at the same time.
+        wait: until others have released theirs.
+        mode: permissions of a new file.
+        may_read_only: a file that cannot be written to is locked as well.
+
+    Returns:
+        Its descriptor (-1 if others hold the lock), and what came of the lock.
+
+    Raises:
+        OSError: it cannot be opened, or the file system fails.
+    """
+    while True:
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, mode)
+        except OSError as error:
+            if not may_read_only or error.errno not in READ_ONLY or not path.exists():
+                raise
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            held = take(descriptor, shared=shared, wait=wait)
+            if held is not Flock.OTHERS and is_at(descriptor, path):
+                return descriptor, held
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+        if held is Flock.OTHERS:
+            return -1, held
+        # Otherwise the file was removed or replaced during the wait: lock the one that is there now.

@@ -22,10 +22,11 @@ from torch import Tensor
 
 from roadwork_dist.common.errors import ConfigError, DataError
 from roadwork_dist.common.files import write_atomic
+from roadwork_dist.common.flock import READ_ONLY
 from roadwork_dist.features.store.catalogue import PARTS, Catalogue
 from roadwork_dist.features.store.checking import check_touched
 from roadwork_dist.features.store.index import Bools, Entries, Ints, entry_keys
-from roadwork_dist.features.store.locks import READ_ONLY, FileLock
+from roadwork_dist.features.store.locks import FileLock
 from roadwork_dist.features.store.part import (
     PART_BYTES,
     PartWriter,

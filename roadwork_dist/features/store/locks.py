@@ -9,12 +9,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Self
 
-from roadwork_dist.common.flock import Flock, give_back, is_at, take
+from roadwork_dist.common.flock import READ_ONLY, Flock, give_back, open_locked
 
 logger = logging.getLogger(__name__)
-
-READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
-"""Errors of writing to a read-only folder."""
 
 _warned: set[Path] = set()
 _warned_guard = threading.Lock()
@@ -60,20 +57,11 @@ class FileLock:
 
     def __init__(self, path: Path, *, shared: bool, wait: bool = False) -> None:
         self.path, self._owner = path, os.getpid()
-        while True:
-            self._handle = _open(path)
-            try:
-                held = take(self._handle, shared=shared, wait=wait)
-                if held is Flock.OTHERS:
-                    raise BlockingIOError(errno.EWOULDBLOCK, "another process holds its lock", str(path))
-            except BaseException:
-                os.close(self._handle)
-                raise
-            self.is_real = held is Flock.HELD
-            """False if the file system has no locks."""
-            if is_at(self._handle, path):
-                return
-            os.close(self._handle)  # the file was deleted while waiting
+        self._handle, held = open_locked(path, shared=shared, wait=wait, may_read_only=True)
+        if held is Flock.OTHERS:
+            raise BlockingIOError(errno.EWOULDBLOCK, "another process holds its lock", str(path))
+        self.is_real = held is Flock.HELD
+        """False if the file system has no locks."""
 
     def size(self) -> int:
         """Size of the file in bytes."""
@@ -113,16 +101,6 @@ class FileLock:
     def __del__(self) -> None:
         with suppress(OSError, AttributeError):
             self.release()
-
-
-def _open(path: Path) -> int:
-    try:
-        return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        # A file in a read-only store can still be locked.
-        if error.errno in READ_ONLY and path.exists():
-            return os.open(path, os.O_RDONLY)
-        raise
 
 
 def is_locked(path: Path) -> bool:

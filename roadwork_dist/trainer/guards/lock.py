@@ -22,7 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from roadwork_dist.common.errors import RunLockedError
-from roadwork_dist.common.flock import Flock, give_back, is_at, take
+from roadwork_dist.common.flock import Flock, give_back, open_locked
 from roadwork_dist.trainer.engine.collectives import broadcast_object
 from roadwork_dist.trainer.events.callback import Callback, Run
 from roadwork_dist.trainer.events.state import StepResult
@@ -108,19 +108,13 @@ class FolderLock:
         """Open the file and take its ``flock``; returns the handle and whether ``flock`` works here."""
         started = time.monotonic()
         while True:
-            handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
-            try:
-                held = take(handle)
-            except BaseException:
-                os.close(handle)
-                raise
-            if held is not Flock.OTHERS and is_at(handle, self.path):
+            handle, held = open_locked(self.path, mode=0o644)
+            if held is not Flock.OTHERS:
                 return handle, held is Flock.HELD
             owner = _read(self.path)
-            os.close(handle)
             # A loader process that briefly outlives its killed parent still holds the flock.
             is_orphaned = owner is not None and is_here(owner.process) and not is_alive(owner.process)
-            if held is Flock.OTHERS and not (is_orphaned and time.monotonic() - started < _ORPHANS_S):
+            if not (is_orphaned and time.monotonic() - started < _ORPHANS_S):
                 self._refuse(owner)
             time.sleep(0.1)
 

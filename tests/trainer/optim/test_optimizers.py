@@ -135,3 +135,16 @@ def test_muon_steps_matrices_and_adamw_the_rest() -> None:
     before = model[1].weight.detach().clone()
     own.step()
     assert torch.equal(before, model[1].weight)  # the parts still see the groups
+
+
+@pytest.mark.parametrize("need", ["train and eval modes", "a second backward pass"])
+def test_what_no_engine_provides_is_refused_at_the_start(
+    need: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(OPTIMIZERS, "_items", dict(OPTIMIZERS._items))
+    OPTIMIZERS.register("demanding", needs=frozenset({need}))(OPTIMIZERS["adamw"].build)
+    config = toy_config(tmp_path, optim=OptimConfig(name="demanding"))
+    with pytest.raises(
+        ConfigError, match=f"'demanding', which needs {need}, and the engine replicated does not"
+    ):
+        Trainer(toy_model(), config, toy_data(16))

@@ -15,10 +15,11 @@ from roadwork_dist.trainer.engine.base import Engine
 Build = Callable[[nn.Module, OptimConfig], Optimizer]
 """(model, settings) -> optimizer over the model's trainable parameters."""
 
-Need = Literal["whole matrices", "state of other shapes"]
-"""What an optimizer that is not element-wise may need and not every engine provides: the whole matrix that a
-step is computed from, and state (factors, preconditioners) that differs in shape from its parameter and so is
-not sharded."""
+Need = Literal["whole matrices", "state of other shapes", "train and eval modes", "a second backward pass"]
+"""What an optimizer may need and not every engine provides: the whole matrix that a step is computed from,
+where others need each element alone; state (factors, preconditioners) that differs in shape from its parameter
+and so is not sharded; ``train()`` and ``eval()`` around validations and saves (schedule-free ones); a backward
+pass through the gradient (Sophia-H, AdaHessian). No engine provides the last two so far."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +87,6 @@ def check_needs(config: OptimConfig, engine: type[Engine]) -> None:
     if missing:
         served = [name for name in OPTIMIZERS if OPTIMIZERS[name].needs <= engine.offers]
         raise ConfigError(
-            f"optim.name is {config.name!r}, which needs {' and '.join(missing)}, but {engine.name} "
-            f"gives an optimizer only shards: choose one of {', '.join(served)}, or another engine"
+            f"optim.name is {config.name!r}, which needs {' and '.join(missing)}, and the engine "
+            f"{engine.name} does not provide that: choose one of {', '.join(served)}, or another engine"
         )
