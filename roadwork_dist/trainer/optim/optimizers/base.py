@@ -16,10 +16,13 @@ Build = Callable[[nn.Module, OptimConfig], Optimizer]
 """(model, settings) -> optimizer over the model's trainable parameters."""
 
 Need = Literal["whole matrices", "state of other shapes", "train and eval modes", "a second backward pass"]
-"""What an optimizer may need and not every engine provides: the whole matrix that a step is computed from,
-where others need each element alone; state (factors, preconditioners) that differs in shape from its parameter
-and so is not sharded; ``train()`` and ``eval()`` around validations and saves (schedule-free ones); a backward
-pass through the gradient (Sophia-H, AdaHessian). No engine provides the last two so far."""
+"""What an optimizer may need and not every engine provides.
+
+The whole matrix that a step is computed from, where others need each element alone; state (factors,
+preconditioners) that differs in shape from its parameter and so is not sharded; ``train()`` and ``eval()``
+around validations and saves (schedule-free ones); a backward pass through the gradient (Sophia-H, AdaHessian).
+No engine provides the last two so far.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
