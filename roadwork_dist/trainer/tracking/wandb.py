@@ -1,14 +1,18 @@
 """Logging to Weights & Biases: one run for all ranks, continued after a resume."""
 
 import hashlib
+import secrets
 from dataclasses import asdict
 from typing import Any
 
+from roadwork_dist.common.files import write_atomic
 from roadwork_dist.common.optional import require
 from roadwork_dist.trainer.config import WandbConfig
 from roadwork_dist.trainer.events.callback import Callback, Run
 from roadwork_dist.trainer.events.state import StepResult
 from roadwork_dist.trainer.tracking.figures import numbers, step_figures
+
+ID_FILE = "wandb-id"
 
 
 class WeightsAndBiases(Callback):
@@ -24,9 +28,9 @@ class WeightsAndBiases(Callback):
         self._run: Any = None
 
     def on_train_start(self, run: Run) -> None:
-        """Open the run; its id is derived from the run folder, so a resumed run continues it."""
+        """Open the run; its id is kept in the run folder, so a resumed run continues it."""
         if run.accelerator.is_main_process:
-            identity = hashlib.sha256(str(run.run_dir.resolve()).encode()).hexdigest()[:16]
+            identity = _kept_id(run)
             self._run = self._wandb.init(
                 project=self.config.project,
                 entity=self.config.entity,
@@ -66,3 +70,15 @@ class WeightsAndBiases(Callback):
         if self._run is not None:
             self._run.finish(exit_code=exit_code)
             self._run = None
+
+
+def _kept_id(run: Run) -> str:
+    """The id in the run folder, or a new random one: equal paths on two machines are two experiments."""
+    path = run.run_dir / ID_FILE
+    if path.is_file():
+        return path.read_text().strip()
+    identity = secrets.token_hex(8)
+    if run.state.step:  # a run of version 0.1, whose id was a hash of the path
+        identity = hashlib.sha256(str(run.run_dir.resolve()).encode()).hexdigest()[:16]
+    write_atomic(path, identity.encode())
+    return identity

@@ -1,5 +1,6 @@
 """Trackers: JSON lines, TensorBoard, Weights & Biases, the console."""
 
+import hashlib
 import io
 import json
 import time
@@ -228,6 +229,28 @@ def test_a_missing_package_is_told_with_its_extra(monkeypatch: pytest.MonkeyPatc
 def train_with_wandb(folder: Path) -> None:
     tracking = TrackingConfig(progress=False, wandb=WandbConfig(mode="offline", project="test"))
     Trainer(toy_model(), toy_config(folder, epochs=1, tracking=tracking), toy_data(32), toy_data(8)).fit()
+
+
+def test_the_id_of_wandb_is_random_and_stays_with_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids: list[str] = []
+
+    class Wandb:
+        def init(self, **settings: Any) -> Any:
+            ids.append(settings["id"])
+            return SimpleNamespace(log=lambda *_, **__: None, finish=lambda **_: None)
+
+    monkeypatch.setattr("roadwork_dist.trainer.tracking.wandb.require", lambda *_, **__: Wandb())
+    for place in ("one", "two"):
+        for epochs in (1, 2):
+            tracking = TrackingConfig(progress=False, wandb=WandbConfig(mode="online"))
+            config = toy_config(tmp_path / place / "run", epochs=epochs, tracking=tracking)
+            Trainer(toy_model(), config, toy_data(32)).fit()
+    assert ids[0] == ids[1] != ids[2] == ids[3]
+    (tmp_path / "one/run/wandb-id").unlink()  # as of version 0.1, which hashed the path
+    Trainer(toy_model(), toy_config(tmp_path / "one/run", epochs=3, tracking=tracking), toy_data(32)).fit()
+    assert ids[4] == hashlib.sha256(str(tmp_path / "one/run").encode()).hexdigest()[:16]
 
 
 def test_wandb_offline_is_one_run_for_two_processes(tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ Need = Literal["whole matrices", "state of other shapes", "train and eval modes"
 
 The whole matrix that a step is computed from, where others need each element alone; state (factors,
 preconditioners) that differs in shape from its parameter and so is not sharded; ``train()`` and ``eval()``
-around validations and saves (schedule-free ones); a backward pass through the gradient (Sophia-H, AdaHessian).
-No engine provides the last two so far.
+around validations and saves (schedule-free ones); a backward pass through the gradient (Sophia-H). No engine
+provides the last two so far.
 """
 
 
