@@ -1,10 +1,11 @@
 """Builds the ``Accelerator`` of a run; nothing else does."""
 
 import atexit
+import copy
 import os
 import time
 from importlib import import_module
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -42,8 +43,28 @@ def build_accelerator(*, device: Literal["auto", "cpu"] = "auto") -> Accelerator
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     kind = requested_engine()
     if kind == "replicated" or AcceleratorState._shared_state:
-        return Accelerator(mixed_precision="no", cpu=use_cpu and kind == "replicated")
-    return _sharded_accelerator(kind, use_cpu)
+        accelerator = Accelerator(mixed_precision="no", cpu=use_cpu and kind == "replicated")
+    else:
+        accelerator = _sharded_accelerator(kind, use_cpu)
+    _forget_last_model(accelerator, kind)
+    return accelerator
+
+
+_launched: dict[str, Any] = {}
+"""What the launcher asked of the engine's plugin, before any Trainer of this process wrote into it."""
+
+
+def _forget_last_model(accelerator: Accelerator, kind: str) -> None:
+    """Put the plugin, which all Trainers of a process share, back to what the launcher asked for."""
+    if kind == "zero":
+        config = accelerator.state.deepspeed_plugin.deepspeed_config
+        launched = _launched.setdefault(kind, copy.deepcopy(config))
+        config.clear()
+        config.update(copy.deepcopy(launched))
+    elif kind == "fsdp2":
+        plugin = accelerator.state.fsdp_plugin
+        names = _launched.setdefault(kind, (plugin.transformer_cls_names_to_wrap, plugin.auto_wrap_policy))
+        plugin.transformer_cls_names_to_wrap, plugin.auto_wrap_policy = names
 
 
 def requested_engine() -> Literal["replicated", "fsdp2", "zero"]:
