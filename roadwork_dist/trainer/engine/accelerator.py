@@ -28,9 +28,10 @@ def build_accelerator(*, device: Literal["auto", "cpu"] = "auto") -> Accelerator
         device: ``cpu`` ignores GPUs.
 
     Raises:
-        ConfigError: FSDP version 1 is configured.
+        ConfigError: FSDP version 1 is configured, or the launcher's variables are incomplete or no numbers.
         MissingDependencyError: DeepSpeed is configured but not installed.
     """
+    _check_environment()
     watch_launcher()  # before this process waits for others that may never start
     use_cpu = device == "cpu" or not torch.cuda.is_available()
     kept = PartialState._shared_state.get("device")
@@ -65,6 +66,23 @@ def _forget_last_model(accelerator: Accelerator, kind: str) -> None:
         plugin = accelerator.state.fsdp_plugin
         names = _launched.setdefault(kind, (plugin.transformer_cls_names_to_wrap, plugin.auto_wrap_policy))
         plugin.transformer_cls_names_to_wrap, plugin.auto_wrap_policy = names
+
+
+def _check_environment() -> None:
+    """Refuse variables of a launcher that torch would end with a traceback for."""
+    found = {name: os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name in os.environ}
+    wrong = [f"{name}={value!r}" for name, value in found.items() if not value.lstrip("-").isdigit()]
+    missing = [] if "LOCAL_RANK" not in found else [n for n in ("RANK", "WORLD_SIZE") if n not in found]
+    if wrong or missing:
+        told = (
+            f"{', '.join(wrong)} is no whole number"
+            if wrong
+            else f"LOCAL_RANK is set, {', '.join(missing)} is not"
+        )
+        raise ConfigError(
+            f"the environment is that of no launcher: {told}; start with `accelerate launch` or `torchrun`, or "
+            "unset RANK, LOCAL_RANK and WORLD_SIZE to train in one process"
+        )
 
 
 def requested_engine() -> Literal["replicated", "fsdp2", "zero"]:
