@@ -80,8 +80,8 @@ def _check_environment() -> None:
             else f"LOCAL_RANK is set, {', '.join(missing)} is not"
         )
         raise ConfigError(
-            f"the environment is that of no launcher: {told}; start with `accelerate launch` or `torchrun`, or "
-            "unset RANK, LOCAL_RANK and WORLD_SIZE to train in one process"
+            f"the environment is that of no launcher: {told}; start with `accelerate launch` or `torchrun`, "
+            "or unset RANK, LOCAL_RANK and WORLD_SIZE to train in one process"
         )
 
 
