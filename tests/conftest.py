@@ -17,11 +17,9 @@ os.environ.update(
 
 import pytest
 import torch
+from support.collected import MODULES
 
 torch.set_num_threads(1)
-
-MODULES = pytest.StashKey[set[Path]]()
-"""Test files that pytest has found, also those that skip themselves as a whole."""
 
 
 def pytest_configure(config: pytest.Config) -> None:

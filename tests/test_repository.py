@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
-from conftest import MODULES as TEST_MODULES
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from sklearn.datasets import load_digits
 from sklearn.utils import Bunch
+from support.collected import MODULES as TEST_MODULES
 from support.paths import ROOT
 
 import roadwork_dist

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 
 from roadwork_dist.common.errors import CheckpointError, ConfigError
 from roadwork_dist.common.files import write_atomic
+from roadwork_dist.common.yaml import to_yaml
 from roadwork_dist.config.experiment import EvalConfig, ExperimentConfig
 from roadwork_dist.config.io import load_experiment
 from roadwork_dist.datasets.dataset import RoadworkDataset, collate
@@ -44,7 +45,6 @@ from roadwork_dist.trainer.engine.accelerator import build_accelerator
 from roadwork_dist.trainer.engine.collectives import broadcast_object
 from roadwork_dist.trainer.tracking.run_folder import make_run_folder
 from roadwork_dist.trainer.trainer import Trainer
-from roadwork_dist.trainer.yaml import to_yaml
 
 FOLDS_FILE = "folds.json"
 BEST = "best"

@@ -12,12 +12,12 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from roadwork_dist.common.errors import ConfigError
+from roadwork_dist.common.undisturbed import hold_buffers, moving_parts
+from roadwork_dist.common.work_clock import WorkClock
 from roadwork_dist.trainer.engine.base import Engine
 from roadwork_dist.trainer.engine.collectives import gather_objects, sum_over_ranks
 from roadwork_dist.trainer.events.state import StepResult
 from roadwork_dist.trainer.task import Task
-from roadwork_dist.trainer.undisturbed import hold_buffers, moving_parts
-from roadwork_dist.trainer.work_clock import WorkClock
 
 
 @dataclass(frozen=True)

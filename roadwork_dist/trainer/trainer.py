@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from roadwork_dist.common.errors import ConfigError
 from roadwork_dist.common.random import seed_everything
+from roadwork_dist.common.undisturbed import enter_train_mode, moving_buffers, undisturbed
 from roadwork_dist.trainer.answers import PassInterrupted, PassResult, answer_rows, summarize
 from roadwork_dist.trainer.callbacks import keyed_state
 from roadwork_dist.trainer.config import TrainConfig
@@ -47,7 +48,6 @@ from roadwork_dist.trainer.start_checks import (
 )
 from roadwork_dist.trainer.step import LoadedBatch, OptimizerStep
 from roadwork_dist.trainer.task import ClassificationTask, Task, operations_of
-from roadwork_dist.trainer.undisturbed import enter_train_mode, moving_buffers, undisturbed
 from roadwork_dist.trainer.validation import observe, weights_to_validate
 
 logger = logging.getLogger(__name__)

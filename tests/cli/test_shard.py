@@ -136,7 +136,7 @@ def test_data_check_tells_what_is_wrong_per_shard(
     assert main(["data", "check", str(out)]) == 2
     told = capsys.readouterr()
     assert f"  {out}/shard-000001.tar: has 20,000 bytes, expected {size:,}; is not a complete tar" in told.out
-    assert f"error: {out}: 1 tar is not what shards.json and the index tell" in told.err
+    assert f"error: {out}: 1 tar is not as shards.json and the index describe" in told.err
     assert "photos" in told.err
     assert "are unreadable, expected at most 1.0%" in told.err
     # The same command mends it.

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from roadwork_dist.common.errors import ConfigError
+from roadwork_dist.common.yaml import to_yaml
 from roadwork_dist.config.experiment import ExperimentConfig
 from roadwork_dist.config.io import (
     load_experiment,
@@ -15,7 +16,6 @@ from roadwork_dist.config.io import (
     resolve_config,
     setting_names,
 )
-from roadwork_dist.trainer.yaml import to_yaml
 
 # The surface of the command line. Renaming or removing a line breaks the files and scripts of users:
 # change this list on purpose, and say so in the CHANGELOG.

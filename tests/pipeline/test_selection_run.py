@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from roadwork_dist.cli.main import main
 from roadwork_dist.common.errors import ConfigError
+from roadwork_dist.common.yaml import to_yaml
 from roadwork_dist.config.experiment import ViewsConfig
 from roadwork_dist.datasets.boxed import view_boxes
 from roadwork_dist.detector.backbone import load_backbone
@@ -21,7 +22,6 @@ from roadwork_dist.inference.predictor import Predictor, crops_to_select
 from roadwork_dist.photos.photo import PhotoViews
 from roadwork_dist.photos.views import ViewGeometry
 from roadwork_dist.recipes.pretrain import build_model
-from roadwork_dist.trainer.yaml import to_yaml
 
 CPU = torch.device("cpu")
 

@@ -327,7 +327,7 @@ def test_killing_a_writer_with_processes_leaves_none_behind(tmp_path: Path) -> N
 def test_a_writing_process_whose_command_is_dead_already_ends_at_once() -> None:
     with subprocess.Popen(["true"]) as dead:
         dead.wait()
-    home = "roadwork_dist.trainer.feed.worker"
+    home = "roadwork_dist.common.worker"
     begin = f"from {home} import end_with_parent; end_with_parent({dead.pid}); print('on')"
     ended = subprocess.run([sys.executable, "-c", begin], capture_output=True, text=True)
     assert (ended.returncode, ended.stdout) == (1, "")

@@ -13,7 +13,7 @@ from support.toy import assert_same_tensors, toy_config, toy_data
 from torch import Tensor, nn
 
 from roadwork_dist import Callback, EmaConfig, TrackingConfig, Trainer
-from roadwork_dist.trainer.undisturbed import undisturbed
+from roadwork_dist.common.undisturbed import undisturbed
 
 
 def net() -> nn.Module:

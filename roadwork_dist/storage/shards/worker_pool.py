@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from roadwork_dist.common.errors import LoaderWorkerError
-from roadwork_dist.trainer.feed.worker import end_with_parent
+from roadwork_dist.common.worker import end_with_parent
 
 Tick = Callable[[int], None]
 """Called by a job with the number of photos processed since the last call."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from roadwork_dist.common.errors import ConfigError
 from roadwork_dist.common.files import write_atomic
+from roadwork_dist.common.undisturbed import undisturbed
 from roadwork_dist.trainer.config import TrainConfig
 from roadwork_dist.trainer.engine.collectives import broadcast_object, sum_over_ranks
 from roadwork_dist.trainer.engine.precision import in_precision
@@ -25,7 +26,6 @@ from roadwork_dist.trainer.events.callback import Callback, Run
 from roadwork_dist.trainer.feed.dataset import MapDataset
 from roadwork_dist.trainer.feed.loader import load_batches
 from roadwork_dist.trainer.optim.optimizers import OPTIMIZERS
-from roadwork_dist.trainer.undisturbed import undisturbed
 
 logger = logging.getLogger(__name__)
 

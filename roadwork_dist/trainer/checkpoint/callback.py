@@ -13,6 +13,7 @@ from torch import Tensor
 
 from roadwork_dist.common.errors import CheckpointError, ConfigError
 from roadwork_dist.common.random import capture_rng, derive_seed, restore_rng, seed_everything
+from roadwork_dist.common.undisturbed import write_buffer
 from roadwork_dist.trainer.checkpoint.checkpoint_store import CheckpointStore
 from roadwork_dist.trainer.checkpoint.module_state import ModuleState
 from roadwork_dist.trainer.checkpoint.tensors import StoredTensors, write_tensors, write_torch
@@ -29,7 +30,6 @@ from roadwork_dist.trainer.engine.base import PrefixedSource
 from roadwork_dist.trainer.engine.collectives import host_group, rank, world_size
 from roadwork_dist.trainer.events.callback import Callback, Run
 from roadwork_dist.trainer.events.state import StepResult
-from roadwork_dist.trainer.undisturbed import write_buffer
 
 logger = logging.getLogger(__name__)
 

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from roadwork_dist.common.errors import CheckpointError, ConfigError
+from roadwork_dist.common.undisturbed import write_buffer
 from roadwork_dist.trainer.checkpoint.tensors import StoredTensors
 from roadwork_dist.trainer.engine.base import Engine
 from roadwork_dist.trainer.engine.collectives import gather_objects, rank
-from roadwork_dist.trainer.undisturbed import write_buffer
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from roadwork_dist.trainer.checkpoint.background import Background, HostCopy
+from roadwork_dist.common.background import Background, HostCopy
 from roadwork_dist.trainer.events.callback import Run
 
 logger = logging.getLogger(__name__)

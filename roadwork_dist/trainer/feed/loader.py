@@ -14,7 +14,9 @@ from typing import Any, TypeVar
 from torch.utils.data import DataLoader, default_collate
 
 from roadwork_dist.common.errors import DataError
+from roadwork_dist.common.generators import generators_of, seed_row
 from roadwork_dist.common.random import derive_seed, isolated_rng, torch_generator_for
+from roadwork_dist.common.worker import shield_worker
 from roadwork_dist.trainer.feed.dataset import (
     MapDataset,
     is_in_memory,
@@ -23,8 +25,6 @@ from roadwork_dist.trainer.feed.dataset import (
     read_rows,
     set_epoch,
 )
-from roadwork_dist.trainer.feed.generators import generators_of, seed_row
-from roadwork_dist.trainer.feed.worker import shield_worker
 
 F = TypeVar("F", bound=Callable[..., Any])
 

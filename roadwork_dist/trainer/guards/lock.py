@@ -23,11 +23,11 @@ from pathlib import Path
 
 from roadwork_dist.common.errors import RunLockedError
 from roadwork_dist.common.flock import Flock, give_back, open_locked
+from roadwork_dist.common.process_identity import ProcessIdentity, is_alive, is_here, own_identity
 from roadwork_dist.trainer.engine.collectives import broadcast_object
 from roadwork_dist.trainer.events.callback import Callback, Run
 from roadwork_dist.trainer.events.state import StepResult
 from roadwork_dist.trainer.guards.preemption import INTERRUPTED
-from roadwork_dist.trainer.guards.process_identity import ProcessIdentity, is_alive, is_here, own_identity
 
 logger = logging.getLogger(__name__)
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 from roadwork_dist.common.errors import ConfigError
 from roadwork_dist.common.files import write_atomic
+from roadwork_dist.common.yaml import to_yaml
 from roadwork_dist.trainer.engine.collectives import broadcast_object
 from roadwork_dist.trainer.events.callback import Callback, Run
-from roadwork_dist.trainer.yaml import to_yaml
 
 
 def make_run_folder(path: Path) -> None:

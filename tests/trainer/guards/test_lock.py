@@ -15,10 +15,10 @@ from support.toy import toy_config, toy_data, toy_model
 
 from roadwork_dist.common import flock
 from roadwork_dist.common.errors import RunLockedError
+from roadwork_dist.common.process_identity import ProcessIdentity, is_alive, own_identity
 from roadwork_dist.trainer.events.callback import Callback
 from roadwork_dist.trainer.guards import lock as lock_module
 from roadwork_dist.trainer.guards.lock import LOCK, FolderLock, Owner
-from roadwork_dist.trainer.guards.process_identity import ProcessIdentity, is_alive, own_identity
 from roadwork_dist.trainer.trainer import Trainer
 
 ELSEWHERE = Owner(ProcessIdentity("node17", 4711, "123", "another boot"), "2026-05-01T03:00:00+00:00")

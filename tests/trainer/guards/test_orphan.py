@@ -11,10 +11,10 @@ from support.ranks import spawn
 from support.toy import toy_config, toy_data, toy_model
 
 from roadwork_dist.common.errors import InterruptedRunError
+from roadwork_dist.common.process_identity import ProcessIdentity, is_alive, own_identity
 from roadwork_dist.trainer.checkpoint.checkpoint_store import CheckpointStore
 from roadwork_dist.trainer.engine import launcher
 from roadwork_dist.trainer.events.callback import Callback
-from roadwork_dist.trainer.guards.process_identity import ProcessIdentity, is_alive, own_identity
 from roadwork_dist.trainer.trainer import Trainer
 
 

@@ -23,6 +23,7 @@ from roadwork_dist.common.errors import (
     MissingDependencyError,
     RoadworkError,
 )
+from roadwork_dist.common.yaml import to_yaml
 from roadwork_dist.trainer.config import TrackingConfig, TrainConfig, WandbConfig
 from roadwork_dist.trainer.events.callback import Callback
 from roadwork_dist.trainer.events.state import StepResult, TrainState
@@ -32,7 +33,6 @@ from roadwork_dist.trainer.tracking.run_folder import make_run_folder
 from roadwork_dist.trainer.tracking.tensorboard import TensorBoard
 from roadwork_dist.trainer.tracking.wandb import WeightsAndBiases
 from roadwork_dist.trainer.trainer import Trainer
-from roadwork_dist.trainer.yaml import to_yaml
 
 RESULT = StepResult(
     loss=0.75,
