@@ -165,7 +165,8 @@ class TrainConfig:
     output_dir: str = "runs/default"
     """Run folder: resolved config, metrics, checkpoints, best weights, report."""
     resume: Literal["auto", "never", "force"] = "auto"
-    """``auto`` goes on from the newest whole checkpoint; ``never`` refuses a folder with one."""
+    """``auto`` resumes from the newest intact checkpoint with the recipe that the run was started with;
+    ``force`` takes another recipe; ``never`` refuses a folder that has a checkpoint."""
     seed: int = 42
     """Seeds every random draw."""
     epochs: int = 30

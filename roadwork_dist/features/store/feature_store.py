@@ -391,13 +391,10 @@ class FeatureStore:
         try:
             with FileLock(self.folder / CHECK_LOCK, shared=False, wait=True):  # once, not per process
                 self.reload()
-                self._check_touched()
+                trusted, dropped = check_touched(self.catalogue, self.view_bytes)
+                if trusted:
+                    self._merge(trusted, dropped)
         except OSError as error:
             if error.errno not in READ_ONLY:
                 raise
             # The store is read-only; every entry is checked when it is read.
-
-    def _check_touched(self) -> None:
-        trusted, dropped = check_touched(self.catalogue, self.view_bytes)
-        if trusted:
-            self._merge(trusted, dropped)
