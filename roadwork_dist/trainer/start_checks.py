@@ -106,7 +106,8 @@ def check_ranks(config: TrainConfig, model: nn.Module, data: Mapping[str, Any]) 
     own["names and shapes of the parameters"] = hashlib.sha256(repr(parameters).encode()).hexdigest()[:12]
     # Before anything else is exchanged: ranks of other shapes would hang or crash in their first collective.
     ranks = gather_objects(own)
-    for name in own:
+    # Of all ranks' names, or a rank that lacks one would go on alone.
+    for name in dict.fromkeys(name for each in ranks for name in each):
         values = [each.get(name) for each in ranks]
         if any(value != values[0] for value in values):
             told = ", ".join(f"{value!r} on rank {number}" for number, value in enumerate(values[:4]))

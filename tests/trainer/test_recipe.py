@@ -147,8 +147,9 @@ def differing(run_dir: Path, what: str) -> str:
         data = toy_data(32 + rank)
     elif what == "model" and rank:
         model = torch.nn.Sequential(model, torch.nn.Linear(2, 2))
+    val = toy_data(8) if what == "val" and rank == 0 else None
     with pytest.raises(ConfigError) as refused:
-        Trainer(model, config_of(run_dir, **changes), data).fit()
+        Trainer(model, config_of(run_dir, **changes), data, val).fit()
     return str(refused.value)
 
 
@@ -159,6 +160,7 @@ def differing(run_dir: Path, what: str) -> str:
         ("output_dir", "output_dir differs between ranks"),
         ("split", "rows of train_data differs between ranks"),
         ("length", "rows of train_data differs between ranks"),
+        ("val", "rows of val_data differs between ranks"),
         ("model", "names and shapes of the parameters differs between ranks"),
     ],
 )
